@@ -1,0 +1,52 @@
+"""Where kernels run, and how they become PyTorch operators.
+
+A CUDA tensor goes to Triton. A CPU tensor goes to the PyTorch reference, or, with
+TRITON_INTERPRET=1, to the same Triton kernel in its interpreter. TRITIUM_REFERENCE=1 sends
+everything to the references.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+CPU_KERNELS = knobs.runtime.interpret  # whether CPU tensors go to kernels (bench.static sets it)
+REFERENCE = os.environ.get("TRITIUM_REFERENCE") == "1"
+
+_library = torch.library.Library("tritium", "DEF")
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether a kernel, rather than its reference, computes on `x`."""
+    return (x.is_cuda or CPU_KERNELS) and not REFERENCE
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which a kernel computes on `dtype`: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
+    """Register `launch` as the operator `tritium::<schema>` and return it, bound for cheap calls.
+
+    The operator is opaque to torch.compile and has no gradient of its own: a classic
+    `torch.autograd.Function` around it supplies that (25 us forward and backward on a CPU, against
+    50 us for `torch.library.custom_op` with `register_autograd`). Its first argument must be a
+    tensor: the launch happens on that tensor's device, which need not be the current one.
+    """
+
+    def launch_on_its_device(x: Tensor, *args):
+        if x.device.index == torch.cuda.current_device():
+            return launch(x, *args)
+        with torch.cuda.device(x.device):
+            return launch(x, *args)
+
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, launch_on_its_device, "CUDA")
+    _library.impl(name, launch, "CPU")  # reached under the interpreter and by bench.static only
+    torch.library.register_fake(f"tritium::{name}", fake, lib=_library)
+    return getattr(torch.ops.tritium, name).default

@@ -1,0 +1,54 @@
+"""Hold a kernel against its definition: outputs and gradients, in the dtype it will train in."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check(
+    kernel: Callable, reference: Callable, *inputs: Tensor, slack: float = 2.0, needs_grad=None
+) -> None:
+    """Assert that `kernel` errs at most `slack` times as much as `reference` does.
+
+    The error of each is its distance from `reference` run in float64 on the same inputs: the
+    rounding that the dtype itself imposes is the measure, so no tolerance is chosen by hand. One
+    unit of the dtype's rounding, at the scale of the largest value, is allowed besides.
+
+    Both functions take the tensors `inputs` alone and return a tensor or a tuple of tensors.
+    Gradients are compared for the inputs that `needs_grad` names by index (default: all).
+    """
+    wanted = range(len(inputs)) if needs_grad is None else needs_grad
+    dys = [torch.randn_like(y) for y in _tuple(reference(*inputs))]
+    exact = _outputs_and_gradients(
+        reference, [x.double() for x in inputs], [dy.double() for dy in dys], wanted
+    )
+    rounded = _outputs_and_gradients(reference, inputs, dys, wanted)
+    ours = _outputs_and_gradients(kernel, inputs, dys, wanted)
+    for (name, e), (_, r), (_, o) in zip(exact, rounded, ours, strict=True):
+        assert (o.shape, o.dtype) == (r.shape, r.dtype), f"{name}: {o.shape} {o.dtype}"
+        assert o.isfinite().all(), f"{name}: not finite"
+        if o.numel() == 0:
+            continue
+        floor = torch.finfo(o.dtype).eps * e.abs().max()
+        allowed = slack * (r - e).abs().max() + floor
+        error = (o - e).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def _outputs_and_gradients(
+    f: Callable, inputs: Sequence[Tensor], dys: Sequence[Tensor], wanted: Sequence[int]
+) -> list[tuple[str, Tensor]]:
+    leaves = [x.detach().clone() for x in inputs]
+    for i in wanted:
+        leaves[i].requires_grad_()
+    ys = _tuple(f(*leaves))
+    grads = torch.autograd.grad(ys, [leaves[i] for i in wanted], list(dys)) if wanted else ()
+    return [
+        *((f"output {i}", y.detach()) for i, y in enumerate(ys)),
+        *((f"gradient of input {i}", dx) for i, dx in zip(wanted, grads, strict=True)),
+    ]
+
+
+def _tuple(ys: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ys if isinstance(ys, tuple) else (ys,)
