@@ -5,6 +5,7 @@ TRITON_INTERPRET=1, to the same Triton kernel in its interpreter. TRITIUM_REFERE
 everything to the references.
 """
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -50,3 +51,39 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
     _library.impl(name, launch, "CPU")  # reached under the interpreter and by bench.static only
     torch.library.register_fake(f"tritium::{name}", fake, lib=_library)
     return getattr(torch.ops.tritium, name).default
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Compute a backward without a graph, and make a derivative of its results an error.
+
+    `torch.autograd.function.once_differentiable` does so only where the incoming gradient has a
+    graph itself; elsewhere a gradient penalty would be dropped without a word.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx, *grads):
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(None if x is None else _refuse(x) for x in outputs)
+
+    return refusing
+
+
+def _refuse(x: Tensor) -> Tensor:
+    return _NoSecondDerivative.apply(x.detach().requires_grad_())
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        raise RuntimeError(
+            "a Tritium kernel has a first derivative only; "
+            "set TRITIUM_REFERENCE=1 to differentiate twice"
+        )

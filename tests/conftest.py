@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, hence before anything of ours is imported.
@@ -14,6 +15,18 @@ if not torch.cuda.is_available():
     import strict_interpreter
 
     strict_interpreter.install()
+
+# The same examples on every run, so that a change alone can turn a test red. More, and fresh ones:
+# TRITIUM_EXAMPLES=10000 pytest.
+EXAMPLES = os.environ.get("TRITIUM_EXAMPLES")
+settings.register_profile(
+    "tritium",
+    max_examples=int(EXAMPLES or 200),
+    derandomize=EXAMPLES is None,
+    deadline=None,
+    database=None,
+)
+settings.load_profile("tritium")
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,19 @@ from torch import Tensor
 
 
 def check(
-    kernel: Callable, reference: Callable, *inputs: Tensor, slack: float = 2.0, needs_grad=None
+    kernel: Callable,
+    reference: Callable,
+    *inputs: Tensor,
+    slack: float = 2.0,
+    needs_grad: Sequence[int] | None = None,
+    unit: float = 0.0,
 ) -> None:
     """Assert that `kernel` errs at most `slack` times as much as `reference` does.
 
     The error of each is its distance from `reference` run in float64 on the same inputs: the
     rounding that the dtype itself imposes is the measure, so no tolerance is chosen by hand. One
-    unit of the dtype's rounding, at the scale of the largest value, is allowed besides.
+    unit of the dtype's rounding is allowed besides, at the scale of the largest value, or of
+    `unit` if that is larger: the size of the terms that a small result is the difference of.
 
     Both functions take the tensors `inputs` alone and return a tensor or a tuple of tensors.
     Gradients are compared for the inputs that `needs_grad` names by index (default: all).
@@ -30,7 +36,7 @@ def check(
         assert o.isfinite().all(), f"{name}: not finite"
         if o.numel() == 0:
             continue
-        floor = torch.finfo(o.dtype).eps * e.abs().max()
+        floor = torch.finfo(o.dtype).eps * max(e.abs().max().item(), unit)
         allowed = slack * (r - e).abs().max() + floor
         error = (o - e).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
