@@ -67,9 +67,7 @@ def check_target(op: str, target: Tensor, shape: torch.Size, x: Tensor) -> Tenso
     return target.reshape(-1).long().contiguous()
 
 
-def check_class_weight(
-    op: str, name: str, w_V: Tensor | None, V: int, x: Tensor
-) -> Tensor | None:
+def check_class_weight(op: str, name: str, w_V: Tensor | None, V: int, x: Tensor) -> Tensor | None:
     """Return contiguous class weights, or raise ValueError if they do not fit V and `x`."""
     if w_V is None:
         return None

@@ -1,8 +1,6 @@
 """Every test runs everywhere: on a GPU when there is one, in Triton's interpreter when not."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, hence before anything of ours is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, str(Path(__file__).parent))
     import strict_interpreter
 
     strict_interpreter.install()

@@ -1,0 +1,1 @@
+"""Measurements: what the kernels compile to, and how fast they run."""

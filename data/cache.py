@@ -1,0 +1,51 @@
+"""Where prepared data is kept, and how a folder of it appears whole or not at all."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Return $TRITIUM_HOME, else $XDG_CACHE_HOME/tritium, else ~/.cache/tritium."""
+    home, base = os.environ.get("TRITIUM_HOME"), os.environ.get("XDG_CACHE_HOME")
+    return Path(home or Path(base or "~/.cache", "tritium")).expanduser()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes `folder`, and keep others waiting inside the block."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+        yield
+
+
+@contextmanager
+def publication(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which becomes `folder` if the block ends without an error.
+
+    Files in it must have reached the disk. What `folder` held before is dropped. Call it under
+    `lock(folder)`.
+    """
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

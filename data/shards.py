@@ -1,0 +1,159 @@
+"""Prepared data on disk: token shards, the manifest that lists them, and their tokenizer.
+
+    manifest.json   tokenizer.json   train-00000.bin ...   val-00000.bin ...
+
+A shard is token ids and nothing else: little-endian uint16, or uint32 for more than 65,536 ids.
+Every document ends with the end-of-text token, which text never encodes to, so the places of that
+token are an index of the documents already.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .corpus import DataError
+from .tokenizer import FILE as TOKENIZER_FILE
+from .tokenizer import Tokenizer
+
+VERSION = 1  # raise it whenever the same source and settings would give other files
+MANIFEST_FILE = "manifest.json"
+SPLITS = ("train", "val")
+SHARD_TOKENS = 1 << 25  # held in memory until a shard is written: 64 or 128 MiB per split
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens."""
+
+    file: str
+    """Name inside the prepared folder."""
+    tokens: int
+    """Ids in it, end-of-text tokens included."""
+    documents: int
+    """Documents in it, none of them cut."""
+    bytes: int
+    """Bytes of UTF-8 text that were encoded."""
+    sha256: str
+    """Hex digest of the file."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds."""
+
+    version: int
+    """Of this format."""
+    dtype: str
+    """Of the shards, in numpy's notation: `<u2` or `<u4`."""
+    vocab_size: int
+    """Ids of the tokenizer."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    source: str
+    """Where the text came from, for people."""
+    settings: dict
+    """What else decided the shards."""
+    splits: dict[str, list[Shard]]
+    """The shards of `train` and of `val`, in order."""
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Return the dtype, in numpy's notation, of shards with this many different ids."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+class ShardWriter:
+    """Collect the documents of one split into shards of about SHARD_TOKENS tokens."""
+
+    def __init__(self, folder: Path, split: str, dtype: str):
+        self.shards: list[Shard] = []
+        self._folder, self._split, self._dtype = folder, split, dtype
+        self._documents: list[np.ndarray] = []
+        self._tokens = self._bytes = 0
+
+    def add(self, ids: list[int], n_bytes: int) -> None:
+        """Append one document: its ids, and how many bytes of text they stand for."""
+        self._documents.append(np.array(ids, dtype=self._dtype))
+        self._tokens += len(ids)
+        self._bytes += n_bytes
+        if self._tokens >= SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held as a shard."""
+        if not self._documents:
+            return
+        data = np.concatenate(self._documents).tobytes()
+        name = f"{self._split}-{len(self.shards):05}.bin"
+        write_durably(self._folder / name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        self.shards.append(Shard(name, self._tokens, len(self._documents), self._bytes, digest))
+        self._documents, self._tokens, self._bytes = [], 0, 0
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write `data` and wait until the disk has it."""
+    with path.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, last of all files."""
+    write_durably(folder / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
+
+
+def open_prepared(folder: str | Path) -> tuple[Manifest, Tokenizer]:
+    """Read what `prepare` wrote, and check that it is whole: every file, its size, the tokenizer.
+
+    Raises:
+        DataError: the manifest, a shard or the tokenizer is missing, damaged, or of another origin.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST_FILE)
+    for shard in (shard for split in SPLITS for shard in manifest.splits[split]):
+        _check_size(folder / shard.file, shard.tokens, np.dtype(manifest.dtype))
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise DataError(
+            f"{folder}: shards were made with tokenizer {manifest.tokenizer}, the folder has "
+            f"{tokenizer.fingerprint}; run prepare again"
+        )
+    return manifest, tokenizer
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise DataError(
+                f"{path} has version {content['version']}, this is {VERSION}; run prepare again"
+            )
+        splits = {split: [Shard(**shard) for shard in content["splits"][split]] for split in SPLITS}
+        if not all(splits.values()):
+            raise ValueError("a split has no shard")
+        if any(shard.file != Path(shard.file).name for split in SPLITS for shard in splits[split]):
+            raise ValueError("a shard is outside the folder")
+        return Manifest(**{**content, "splits": splits})
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; run prepare first") from error
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error!r}; run prepare again") from error
+
+
+def _check_size(path: Path, tokens: int, dtype: np.dtype) -> None:
+    if not path.is_file():
+        raise DataError(f"the shard {path} is missing; run prepare again")
+    size, expected = path.stat().st_size, tokens * dtype.itemsize
+    if size != expected:
+        raise DataError(
+            f"the shard {path} has {size} bytes, its {tokens} tokens take {expected}; "
+            "run prepare again"
+        )

@@ -1,0 +1,158 @@
+"""Many tensors in one launch: where they lie in device memory, and how programs share them out.
+
+A kernel over N tensors reads two tables, built on the host and kept on the device:
+
+    tensors [N, C] int64   per tensor: SIZE, DTYPE, GROUP, ALIGNED, GRAD and further addresses
+    chunks  [K, 2] int32   per chunk: its tensor, and its index among that tensor's chunks
+
+so its grid depends on the number of elements only, not on how many tensors hold them. Elements are
+taken in the order of memory: the tensors of one row must agree in their strides, and be dense.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 8192  # elements; a multiple of every kernel's BLOCK
+THREADS = tl.constexpr(256)  # of every program
+
+# Columns of `tensors`: elements, dtype of the gradient (its number in DTYPES), parameter group,
+# whether all addresses are multiples of 16, and the addresses: a kernel may have more of them.
+SIZE = tl.constexpr(0)
+DTYPE = tl.constexpr(1)
+GROUP = tl.constexpr(2)
+ALIGNED = tl.constexpr(3)
+GRAD = tl.constexpr(4)
+
+FLOAT32 = tl.constexpr(0)
+FLOAT16 = tl.constexpr(1)
+BFLOAT16 = tl.constexpr(2)
+DTYPES = {
+    torch.float32: FLOAT32.value,
+    torch.float16: FLOAT16.value,
+    torch.bfloat16: BFLOAT16.value,
+}
+
+
+class Tables(NamedTuple):
+    """What a kernel needs to find its elements: `tensors` [N, C] int64, `chunks` [K, 2] int32."""
+
+    tensors: Tensor
+    chunks: Tensor
+
+
+@lru_cache(maxsize=8)
+def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) -> Tables:
+    """Upload `rows`, one per tensor, all columns but ALIGNED, and the chunks of those tensors.
+
+    Gradients mostly return to the addresses that they had a step or two ago, hence the cache.
+
+    Raises:
+        ValueError: two tensors lie at one address.
+    """
+    addresses = [address for row in rows if row[SIZE.value] for address in row[ALIGNED.value :]]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(
+            "multi-tensor: tensors must lie apart, got two at one address; pass each tensor once"
+        )
+    about, places = torch.tensor(rows).tensor_split((ALIGNED.value,), dim=1)
+    aligned = (places % 16 == 0).all(dim=1, keepdim=True)
+    sizes = tuple(row[SIZE.value] for row in rows)
+    return Tables(
+        upload(torch.cat([about, aligned, places], dim=1), device), _chunks(sizes, chunk, device)
+    )
+
+
+@lru_cache(maxsize=8)
+def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+    # A tensor without elements has an empty chunk, so that there is always something to launch.
+    count_N = ((torch.tensor(sizes) + chunk - 1) // chunk).clamp(min=1)
+    tensor_K = torch.repeat_interleave(count_N)
+    index_K = torch.arange(len(tensor_K)) - (count_N.cumsum(0) - count_N)[tensor_K]
+    return upload(torch.stack([tensor_K, index_K], dim=1).int(), device)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy `x` to `device` without waiting for it.
+
+    A copy takes fresh pinned memory, which PyTorch keeps until the device has read it.
+    """
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def check_memory(op: str, x: Tensor, device: torch.device) -> None:
+    """Raise unless kernels launched on `device` may find `x` by its address."""
+    if x.layout != torch.strided or not _is_dense(x):
+        raise ValueError(
+            f"{op}: tensors must be dense in memory, got a {x.layout} of shape {list(x.shape)} "
+            "with gaps or repeats; make it with .contiguous(), and embeddings with sparse=False"
+        )
+    if x.device != device:
+        raise ValueError(
+            f"{op}: tensors must lie on one device, got {device} and {x.device}; "
+            "treat each device's by themselves"
+        )
+    if x.numel() and not x.data_ptr():
+        raise ValueError(
+            f"{op}: tensors must hold their own memory, got a {type(x).__name__} on {x.device}; "
+            "use torch.optim and torch.nn.utils for distributed and meta tensors"
+        )
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` fill one range of memory, each once."""
+    return x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
+
+
+def in_order_of(op: str, p: Tensor, x: Tensor) -> Tensor:
+    """`x`, or a copy of it that holds its elements in the order in which memory holds those of `p`.
+
+    Raises:
+        ValueError: `x` is sparse or "must have the shape" of `p`.
+    """
+    if x.layout != torch.strided or x.shape != p.shape:
+        raise ValueError(
+            f"{op}: a gradient or moment must be dense, and must have the shape {list(p.shape)} of "
+            f"its parameter, got a {x.layout} of {list(x.shape)}; make embeddings with "
+            "sparse=False, and a new optimizer for a model of new shapes"
+        )
+    return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
+
+
+@triton.jit
+def locate(
+    tensors_ptr, chunks_ptr, chunk, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Find a chunk: its tensor, its first element, the end of its full blocks, its end."""
+    tensor = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
+    start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+    row_ptr = tensors_ptr + tensor * COLUMNS
+    end = tl.minimum(start + CHUNK, tl.load(row_ptr + SIZE))
+    full = start + (end - start) // BLOCK * BLOCK * tl.load(row_ptr + ALIGNED)
+    return tensor, start, full, end
+
+
+@triton.jit
+def load(address, offs, end, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Load elements `offs` of the tensor at `address`, 16 bytes at a time where FULL allows it."""
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if FULL:
+        # Before the cast the hint is lost, and with a mask it does not help: 4-byte accesses.
+        x = tl.load(tl.multiple_of(ptr, 16) + offs)
+    else:
+        x = tl.load(ptr + offs, mask=offs < end, other=0.0)
+    return x
+
+
+@triton.jit
+def store(address, offs, x, end, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Store `x` where `load` finds it."""
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if FULL:
+        tl.store(tl.multiple_of(ptr, 16) + offs, x.to(DTYPE))
+    else:
+        tl.store(ptr + offs, x.to(DTYPE), mask=offs < end)

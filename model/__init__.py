@@ -1,0 +1,5 @@
+"""The model and what trains, samples and stores it."""
+
+from .transformer import ModelConfig, Transformer
+
+__all__ = ["ModelConfig", "Transformer"]

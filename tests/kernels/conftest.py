@@ -1,0 +1,44 @@
+"""Fixtures of kernels that find their tensors by address."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+from kernels import _multi_tensor, _optimizer, _runtime, adamw, grad_norm
+
+SMALLER = [
+    (_multi_tensor, "CHUNK", 4096),
+    (adamw, "BLOCK", 2048),
+    (grad_norm, "BLOCK", 2048),
+    (grad_norm, "P", 4),
+]
+
+
+@pytest.fixture
+def pointer_tables(monkeypatch):
+    """Give a small model more chunks than programs, and let the interpreter follow pointers."""
+    for module, name, value in SMALLER:
+        monkeypatch.setattr(module, name, value)
+    if torch.cuda.is_available():
+        return
+    import strict_interpreter
+
+    step, clip = _optimizer.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
+
+    def allowed_step(self, items):
+        with strict_interpreter.allow(*chain.from_iterable(items)):
+            step(self, items)
+
+    def allowed_clip(grads, max_norm):
+        with strict_interpreter.allow(*grads):
+            return clip(grads, max_norm)
+
+    monkeypatch.setattr(_optimizer.MultiTensorOptimizer, "_step_kernels", allowed_step)
+    monkeypatch.setattr(grad_norm, "_launch_clip", allowed_clip)
+
+
+@pytest.fixture(params=["kernel", "reference"])
+def path(request, monkeypatch):
+    """Run a test twice: through the kernels, and through their references."""
+    monkeypatch.setattr(_runtime, "REFERENCE", request.param == "reference")

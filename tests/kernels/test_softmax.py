@@ -1,0 +1,278 @@
+"""Prove that softmax and log_softmax compute their definitions and gradients for any row."""
+
+import importlib
+import math
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from check import check
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.softmax import (
+    _backward,
+    _forward,
+    log_softmax,
+    log_softmax_reference,
+    softmax,
+    softmax_reference,
+)
+
+MODULE = importlib.import_module("kernels.softmax")
+PAIRS = {
+    "softmax": (softmax, softmax_reference),
+    "log_softmax": (log_softmax, log_softmax_reference),
+}
+each_op = pytest.mark.parametrize("op", PAIRS)
+# The same rows through the loop of long rows too, in blocks small enough to run many of them.
+PATHS = {
+    "tile": {"MAX_TILE": MODULE.MAX_TILE},
+    "loop": {"MAX_TILE": 0, "LOOP_BLOCK": 128},
+}
+each_path = pytest.mark.parametrize("path", PATHS)
+
+VIEWS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "sliced": lambda x: x[..., 1:],
+    "every other": lambda x: x[..., ::2],
+    "expanded rows": lambda x: x[..., :1, :].expand_as(x),
+}
+GRADIENTS = {
+    "contiguous": lambda dy: dy,
+    "transposed": lambda dy: dy.mT.contiguous().mT,
+    "expanded along N": lambda dy: dy[..., :1].expand_as(dy),
+    "expanded along M": lambda dy: dy[..., :1, :].expand_as(dy),
+}
+
+
+def laid_out(y, gradient):
+    """`y`, whose gradient arrives in the strides of `gradient`."""
+    if y.requires_grad:
+        y.register_hook(GRADIENTS[gradient])
+    return y
+
+
+def finite(y):
+    """`y` with the -inf of hidden keys replaced: they have no error to measure."""
+    return y.where(y > -math.inf, 0)
+
+
+def unit(op, dtype, size):
+    """The size of the terms that a small result is the difference of, for `check`."""
+    if op == "log_softmax":  # exp(y) has the error of a rounded y
+        return 4.0 * max(1.0, size)
+    # softmax divides numbers good to float32's rounding: so many units of the dtype's own.
+    return 4.0 * max(1.0, size) * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+
+
+@given(
+    op=st.sampled_from(list(PAIRS)),
+    batch=st.lists(st.integers(0, 2), max_size=2),
+    M=st.integers(1, 5),
+    N=st.integers(1, 300),
+    dim=st.sampled_from([-1, -1, -2, 0]),
+    causal=st.booleans(),
+    scale=st.sampled_from([1.0, 0.125, -2.0, 0.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([0.1, 3.0, 80.0]),
+    path=st.sampled_from(list(PATHS)),
+    view=st.sampled_from(list(VIEWS)),
+    gradient=st.sampled_from(list(GRADIENTS)),
+    seed=st.integers(0, 1 << 30),
+)
+def test_every_combination_of_options(
+    op, batch, M, N, dim, causal, scale, dtype, size, path, view, gradient, seed
+):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = (torch.randn(*batch, M, N, device=device) * size).to(dtype)
+    Lq, Lk = VIEWS[view](x).shape[-2:]
+    causal = causal and dim == -1 and Lq <= Lk
+    path = path if dim == -1 else "tile"  # other axes make many rows, slow in the interpreter
+
+    def of(f):  # a view of a leaf, so that no copy hides a stride
+        return lambda x: finite(
+            laid_out(f(VIEWS[view](x), dim, scale=scale, causal=causal), gradient)
+        )
+
+    with mock.patch.multiple(MODULE, **PATHS[path]):
+        check(*map(of, PAIRS[op]), x, unit=unit(op, dtype, size * abs(scale)))
+
+
+@each_op
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("N", [1025, 16384, 16400, 20000])
+def test_long_rows(op, N, causal, device):
+    x = torch.randn(2, N, device=device) * 5
+
+    def of(f):
+        return lambda x: finite(f(x, causal=causal))
+
+    check(*map(of, PAIRS[op]), x, unit=20.0)
+
+
+@each_op
+@each_path
+def test_gradient_in_float64(op, path, device):
+    x = torch.randn(1, 3, 140, device=device, dtype=torch.float64, requires_grad=True)
+    with mock.patch.multiple(MODULE, **PATHS[path]):
+        for options in [dict(scale=0.5), dict(causal=True)]:
+
+            def f(x, options=options):
+                return finite(PAIRS[op][0](x, **options))
+
+            torch.autograd.gradcheck(f, x, fast_mode=True)
+
+
+@each_op
+@each_path
+@pytest.mark.parametrize(
+    "row",
+    [
+        [-math.inf] * 300,
+        [math.inf] + [0.0] * 299,
+        [0.0] * 299 + [math.inf],
+        [0.0] * 299 + [math.nan],
+        [-math.inf] * 299 + [1.0],
+        [-math.inf] * 140 + [1.0, 2.0] + [-math.inf] * 158,
+        [torch.finfo(torch.float32).min] * 300,
+        [3e38, -3e38] * 150,
+        [math.nan],
+        [7.0],
+    ],
+    ids=lambda row: f"{row[0]}...{row[-1]}",
+)
+def test_extreme_rows_are_as_in_pytorch(op, path, row, device):
+    x = torch.tensor([row, [1.0] * len(row)], device=device)
+    with mock.patch.multiple(MODULE, **PATHS[path]):
+        torch.testing.assert_close(PAIRS[op][0](x), getattr(torch, op)(x, -1), equal_nan=True)
+
+
+@each_op
+@each_path
+@pytest.mark.parametrize("Lq", [1, 3, 20])
+def test_whole_blocks_of_hidden_keys(op, path, Lq, device):
+    def of(f):
+        return lambda x: finite(f(x, causal=True))
+
+    with mock.patch.multiple(MODULE, **(PATHS[path] | {"LOOP_BLOCK": 8})):
+        check(*map(of, PAIRS[op]), torch.randn(Lq, 20, device=device), unit=4.0)
+
+
+@each_op
+@each_path
+@pytest.mark.parametrize("Lq", [1, 3, 20])
+def test_hidden_keys_are_exact_and_never_read(op, path, Lq, device):
+    Lk = 20
+    hidden = torch.ones(Lq, Lk, dtype=torch.bool, device=device).triu(Lk - Lq + 1)
+    x = torch.randn(2, Lq, Lk, device=device).masked_fill(hidden, math.nan).requires_grad_()
+    with mock.patch.multiple(MODULE, **(PATHS[path] | {"LOOP_BLOCK": 8})):
+        y = PAIRS[op][0](x, causal=True)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).masked_fill(hidden, math.nan))
+    nothing = 0.0 if op == "softmax" else -math.inf
+    assert torch.equal(y > nothing, ~hidden.expand_as(y))
+    assert (y[hidden.expand_as(y)] == nothing).all()
+    assert (dx[hidden.expand_as(y)] == 0).all()
+    assert dx.isfinite().all()
+
+
+@each_path
+def test_hidden_keys_are_exact_beside_a_nan(path, device):
+    x = torch.zeros(4, 4, device=device).fill_diagonal_(math.nan)
+    with mock.patch.multiple(MODULE, **PATHS[path]):
+        y = softmax(x, causal=True)
+    assert torch.equal(y.isnan(), torch.ones_like(x, dtype=torch.bool).tril())
+    assert (y.triu(1).nan_to_num(nan=0) == 0).all()
+
+
+def test_the_last_query_sees_every_key(device):
+    y = softmax(torch.zeros(2, 3, device=device), causal=True)
+    expected = torch.tensor([[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]], device=device)
+    torch.testing.assert_close(y, expected)
+
+
+@each_path
+def test_bfloat16_gradient_of_a_nearly_certain_row(path, device):
+    x = torch.zeros(1, 64, device=device, dtype=torch.bfloat16)
+    x[0, 3] = 11.0  # y = 0.999, stored as 1
+    with mock.patch.multiple(MODULE, **PATHS[path]):
+        check(softmax, softmax_reference, x)
+
+
+@each_op
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (2, 0, 3)], ids=str)
+def test_empty(op, shape, device):
+    check(*PAIRS[op], torch.ones(shape, device=device))
+
+
+@each_path
+def test_offsets_beyond_two_to_the_31(path, device, monkeypatch):
+    # The stride fits an int32, the last row's offset does not; the memory between is never touched.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    memory = torch.empty((1 << 31) + 80, device=device, dtype=torch.bfloat16)
+    far = memory.as_strided((3, 80), (1 << 30, 1)).copy_(torch.randn(3, 80))
+    near = far.contiguous()
+    with mock.patch.multiple(MODULE, **PATHS[path]):
+        y = _forward(near, 0, 1.0, False)
+        assert torch.equal(_forward(far, 0, 1.0, False), y)
+        assert torch.equal(_backward(far, y, 0, 1.0, False), _backward(near, y, 0, 1.0, False))
+
+
+@each_path
+@pytest.mark.parametrize("log", [False, True])
+def test_is_a_well_formed_operator(path, log, device):
+    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    x = torch.randn(6, 33, device=device, dtype=torch.bfloat16)
+    with mock.patch.multiple(MODULE, **PATHS[path]):
+        torch.library.opcheck(_forward, (x, 3, 0.5, log))
+        torch.library.opcheck(_backward, (x, x, 3, 0.5, log))
+
+
+@each_op
+def test_compiles_without_graph_breaks(op, device):
+    kernel, reference = (partial(f, causal=True) for f in PAIRS[op])
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager", dynamic=True)
+    for Lq in (4, 5):
+        x = torch.randn(2, Lq, 16, device=device)
+        check(lambda x: finite(compiled(x)), lambda x: finite(reference(x)), x, unit=4.0)
+
+
+@each_op
+def test_autocast_leaves_dtypes_alone(op, device):
+    x = torch.randn(4, 8, device=device, dtype=torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        assert {f(x).dtype for f in PAIRS[op]} == {torch.bfloat16}
+
+
+@each_op
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (torch.ones(2, 3).int(), {}, r"floating point .*, got torch.int32 \[2, 3\]"),
+        (torch.ones(()), {}, r"at least one axis, got torch.float32 \[\]"),
+        (torch.ones(3), dict(causal=True), r"needs x \[..., Lq, Lk\] and dim=-1, got \[3\]"),
+        (torch.ones(2, 3), dict(causal=True, dim=0), "dim=-1, got .* and dim=0"),
+        (torch.ones(3, 2), dict(causal=True), r"no more queries than keys, got .* = \[3, 2\]"),
+    ],
+    ids=["integer", "scalar", "one axis", "dim", "too many queries"],
+)
+def test_refuses(op, x, options, message):
+    with pytest.raises(ValueError, match=f"^{op}: .*{message}"):
+        PAIRS[op][0](x, **options)
+
+
+@each_op
+def test_refuses_an_axis_that_is_not_there(op):
+    with pytest.raises(IndexError, match="out of range"):
+        PAIRS[op][0](torch.ones(2, 3), dim=2)
+
+
+@each_op
+def test_refuses_a_second_derivative(op, device):
+    x = torch.randn(2, 8, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(PAIRS[op][0](x)[0, 0], x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        dx.sum().backward()

@@ -1,0 +1,60 @@
+"""What the tests of optimizers share: models, gradients, training, and comparison."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+SMALL = [(5,), (127,), (8, 16)]
+
+
+def parameters(shapes, device, dtype=torch.float32):
+    """Random parameters, the last of which starts 4 bytes past a multiple of 16."""
+    ps = [torch.randn(shape, device=device) for shape in shapes]
+    ps.append(torch.randn(2302, device=device)[1:])
+    return [nn.Parameter(p.to(dtype)) for p in ps]
+
+
+def gradients(ps, seed, scale=1.0):
+    """Gradients of very different sizes; now and then there is none."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(ps):
+        g = torch.randn(p.shape, generator=generator) * scale * 10.0 ** (i % 5 - 2)
+        p.grad = None if (seed + i) % 7 == 0 else g.to(p)
+
+
+def train(make, ps, steps, *, clip=None, start=0, optimizer=None):
+    optimizer = make(ps) if optimizer is None else optimizer
+    for seed in range(start, start + steps):
+        gradients(ps, seed)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(ps, clip)
+        optimizer.step()
+    return optimizer
+
+
+def assert_no_worse(ours, theirs, exact, slack=2.0):
+    """Our distance from float64 is at most `slack` times torch's own."""
+    for o, t, e in zip(ours, theirs, exact, strict=True):
+        if o.numel():
+            floor = torch.finfo(o.dtype).eps * e.abs().max()
+            assert (o - e).abs().max() <= slack * (t - e).abs().max() + floor
+
+
+def bits(optimizer):
+    state = [x for s in optimizer.state.values() for x in s.values()]
+    return [x.clone() for group in optimizer.param_groups for x in group["params"]] + state
+
+
+def assert_equal(xs, ys):
+    for x, y in zip(xs, ys, strict=True):
+        assert torch.equal(x, y)
+
+
+def programs_in(order) -> AbstractContextManager:
+    """Run the programs of every launch in `order`, where that can be chosen."""
+    if torch.cuda.is_available():
+        return nullcontext()
+    import strict_interpreter
+
+    return strict_interpreter.program_order(order)

@@ -1,0 +1,189 @@
+"""Prove that the model computes what it says: causal, cached, grouped, recomputed alike."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from kernels import cross_entropy
+from model import ModelConfig, Transformer
+from model.generate import sample
+from model.optim import learning_rate, parameter_groups
+
+CONFIG = ModelConfig(vocab_size=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=16)
+
+
+def build(device, **changes):
+    return Transformer(replace(CONFIG, **changes)).to(device)
+
+
+def ids(device, *shape):
+    return torch.randint(CONFIG.vocab_size, shape, device=device)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(device):
+    model, tokens, targets = build(device, softcap=5.0), ids(device, 2, 9), ids(device, 2, 9)
+    targets[0, 3] = -100
+    expected = cross_entropy(model(tokens).view(18, -1), targets.view(-1))
+    torch.testing.assert_close(model(tokens, targets), expected)
+
+
+def test_logits_do_not_see_the_future(device):
+    model, tokens = build(device), ids(device, 1, 12)
+    changed = tokens.clone()
+    changed[0, 7:] = (changed[0, 7:] + 1) % CONFIG.vocab_size
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-3)
+
+
+def test_logits_depend_on_relative_positions_only(device):
+    model = build(device, n_layers=1)
+    tokens = ids(device, 1, 5)
+    shift = 6
+    model_shifted = build(device, n_layers=1)
+    model_shifted.load_state_dict(model.state_dict())
+    model_shifted.cos_LK = model.cos_LK.roll(-shift, 0)
+    model_shifted.sin_LK = model.sin_LK.roll(-shift, 0)
+    torch.testing.assert_close(model(tokens), model_shifted(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_heads_share_keys_and_values(device):
+    grouped, full = build(device), build(device, n_kv_heads=4)
+    state = grouped.state_dict()
+    for name in state:
+        if name.endswith(("key.weight", "value.weight")):
+            heads = state[name].view(2, 8, -1)
+            state[name] = heads.repeat_interleave(2, dim=0).view(32, -1)
+    full.load_state_dict(state)
+    tokens = ids(device, 2, 10)
+    torch.testing.assert_close(grouped(tokens), full(tokens))
+
+
+def test_recomputing_activations_changes_nothing(device):
+    model, tokens, targets = build(device), ids(device, 2, 9), ids(device, 2, 9)
+    gradients = []
+    for policy in ("none", "full"):
+        model.activation_checkpointing = policy
+        model.zero_grad()
+        model(tokens, targets).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for x, y in zip(*gradients, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_generates_the_same_with_its_cache_as_without(device):
+    model, tokens = build(device), ids(device, 2, 3)
+    expected = tokens
+    for _ in range(10):
+        best = model(expected)[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat((expected, best), dim=1)
+    assert torch.equal(model.generate(tokens, 10, temperature=0), expected)
+    assert torch.equal(model.generate(tokens, 10, top_k=1), expected)
+    assert torch.equal(model.generate(tokens, 10, top_p=1e-6), expected)
+
+
+def test_generates_beyond_its_context(device):
+    model, tokens = build(device), ids(device, 1, 20)
+    out = model.generate(tokens, 30, temperature=0)
+    assert out.shape == (1, 50)
+    # The first new token sees the last 16; after the context was full, the last 8 were read again.
+    assert out[0, 20] == model(tokens[:, -16:])[0, -1].argmax()
+    assert out[0, 21] == model(out[:, 13:21])[0, -1].argmax()
+
+
+def test_samples_by_probability(device):
+    logits = torch.tensor([[0.0, 1.0, 2.0, -9.0]], device=device).repeat(20000, 1)
+    drawn = torch.bincount(sample(logits, temperature=0.5)[:, 0], minlength=4) / 20000
+    torch.testing.assert_close(drawn, (logits[0] / 0.5).softmax(-1), atol=0.015, rtol=0)
+    drawn = torch.bincount(sample(logits, top_k=2)[:, 0], minlength=4) / 20000
+    expected = torch.tensor([0.0, 0.2689, 0.7311, 0.0], device=device)
+    torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
+    assert sample(logits, top_p=0.6).unique().tolist() == [2]  # p = 0.665 alone reaches 0.6
+    assert sample(logits, top_p=0.7).unique().tolist() == [1, 2]
+
+
+def test_initialises_residual_projections_by_depth(device):
+    shallow, deep = (build(device, n_layers=n).blocks[0].feed_forward.down for n in (1, 4))
+    ratio = shallow.weight.std() / deep.weight.std()
+    assert ratio.item() == pytest.approx(2.0, rel=0.1)
+
+
+def test_ties_the_embedding_only_if_asked(device):
+    tied, untied = build(device), build(device, tie_embeddings=False)
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.head.weight is not untied.embedding.weight
+
+
+def test_decays_matrices_only(device):
+    for tie in (True, False):
+        model = build(device, tie_embeddings=tie)
+        decayed, others = parameter_groups(model, 0.1)
+        named = {id(p): name for name, p in model.named_parameters()}
+        names = {named[id(p)] for p in others["params"]}
+        assert names == {n for n in named.values() if "norm" in n or n == "embedding.weight"}
+        assert len(decayed["params"]) + len(others["params"]) == len(named)
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("linear", 0, 0.1), ("linear", 9, 1.0), ("linear", 10, 1.0), ("linear", 60, 0.6),
+        ("linear", 110, 0.2), ("linear", 999, 0.2), ("cosine", 60, 0.6), ("cosine", 35, 0.8828),
+    ],
+)  # fmt: skip
+def test_learning_rate(schedule, step, expected):
+    rate = learning_rate(
+        step, peak=1.0, warmup_steps=10, max_steps=110, schedule=schedule, final=0.2
+    )
+    assert rate == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(n_heads=5), "n_heads must divide d_model, got 5 heads for width 32; try n_heads=4"),
+        (dict(n_kv_heads=3), "n_kv_heads must divide n_heads, got 3 for 4 heads"),
+        (dict(n_kv_heads=0), "n_kv_heads must divide n_heads, got 0"),
+        (dict(d_model=4), "must be even for rotary positions, got 1"),
+        (dict(n_layers=0), "n_layers must be at least 1, got 0"),
+        (dict(d_ff=0), "d_ff must be at least 1, got 0"),
+        (dict(softcap=-1.0), "softcap must be above 0"),
+    ],
+)
+def test_refuses_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(temperature=-1), "temperature must be at least 0"),
+        (dict(top_k=0), "top_k must be at least 1"),
+        (dict(top_p=0.0), r"top_p must lie in \(0, 1\]"),
+        (dict(max_new_tokens=-1), "max_new_tokens must be at least 0"),
+    ],
+)
+def test_refuses_wrong_sampling(arguments, message, device):
+    with pytest.raises(ValueError, match=message):
+        build(device).generate(ids(device, 1, 3), **{"max_new_tokens": 2} | arguments)
+
+
+def test_refuses_what_does_not_fit_the_context(device):
+    with pytest.raises(ValueError, match="tokens reach position 17, but max_seq_len is 16"):
+        build(device)(ids(device, 1, 17))
+    with pytest.raises(ValueError, match="tokens must be"):
+        build(device).generate(ids(device, 1, 0), 1)
+    with pytest.raises(ValueError, match="activation_checkpointing must be"):
+        Transformer(CONFIG, activation_checkpointing="half")
+
+
+def test_is_a_module_like_any_other(device):
+    model = build(device)
+    assert isinstance(model, nn.Module)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    tokens = ids(device, 1, 8)
+    torch.testing.assert_close(compiled(tokens, tokens), model(tokens, tokens))

@@ -1,0 +1,26 @@
+"""Every planted fault can still be planted: its line stands where the table says, and once."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import Mutant
+from tests.mutants.__main__ import OPS, mutants
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_applies(op):
+    assert (ROOT / f"tests/kernels/test_{op}.py").exists()
+    for mutant in mutants(op):
+        source = (ROOT / mutant.file).read_text()
+        mutated = mutant.apply(source)
+        assert mutated != source, mutant.what
+        compile(mutated, mutant.file, "exec")
+
+
+def test_refuses_a_stale_table():
+    mutant = Mutant("stale", "file.py", original="a", replacement="b")
+    with pytest.raises(ValueError, match="must hold 'a' once, got 2 times; rewrite"):
+        mutant.apply("a a")
