@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint static clean
 
 train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
@@ -20,6 +20,9 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
+
+static: .venv/installed
+	$(BIN)/python -m bench static
 
 clean:
 	rm -rf .venv runs

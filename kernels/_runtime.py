@@ -30,6 +30,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only where its last axis is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
     """Register `launch` as the operator `tritium::<schema>` and return it, bound for cheap calls.
 

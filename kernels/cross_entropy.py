@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, uses_triton
+from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
 from ._token_loss import (
     SCHEMA,
     Options,
@@ -459,5 +459,4 @@ def _rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         )
     x = logits.movedim(1, -1) if logits.dim() > 2 else logits
     target_T = check_target("cross_entropy", target, x.shape[:-1], logits)
-    x_TV = x.reshape(-1, x.shape[-1])
-    return (x_TV if x_TV.stride(1) == 1 else x_TV.contiguous()), target_T
+    return unit_stride(x.reshape(-1, x.shape[-1])), target_T

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, uses_triton
+from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
 
 TILE = 2048  # pairs per program: 16 a thread
 
@@ -106,11 +106,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BLHK: Tensor):
-        return _backward(_unit_stride(dy_BLHK), *ctx.saved_tensors), None, None
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+        return _backward(unit_stride(dy_BLHK), *ctx.saved_tensors), None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -135,7 +131,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _validate(x, cos=cos, sin=sin)
     if not uses_triton(x):
         return rope_reference(x, cos, sin)
-    x_BLHK = _unit_stride(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
+    x_BLHK = unit_stride(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
     return _Rope.apply(x_BLHK, cos.contiguous(), sin.contiguous()).view(x.shape)
 
 

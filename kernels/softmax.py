@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, uses_triton
+from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
 
 TILE = 2048  # elements per program where rows are short: 16 a thread
 MAX_TILE = 16384  # the longest row that 16 warps hold without spilling
@@ -275,7 +275,7 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_MN: Tensor):
         (y_MN,) = ctx.saved_tensors
-        return _backward(_unit_stride(dy_MN), y_MN, *ctx.options), None, None, None
+        return _backward(unit_stride(dy_MN), y_MN, *ctx.options), None, None, None
 
 
 def softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False) -> Tensor:
@@ -338,10 +338,6 @@ def _validate(op: str, x: Tensor, dim: int, causal: bool) -> None:
 
 def _apply(x: Tensor, dim: int, scale: float, causal: bool, *, log: bool) -> Tensor:
     moved = x.movedim(dim, -1)
-    x_MN = _unit_stride(moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]))
+    x_MN = unit_stride(moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]))
     Lq = x.shape[-2] if causal else 0
     return _Softmax.apply(x_MN, Lq, scale, log).view(moved.shape).movedim(-1, dim)
-
-
-def _unit_stride(x_MN: Tensor) -> Tensor:
-    return x_MN if x_MN.stride(1) == 1 else x_MN.contiguous()

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ._runtime import accumulator, once_differentiable, operator, uses_triton
+from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
 
 TILE = 2048  # elements per program: 16 a thread
 
@@ -113,8 +113,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _matrix(x: Tensor, T: int, F: int) -> Tensor:
-    x_TF = x.reshape(T, F)
-    return x_TF if x_TF.stride(1) == 1 else x_TF.contiguous()
+    return unit_stride(x.reshape(T, F))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,116 +1,66 @@
-"""Sampling from a model, one token at a time, with keys and values kept."""
+"""Sample text from a finished run: python -m model.generate RUN [--prompt TEXT]."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import Annotated
 
 import torch
-from torch import Tensor
+import tyro
+from tokenizers import Tokenizer
 
-from kernels import softmax
-
-if TYPE_CHECKING:
-    from .transformer import ModelConfig, Transformer
-
-
-class Cache:
-    """The keys and values of every layer for the positions seen so far, `[B, L, G, K]` each."""
-
-    def __init__(self, config: ModelConfig, batch: int, like: Tensor):
-        shape = (config.n_layers, 2, batch, config.max_seq_len, config.kv_heads, config.head_width)
-        self.kv = like.new_empty(shape)
-        self.length = 0
-
-    def layer(self, i: int) -> LayerCache:
-        """Return the cache of layer `i`."""
-        return LayerCache(self.kv[i, 0], self.kv[i, 1], self.length)
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .transformer import Transformer
 
 
-class LayerCache:
-    """One layer's part of a `Cache`."""
-
-    def __init__(self, k_BLGK: Tensor, v_BLGK: Tensor, length: int):
-        self.k_BLGK, self.v_BLGK, self.length = k_BLGK, v_BLGK, length
-
-    def append(self, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new positions; return those of all positions."""
-        end = self.length + k_BLGK.shape[1]
-        self.k_BLGK[:, self.length : end] = k_BLGK
-        self.v_BLGK[:, self.length : end] = v_BLGK
-        return self.k_BLGK[:, :end], self.v_BLGK[:, :end]
-
-
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
+def main(
+    run: Annotated[Path, tyro.conf.Positional],
+    /,
+    prompt: str = "def ",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
     top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue `tokens` by sampling from the model.
-
-    When the context is full, its older half is dropped and the rest read again.
+    top_p: float | None = 0.95,
+    seed: int = 1,
+) -> None:
+    """Print a continuation of the prompt by the newest checkpoint of a run.
 
     Args:
-        model: the model to sample from.
-        tokens: `[B, L]` ids on the model's device, L >= 1.
-        max_new_tokens: how many tokens to add to each row.
+        run: the run's folder.
+        prompt: text to go on from.
+        max_new_tokens: length of the continuation, in tokens.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only.
-        top_p: sample among the fewest tokens whose probabilities sum to at least p.
-        generator: source of randomness on the model's device; None for PyTorch's global one.
+        top_p: sample among the fewest tokens whose probabilities sum to p.
+        seed: seed of the sampling.
+    """
+    model, tokenizer = load_run(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ids = tokenizer.encode(prompt).ids or [tokenizer.token_to_id("<|endoftext|>")]
+    tokens = model.to(device).generate(
+        torch.tensor([ids], device=device), max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, generator=torch.Generator(device).manual_seed(seed),
+    )  # fmt: skip
+    print(tokenizer.decode(tokens[0].tolist()))
 
-    Returns:
-        `[B, L + max_new_tokens]` ids.
+
+def load_run(run: Path) -> tuple[Transformer, Tokenizer]:
+    """Return the model of a run's newest checkpoint, and its tokenizer.
 
     Raises:
-        ValueError: an argument is out of its range.
+        CheckpointError: the folder holds no run, or one that is damaged.
     """
-    _check(tokens, max_new_tokens, temperature, top_k, top_p)
-    limit = model.config.max_seq_len
-    cache, unread = None, tokens[:, -limit:]
-    for _ in range(max_new_tokens):
-        if cache is None or cache.length + unread.shape[1] > limit:
-            if cache is not None:
-                unread = tokens[:, -max(1, limit // 2) :]
-            cache = Cache(model.config, tokens.shape[0], model.embedding.weight)
-        logits_BV = model.logits(model.hidden(unread, cache)[:, -1])
-        unread = sample(logits_BV, temperature, top_k, top_p, generator)
-        tokens = torch.cat((tokens, unread), dim=1)
-    return tokens
+    found = checkpoint.checkpoints(run / "checkpoints")
+    if not found or not (run / "tokenizer.json").exists():
+        raise CheckpointError(f"{run} holds no checkpoint; name the folder of a run of train.py")
+    return checkpoint.load_model(found[-1]), Tokenizer.from_file(str(run / "tokenizer.json"))
 
 
-def sample(
-    logits_BV: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one id per row, `[B, 1]`; the arguments are those of `generate`."""
-    if temperature == 0:
-        return logits_BV.argmax(-1, keepdim=True)
-    p_BV, ids_BV = softmax(logits_BV.float(), scale=1 / temperature).sort(-1, descending=True)
-    if top_k is not None:
-        p_BV = p_BV[:, :top_k]
-    if top_p is not None:
-        before_BV = p_BV.cumsum(-1) - p_BV
-        p_BV = torch.where(before_BV < top_p, p_BV, 0)  # the most probable token always stays
-    return ids_BV.gather(-1, torch.multinomial(p_BV, 1, generator=generator))
-
-
-def _check(tokens, max_new_tokens, temperature, top_k, top_p) -> None:
-    if tokens.dim() != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"generate: tokens must be [B, L] with L >= 1, got {list(tokens.shape)}")
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, prog="model.generate")
+    except ValueError as error:  # CheckpointError, or a sampling argument out of its range
+        print(f"model.generate: {error}", file=sys.stderr)
+        sys.exit(2)

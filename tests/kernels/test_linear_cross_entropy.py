@@ -3,6 +3,8 @@
 Every case runs twice: with the kernels, and with their PyTorch stand-in that serves a CPU.
 """
 
+from importlib import import_module
+
 import pytest
 import torch
 from check import check
@@ -16,12 +18,13 @@ from kernels.linear_cross_entropy import (
 )
 
 IGNORE = -100
+MODULE = import_module("kernels.linear_cross_entropy")  # the package's name for it is the function
 
 
 @pytest.fixture(params=["kernel", "reference"], autouse=True)
 def rows(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr("kernels.linear_cross_entropy.uses_triton", lambda x: False)
+        monkeypatch.setattr(MODULE, "uses_triton", lambda x: False)
 
 
 def layer(T, D, V, device="cpu", dtype=torch.float32):
@@ -110,7 +113,7 @@ def test_gradient_for_one_input_only(wanted, device):
 def test_computes_no_gradient_unasked(device, monkeypatch):
     hidden, weight, _, target = layer(5, 3, 7, device)
     called = []
-    monkeypatch.setattr("kernels.linear_cross_entropy._rows_gradient", called.append)
+    monkeypatch.setattr(MODULE, "_rows_gradient", called.append)
     linear_cross_entropy(hidden, weight, target)
     with torch.no_grad():
         linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), target)

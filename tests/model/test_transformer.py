@@ -8,8 +8,8 @@ from torch import nn
 
 from kernels import cross_entropy
 from model import ModelConfig, Transformer
-from model.generate import sample
 from model.optim import learning_rate, parameter_groups
+from model.sampling import sample
 
 CONFIG = ModelConfig(vocab_size=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=16)
 
