@@ -121,8 +121,9 @@ class Transformer(nn.Module):
     def initialise(self) -> None:
         """Draw the weights afresh: normal, and far smaller where a block adds its output.
 
-        There by depth, and by ten besides, so that the stream begins as the embedding: it learns
-        faster (2.11 instead of 2.16 bits per byte after 0.45M tokens, 4 layers of width 256).
+        There by depth, and by ten besides, so that the stream begins nearly as the embedding. Zeros
+        instead of the depth rule alone gave 2.11 against 2.16 bits per byte in 45 s of training on
+        two cores (4 layers, one seed); a tenth was chosen to keep the rule, not compared by itself.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
