@@ -1,21 +1,38 @@
-"""`python -m bench VERB`: run a measurement; without a verb, list them."""
+"""`python -m bench VERB` or `python -m bench OP [OP ...]`; without either, list them."""
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
 
 import tyro
 
-from . import static
-
-VERBS = {"static": static.main}  # what the kernels compile to, without a GPU
+VERBS = {
+    "static": "static",  # what the kernels compile to, without a GPU
+    "explain": "bounds",  # what no version of an operation can beat
+    "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
+}
+"""The module of each, whose `main` it is."""
 
 
 def main() -> None:
-    """Hand the command line to the verb that it begins with."""
+    """Hand the command line to the verb that it begins with, or measure the operations named."""
     verb, *arguments = sys.argv[1:] or [""]
-    if verb not in VERBS:
+    if verb in VERBS:
+        tyro.cli(_main_of(VERBS[verb]), args=arguments, prog=f"python -m bench {verb}")
+        return
+    from .operations import OPERATIONS
+
+    if verb == "all" or verb in OPERATIONS:
+        tyro.cli(_main_of("compare"), args=[verb, *arguments], prog="python -m bench")
+    else:
         print("usage: python -m bench VERB [--help]", *(f"  {name}" for name in VERBS), sep="\n")
+        print("or:    python -m bench OP [OP ...] [--help]", "  all", sep="\n")
+        print(*(f"  {name}" for name in OPERATIONS), sep="\n")
         raise SystemExit(2 if verb else 0)
-    tyro.cli(VERBS[verb], args=arguments, prog=f"python -m bench {verb}")
+
+
+def _main_of(module: str) -> Callable:
+    return import_module(f".{module}", __package__).main
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-MAX_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one program may use, by target
+from ._devices import DEVICES
 
 
 @dataclass
@@ -27,10 +27,12 @@ class Compiled:
     shared: int
     threads: int = 0
     ttir: str = field(default="", repr=False)
+    assembly: str = field(default="", repr=False)
+    """The listing that the compiler wrote on the way, for an AMD target."""
 
 
 class StubDriver(DriverBase):
-    """Stand for a GPU of compute capability `arch`: 80, 90 or 100.
+    """Stand for a GPU: 80, 90 or 100 (compute capability times ten), or "gfx942".
 
     `launches` lists what was launched, in order; a kernel launched twice is the same object twice.
     All drivers share the list: Triton keeps a kernel with the driver that was active at the first
@@ -39,36 +41,41 @@ class StubDriver(DriverBase):
 
     launches: ClassVar[list[Compiled]] = []
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, arch: int | str) -> None:
+        self.device = DEVICES[f"sm_{arch}" if isinstance(arch, int) else arch]
         self.launches.clear()
         self.utils = self  # Triton asks `utils` for the two methods below
-        knobs.runtime.kernel_load_end_hook.add(self._attach_ttir)
+        knobs.runtime.kernel_load_end_hook.add(self._attach_listings)
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
+    def get_device_properties(self, device: int | str) -> dict[str, int]:
         """Tell what Triton and kernels ask of a device; the multiprocessors are an H100's."""
-        return {"max_shared_mem": MAX_SHARED[self.arch], "multiprocessor_count": 132}
+        return {"max_shared_mem": self.device.program_shared, "multiprocessor_count": 132}
 
-    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple:
-        """Return module, function, registers, spills and most threads, as the real driver does."""
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int | str) -> tuple:
+        """Return module, function, registers, spills and most threads, as the real driver does.
+
+        No number of threads is refused here: `static` finds fault with too many itself.
+        """
         compiled = Compiled(name, cubin, shared)
-        return compiled, compiled, 0, 0, 1024
+        return compiled, compiled, 0, 0, 1 << 30
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return what Triton calls to launch: grid, stream, function, further arguments."""
 
         def launch(x, y, z, stream, compiled: Compiled, *arguments) -> None:
-            compiled.threads = metadata.num_warps * 32
+            compiled.threads = metadata.num_warps * metadata.target.warp_size
             self.launches.append(compiled)
 
         return launch
 
     @staticmethod
-    def _attach_ttir(
+    def _attach_listings(
         module: Any, function: Any, name: str, metadata_group: dict[str, str], hash: str
     ) -> None:
-        (path,) = (path for file, path in metadata_group.items() if file.endswith(".ttir"))
-        function.ttir = Path(path).read_text()
+        listings = {Path(file).suffix: Path(path) for file, path in metadata_group.items()}
+        function.ttir = listings[".ttir"].read_text()
+        if ".amdgcn" in listings:
+            function.assembly = listings[".amdgcn"].read_text()
 
     @classmethod
     def is_active(cls) -> bool:
@@ -81,13 +88,13 @@ class StubDriver(DriverBase):
 
     def get_current_target(self) -> GPUTarget:
         """The target to compile for."""
-        return GPUTarget("cuda", self.arch, 32)
+        return self.device.target
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         """The key of Triton's cache of compiled kernels: by target, so that targets do not mix."""
-        return self.arch
+        return self.device.target.arch
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: int | str) -> int:
         """The default stream."""
         return 0
 

@@ -1,29 +1,88 @@
-"""What the losses over class indices share: their options, the checks of these, the reduction."""
+"""What the losses over classes share: options, checks, row statistics, the reduction.
 
+A row's loss is a function of a few numbers, the `Statistics` of its logits z_V. With class weights
+w_V (ones if absent), target class t or soft targets q_V, and ε the label smoothing:
+
+    hit  = (1 - ε) · w_t, 0 for soft targets        a_V = w_V · ((1 - ε) · q_V + ε/V), q_V = 0 for t
+    loss = hit · (lse - z_t) + sum(a_V) · lse - sum(a_V · z_V) + z_loss · w_t · lse²
+
+where w_t is 1 for soft targets. Where the classes are split over a process group, each rank
+computes the numbers of its own classes, and two all-reduces make them those of the whole row.
+"""
+
+import math
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    _resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LOWEST = -3.4028234663852886e38  # a maximum that is never -inf, so m - m is never nan
+LOWEST_GAP = -1e4  # exp of it is 0; bounds a difference of logits that would otherwise be -inf
+
+Results = tuple[Tensor, Tensor, Tensor]  # loss_T, the statistics values_RT, argmax_T or nothing
 
 
 class Options(NamedTuple):
-    """The options that act on each row by itself; a softcap of 0 means none."""
+    """What a loss over classes is told besides its tensors."""
 
     ignore_index: int
     label_smoothing: float
     z_loss: float
-    softcap: float
+    softcap: float  # 0: none
+    logit_scale: float
+    stats: bool = False  # whether entropy and argmax are wanted
+    first_class: int = 0  # of this rank
+    n_classes: int = 0  # of all ranks; 0: as many as there are logits
+    group: str = ""  # name of the process group over which the classes are split
 
 
-SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap"  # of `Options`
+SCHEMA = (
+    "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale,"
+    " bool stats, SymInt first_class, SymInt n_classes, str group"
+)
+
+
+class Row(IntEnum):
+    """The rows of `Statistics.values`. The first two are always there, MASS with soft targets."""
+
+    MAXIMUM = 0  # of z_V
+    SUM = 1  # of exp(z_V - maximum); kept beside it, for lse itself would round p away
+    MASS = 2  # sum(a_V)
+    DOT = 3  # sum(a_V · z_V)
+    TARGET = 4  # z_t
+    SPREAD = 5  # sum(exp(z_V - maximum) · (z_V - maximum))
+
+
+class TokenStats(NamedTuple):
+    """Per token, in the shape of `target`; of ignored tokens 0, and -1 for the argmax."""
+
+    lse: Tensor
+    """log(sum(exp(z))), in nats."""
+    entropy: Tensor
+    """Entropy of softmax(z), in nats."""
+    argmax: Tensor
+    """The most likely class, the first of equals, int64; -1 in a row without any number."""
+    target_log_probability: Tensor | None
+    """log(softmax(z)) of the target class, in nats; None with soft targets."""
+    accuracy: Tensor | None
+    """Scalar: the share of counted tokens whose argmax is the target; None with soft targets."""
 
 
 def token_weights(
     target_T: Tensor, w_V: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight of each token's loss: that of its class, or 0 where the target is ignored."""
+    """The weight of each token's loss: that of its class, or 0 where the target is ignored.
+
+    Soft targets, which are floating point, weigh 1 each.
+    """
+    if target_T.is_floating_point():
+        return target_T.new_ones(target_T.shape[0], dtype=dtype)
     counts_T = target_T != ignore_index
     if w_V is None:
         return counts_T.to(dtype)
@@ -42,28 +101,213 @@ def reduce(
     return loss_T.sum() / token_weights(target_T, w_V, ignore_index, loss_T.dtype).sum()
 
 
+def loss_of(values_RT: Tensor, w_T: Tensor, options: Options, soft: bool) -> Tensor:
+    """The loss of each row from its statistics, all of them; `w_T` as of `token_weights`."""
+    log_s_T = values_RT[Row.SUM].log()
+    lse_T = values_RT[Row.MAXIMUM] + log_s_T
+    loss_T = values_RT[Row.MASS] * lse_T - values_RT[Row.DOT] + options.z_loss * w_T * lse_T**2
+    if soft:
+        return loss_T
+    hit_T = (1 - options.label_smoothing) * w_T
+    return loss_T + hit_T * ((values_RT[Row.MAXIMUM] - values_RT[Row.TARGET]) + log_s_T)
+
+
+def combine(values_RT: Tensor, argmax_T: Tensor, group: str, soft: bool) -> tuple[Tensor, Tensor]:
+    """Make statistics of each rank's classes those of whole rows.
+
+    Two all-reduces, and a third where an argmax is wanted.
+    """
+    m_T = all_reduce(values_RT[Row.MAXIMUM], group, "max")
+    gap_T = (values_RT[Row.MAXIMUM] - m_T).clamp_min(LOWEST_GAP)
+    combined_RT = values_RT.clone()
+    combined_RT[Row.MAXIMUM] = m_T
+    combined_RT[Row.SPREAD] += values_RT[Row.SUM] * gap_T
+    combined_RT[[Row.SUM, Row.SPREAD]] *= gap_T.exp()
+    summed = [Row.SUM, Row.DOT, Row.TARGET, Row.SPREAD, *([Row.MASS] if soft else [])]
+    combined_RT[summed] = all_reduce(combined_RT[summed], group, "sum")
+    if argmax_T.numel():
+        largest = torch.iinfo(argmax_T.dtype).max
+        found_T = (gap_T == 0) & (argmax_T >= 0)
+        argmax_T = all_reduce(torch.where(found_T, argmax_T, largest), group, "min")
+        argmax_T = torch.where(argmax_T == largest, -1, argmax_T)
+    return combined_RT, argmax_T
+
+
+def all_reduce(x: Tensor, group: str, how: str) -> Tensor:
+    """The maximum ("max"), minimum ("min") or sum ("sum") of `x` over the ranks of `group`."""
+    x = x.clone()
+    op = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "sum": dist.ReduceOp.SUM}[how]
+    dist.all_reduce(x, op, _resolve_process_group(group))
+    return x
+
+
+def shard(group: dist.ProcessGroup | None, V: int) -> tuple[int, int, str]:
+    """`first_class`, `n_classes` and `group` of `Options`, where this rank holds V classes."""
+    if group is None:
+        return 0, 0, ""
+    return dist.get_rank(group) * V, dist.get_world_size(group) * V, group.group_name
+
+
+def token_stats(
+    values_RT: Tensor, argmax_T: Tensor, target_T: Tensor, ignore_index: int, shape: torch.Size
+) -> TokenStats:
+    """Give the statistics of each token their names and the `shape` of the targets."""
+    m_T, s_T, z_t_T, u_T = (values_RT[i] for i in (Row.MAXIMUM, Row.SUM, Row.TARGET, Row.SPREAD))
+    log_s_T = s_T.log()
+    lse_T, entropy_T = m_T + log_s_T, log_s_T - u_T / s_T
+    if target_T.is_floating_point():
+        return TokenStats(*(x.view(shape) for x in (lse_T, entropy_T, argmax_T)), None, None)
+    log_p_T = (z_t_T - m_T) - log_s_T
+    counts_T = target_T != ignore_index
+    accuracy = ((argmax_T == target_T) & counts_T).sum() / counts_T.sum()
+    return TokenStats(*(x.view(shape) for x in (lse_T, entropy_T, argmax_T, log_p_T)), accuracy)
+
+
+def rows_reference(
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, options: Options,
+    gradient: bool,
+) -> Results:  # fmt: skip
+    """The definition of the rows' results; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
+    soft = target_T.is_floating_point()
+    z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32), copy=not gradient)
+    if options.logit_scale != 1:
+        z_TV.mul_(options.logit_scale)
+    if options.softcap:
+        z_TV.div_(options.softcap).tanh_().mul_(options.softcap)
+        slope_TV = 1 - (z_TV / options.softcap).square_()
+    w_T = token_weights(target_T, w_V, options.ignore_index, z_TV.dtype)
+    a_TV, total = _masses_reference(z_TV, target_T, w_V, options)
+    t_T1, owned_T = _owned_reference(target_T, x_TV.shape[1], options)
+
+    values_RT = z_TV.new_zeros(len(Row), x_TV.shape[0])
+    values_RT[Row.MASS] = total
+    if a_TV is not None:
+        values_RT[Row.DOT] = (a_TV * z_TV).sum(1) if soft else z_TV @ a_TV[0]
+    values_RT[Row.TARGET] = torch.where(owned_T, z_TV.gather(1, t_T1)[:, 0], 0)
+    argmax_T = z_TV.argmax(1) + options.first_class if options.stats else t_T1.new_empty(0)
+    m_T = z_TV.amax(1).clamp_min(LOWEST)
+    gap_TV = z_TV.sub_(m_T[:, None])
+    e_TV = gap_TV.exp() if options.stats else gap_TV.exp_()
+    values_RT[Row.MAXIMUM], values_RT[Row.SUM] = m_T, e_TV.sum(1)
+    if options.stats:
+        values_RT[Row.SPREAD] = (e_TV * gap_TV.clamp_min_(LOWEST_GAP)).sum(1)
+    if options.group:
+        values_RT, argmax_T = combine(values_RT, argmax_T, options.group, soft)
+    loss_T = loss_of(values_RT, w_T, options, soft)
+
+    if gradient:
+        hit_T = torch.zeros_like(w_T) if soft else (1 - options.label_smoothing) * w_T
+        lse_T = values_RT[Row.MAXIMUM] + values_RT[Row.SUM].log()
+        rate_T = (m_T - values_RT[Row.MAXIMUM]).exp() / values_RT[Row.SUM]
+        rate_T *= hit_T + values_RT[Row.MASS] + 2 * options.z_loss * w_T * lse_T
+        dx_TV = e_TV.mul_(rate_T[:, None])
+        if a_TV is not None:
+            dx_TV.sub_(a_TV)
+        dx_TV.scatter_add_(1, t_T1, torch.where(owned_T, -hit_T, 0)[:, None])
+        if options.softcap:
+            dx_TV.mul_(slope_TV)
+        if options.logit_scale != 1:
+            dx_TV.mul_(options.logit_scale)
+        if dloss_T is not None:
+            dx_TV.mul_(dloss_T[:, None])
+        if not soft:
+            dx_TV[(target_T == options.ignore_index).nonzero()[:, 0]] = 0
+        if dx_TV is not x_TV:
+            x_TV.copy_(dx_TV)
+    return clear_ignored((loss_T, values_RT, argmax_T), target_T, options)
+
+
+def _masses_reference(
+    z_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options
+) -> tuple[Tensor | None, Tensor | float]:
+    """a_V of every row, or of all rows, `[1, V]`, or None; and its sum.
+
+    With hard targets that is the sum over all ranks' classes, which every rank knows.
+    """
+    V = z_TV.shape[1]
+    n_classes = options.n_classes or V
+    mine = slice(options.first_class, options.first_class + V)
+    uniform = options.label_smoothing / n_classes
+    if target_T.is_floating_point():
+        a_TV = (1 - options.label_smoothing) * target_T.to(z_TV) + uniform
+        a_TV = a_TV if w_V is None else a_TV * w_V.to(z_TV)[mine]
+        return a_TV, a_TV.sum(1)
+    if not uniform:
+        return None, 0.0
+    a_V = uniform * (z_TV.new_ones(n_classes) if w_V is None else w_V.to(z_TV))
+    return a_V[None, mine], a_V.sum()
+
+
+def _owned_reference(target_T: Tensor, V: int, options: Options) -> tuple[Tensor, Tensor]:
+    """The targets as local classes, `[T, 1]`, and which of them count and are this rank's."""
+    n_classes = options.n_classes or V
+    if target_T.is_floating_point():
+        nothing_T = target_T.new_zeros(target_T.shape[0], dtype=torch.int64)
+        return nothing_T[:, None], nothing_T > 0
+    counts_T = target_T != options.ignore_index
+    if (counts_T & ((target_T < 0) | (target_T >= n_classes))).any():
+        raise IndexError(f"cross_entropy: a target lies outside [0, {n_classes})")
+    local_T = target_T - options.first_class
+    owned_T = counts_T & (local_T >= 0) & (local_T < V)
+    return torch.where(owned_T, local_T, 0)[:, None], owned_T
+
+
+def clear_ignored(results: Results, target_T: Tensor, options: Options) -> Results:
+    """Give the rows of ignored targets what the kernel gives them, whatever their logits."""
+    if target_T.is_floating_point():
+        return results
+    loss_T, values_RT, argmax_T = results
+    ignored_T = target_T == options.ignore_index
+    values_RT = values_RT.masked_fill(ignored_T, 0)
+    values_RT[Row.SUM].masked_fill_(ignored_T, 1)
+    argmax_T = argmax_T.masked_fill(ignored_T, -1) if options.stats else argmax_T
+    return loss_T.masked_fill(ignored_T, 0), values_RT, argmax_T
+
+
 def check_options(
-    op: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None
+    op: str,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
 ) -> None:
     """Raise ValueError, in the name of `op`, for an option outside its range."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'{op}: reduction must be "none", "mean" or "sum", got {reduction!r}')
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if not 0 <= z_loss < float("inf"):
+    if not 0 <= z_loss < math.inf:
         raise ValueError(f"{op}: z_loss must be at least 0, got {z_loss}")
-    if softcap is not None and not 0 < softcap < float("inf"):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be above 0, or None for no cap, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
 
 
-def check_target(op: str, target: Tensor, shape: torch.Size, x: Tensor) -> Tensor:
-    """Return `target` as int64 `[T]`, or raise ValueError if it does not fit `shape` and `x`."""
-    if target.dtype not in INTEGERS:
-        raise ValueError(f"{op}: target must hold class indices (int64), got {target.dtype}")
-    if target.shape != shape:
-        raise ValueError(f"{op}: target must have shape {list(shape)}, got {list(target.shape)}")
+def check_target(op: str, target: Tensor, shape: torch.Size, V: int, x: Tensor) -> Tensor:
+    """Return `target` as int64 `[T]`, or soft targets as `[T, V]` with contiguous rows.
+
+    Raises:
+        ValueError: it does not fit the rows' `shape`, the V classes or the device of `x`.
+    """
     if target.device != x.device:
         raise ValueError(f"{op}: target is on {target.device}; move it to {x.device}")
+    if target.is_floating_point():
+        if target.shape != (*shape, V):
+            raise ValueError(
+                f"{op}: soft targets must have shape {[*shape, V]}, got {list(target.shape)}"
+            )
+        if target.requires_grad:
+            raise ValueError(f"{op}: soft targets get no gradient; pass target.detach()")
+        q_TV = target.reshape(-1, V)
+        return q_TV if q_TV.stride(1) == 1 else q_TV.contiguous()
+    if target.dtype not in INTEGERS:
+        raise ValueError(
+            f"{op}: target must hold class indices (int64) or probabilities, got {target.dtype}"
+        )
+    if target.shape != shape:
+        raise ValueError(f"{op}: target must have shape {list(shape)}, got {list(target.shape)}")
     return target.reshape(-1).long().contiguous()
 
 
@@ -78,3 +322,28 @@ def check_class_weight(op: str, name: str, w_V: Tensor | None, V: int, x: Tensor
     if w_V.requires_grad:
         raise ValueError(f"{op}: {name} gets no gradient; pass {name}.detach()")
     return w_V.contiguous()
+
+
+def check_layer(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None
+) -> None:
+    """Raise ValueError if a linear layer and its buffer do not fit `hidden` and each other."""
+    D = hidden.shape[-1]
+    if not hidden.is_floating_point():
+        raise ValueError(f"{op}: hidden must be floating point, got {hidden.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight must have shape [V, {D}], got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, x in (("weight", weight), ("bias", bias), ("weight_grad", weight_grad)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {x.device}; move it to {hidden.device}")
+    if weight_grad is None:
+        return
+    if weight_grad.shape != weight.shape or weight_grad.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: weight_grad must be float32 {list(weight.shape)}, "
+            f"got {weight_grad.dtype} {list(weight_grad.shape)}"
+        )
+    if not weight.requires_grad:
+        raise ValueError(f"{op}: weight_grad is given, but weight.requires_grad is False; set it")

@@ -3,11 +3,13 @@
     y1 = x1 · cos - x2 · sin
     y2 = x2 · cos + x1 · sin
 
-x1 and x2 are the first and the second half of the last axis: the convention of Llama and of
-Hugging Face, not the interleaved one of the paper. A rotation's transpose is its inverse, so
-backward is the same kernel with the sign of sin reversed.
+x1 and x2 are the first and the second half of the last axis, the convention of Llama in Hugging
+Face's layout; or, interleaved, its even and its odd elements, that of the paper, of GPT-J and of
+Meta's own Llama. A rotation's transpose is its inverse, so backward is the same kernel with the
+sign of sin reversed.
 
-B batch (every axis before L, flattened), L sequence, H heads, K head width, J = K / 2 pairs.
+B batch (every axis before L, flattened), L sequence, H heads, K head width, J = K / 2 pairs,
+S rows of the tables.
 
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 https://arxiv.org/abs/2104.09864
@@ -23,22 +25,67 @@ from torch import Tensor
 
 from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
 
-TILE = 2048  # pairs per program: 16 a thread
+TILE = 2048  # pairs per program: 16 a thread. In place no two threads may hold one element.
 
 
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_reference(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    offset: int | Tensor = 0,
+    interleaved: bool = False,
+) -> Tensor:
     """The definition of `rope` in plain PyTorch, in float32 or the wider dtype of `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = x.to(wide).chunk(2, dim=-1)
-    cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)  # [L, 1, J]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    cos, sin = (_rows(table.to(wide), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
+    split, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    x1, x2 = x.to(wide).unflatten(-1, split).unbind(axis)
+    y = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=axis)
+    return y.flatten(-2).to(x.dtype)
+
+
+def _rows(table: Tensor, L: int, offset: int | Tensor) -> Tensor:
+    """The rows of `table` for L positions from `offset` on; NaN where there is no such row."""
+    if isinstance(offset, int):
+        return table[offset : offset + L]
+    position = offset.long().unsqueeze(-1) + torch.arange(L, device=table.device)
+    inside = (position >= 0) & (position < table.shape[0])
+    return table[torch.where(inside, position, 0)].where(inside.unsqueeze(-1), math.nan)
+
+
+@triton.jit
+def _load_pairs(ptrs, J, mask, INTERLEAVED: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The two members of each pair of the heads at `ptrs`: `[L, H, J]` each."""
+    if INTERLEAVED:
+        offs_K = tl.arange(0, 2 * BLOCK_J)[None, None, :]
+        x = tl.load(ptrs + offs_K, mask=mask & (offs_K < 2 * J), other=0.0)
+        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], BLOCK_J, 2)))
+    else:
+        offs_J = tl.arange(0, BLOCK_J)[None, None, :]
+        mask = mask & (offs_J < J)
+        x1 = tl.load(ptrs + offs_J, mask=mask, other=0.0)
+        return x1, tl.load(ptrs + J + offs_J, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_pairs(ptrs, y1, y2, J, mask, INTERLEAVED: tl.constexpr, BLOCK_J: tl.constexpr):
+    if INTERLEAVED:
+        offs_K = tl.arange(0, 2 * BLOCK_J)[None, None, :]
+        tl.store(ptrs + offs_K, tl.interleave(y1, y2), mask=mask & (offs_K < 2 * J))
+    else:
+        offs_J = tl.arange(0, BLOCK_J)[None, None, :]
+        mask = mask & (offs_J < J)
+        tl.store(ptrs + offs_J, y1, mask=mask)
+        tl.store(ptrs + J + offs_J, y2, mask=mask)
 
 
 @triton.jit
 def _rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, L, H, J, stride_xB, stride_xL, stride_xH,
-    INVERSE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr,
-    ACC: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, offset_ptr, y_ptr, L, H, J, S,
+    stride_xB, stride_xL, stride_xH, stride_yB, stride_yL, stride_yH,
+    INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     n_L = tl.cdiv(L, BLOCK_L)
     tile = tl.program_id(0).to(tl.int64)
@@ -46,108 +93,213 @@ def _rope_kernel(
     offs_L = tile % n_L * BLOCK_L + tl.arange(0, BLOCK_L)[:, None, None]
     offs_H = tl.arange(0, BLOCK_H)[None, :, None]
     offs_J = tl.arange(0, BLOCK_J)[None, None, :]
-    mask_LJ = (offs_L < L) & (offs_J < J)
-    mask_LHJ = mask_LJ & (offs_H < H)
+    mask_LH = (offs_L < L) & (offs_H < H)
 
-    x_ptrs = x_ptr + b * stride_xB + offs_L * stride_xL + offs_H * stride_xH + offs_J
-    x1_LHJ = tl.load(x_ptrs, mask=mask_LHJ, other=0.0).to(ACC)
-    x2_LHJ = tl.load(x_ptrs + J, mask=mask_LHJ, other=0.0).to(ACC)
-    cos_LJ = tl.load(cos_ptr + offs_L * J + offs_J, mask=mask_LJ, other=0.0).to(ACC)
-    sin_LJ = tl.load(sin_ptr + offs_L * J + offs_J, mask=mask_LJ, other=0.0).to(ACC)
+    row_L = offs_L
+    if offset_ptr is not None:
+        row_L += tl.load(offset_ptr + b).to(tl.int64)
+    # A position outside the tables turns by NaN.
+    mask_LJ = (row_L >= 0) & (row_L < S) & (offs_J < J)
+    cos_LJ = tl.load(cos_ptr + row_L * J + offs_J, mask=mask_LJ, other=float("nan")).to(ACC)
+    sin_LJ = tl.load(sin_ptr + row_L * J + offs_J, mask=mask_LJ, other=float("nan")).to(ACC)
     if INVERSE:
         sin_LJ = -sin_LJ
-    y_ptrs = y_ptr + ((b * L + offs_L) * H + offs_H) * (2 * J) + offs_J
-    tl.store(y_ptrs, x1_LHJ * cos_LJ - x2_LHJ * sin_LJ, mask=mask_LHJ)
-    tl.store(y_ptrs + J, x2_LHJ * cos_LJ + x1_LHJ * sin_LJ, mask=mask_LHJ)
+
+    x_ptrs = x_ptr + b * stride_xB + offs_L * stride_xL + offs_H * stride_xH
+    x1, x2 = _load_pairs(x_ptrs, J, mask_LH, INTERLEAVED, BLOCK_J)
+    x1_LHJ, x2_LHJ = x1.to(ACC), x2.to(ACC)
+    y1_LHJ = (x1_LHJ * cos_LJ - x2_LHJ * sin_LJ).to(y_ptr.dtype.element_ty)
+    y2_LHJ = (x2_LHJ * cos_LJ + x1_LHJ * sin_LJ).to(y_ptr.dtype.element_ty)
+    y_ptrs = y_ptr + b * stride_yB + offs_L * stride_yL + offs_H * stride_yH
+    _store_pairs(y_ptrs, y1_LHJ, y2_LHJ, J, mask_LH, INTERLEAVED, BLOCK_J)
 
 
-def _launch(x_BLHK: Tensor, cos_LJ: Tensor, sin_LJ: Tensor, *, inverse: bool) -> Tensor:
+def _launch(
+    x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, y_BLHK: Tensor,
+    *, inverse: bool, interleaved: bool,
+) -> None:  # fmt: skip
     B, L, H, K = x_BLHK.shape
     block_H, block_J = (triton.next_power_of_2(max(n, 1)) for n in (H, K // 2))
     block_L = max(1, TILE // (block_H * block_J))
     options: dict[str, Any] = {
         "BLOCK_L": block_L, "BLOCK_H": block_H, "BLOCK_J": block_J,
-        "INVERSE": inverse, "ACC": accumulator(x_BLHK.dtype),
+        "INVERSE": inverse, "INTERLEAVED": interleaved, "ACC": accumulator(x_BLHK.dtype),
     }  # fmt: skip
-    y_BLHK = x_BLHK.new_empty(x_BLHK.shape)
-    stride_B, stride_L, stride_H, _ = x_BLHK.stride()
     _rope_kernel[(B * triton.cdiv(L, block_L),)](
-        x_BLHK, cos_LJ, sin_LJ, y_BLHK, L, H, K // 2, stride_B, stride_L, stride_H, **options
-    )
+        x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK, L, H, K // 2, cos_SJ.shape[0],
+        *x_BLHK.stride()[:3], *y_BLHK.stride()[:3], **options,
+    )  # fmt: skip
+
+
+def _launch_forward(
+    x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
+) -> Tensor:
+    y_BLHK = x_BLHK.new_empty(x_BLHK.shape)
+    _launch(x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK, inverse=False, interleaved=interleaved)
     return y_BLHK
 
 
-def _launch_forward(x_BLHK: Tensor, cos_LJ: Tensor, sin_LJ: Tensor) -> Tensor:
-    return _launch(x_BLHK, cos_LJ, sin_LJ, inverse=False)
+def _launch_backward(
+    dy_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
+) -> Tensor:
+    dx_BLHK = dy_BLHK.new_empty(dy_BLHK.shape)
+    _launch(dy_BLHK, cos_SJ, sin_SJ, offset_B, dx_BLHK, inverse=True, interleaved=interleaved)
+    return dx_BLHK
 
 
-def _launch_backward(dy_BLHK: Tensor, cos_LJ: Tensor, sin_LJ: Tensor) -> Tensor:
-    return _launch(dy_BLHK, cos_LJ, sin_LJ, inverse=True)
+def _launch_inplace(
+    x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
+) -> None:
+    _launch(x_BLHK, cos_SJ, sin_SJ, offset_B, x_BLHK, inverse=False, interleaved=interleaved)
 
 
+ARGUMENTS = "Tensor cos, Tensor sin, Tensor? offset, bool interleaved"
 _forward = operator(
-    "rope_forward(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    f"rope_forward(Tensor x, {ARGUMENTS}) -> Tensor",
     _launch_forward,
-    lambda x, cos, sin: x.new_empty(x.shape),
+    lambda x, *_: x.new_empty(x.shape),
 )
 _backward = operator(
-    "rope_backward(Tensor dy, Tensor cos, Tensor sin) -> Tensor",
+    f"rope_backward(Tensor dy, {ARGUMENTS}) -> Tensor",
     _launch_backward,
-    lambda dy, cos, sin: dy.new_empty(dy.shape),
+    lambda dy, *_: dy.new_empty(dy.shape),
+)
+_inplace = operator(
+    f"rope_inplace(Tensor(a!) x, {ARGUMENTS}) -> ()", _launch_inplace, lambda x, *_: None
 )
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BLHK: Tensor, cos_LJ: Tensor, sin_LJ: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_LJ, sin_LJ)
-        return _forward(x_BLHK, cos_LJ, sin_LJ)
+    def forward(
+        ctx, x: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None,
+        interleaved: bool, inplace: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(cos_SJ, sin_SJ, offset_B)
+        ctx.interleaved = interleaved
+        if not inplace:
+            return _forward(x, cos_SJ, sin_SJ, offset_B, interleaved)
+        x_BLHK = _heads(x)
+        _inplace(x_BLHK, cos_SJ, sin_SJ, offset_B, interleaved)
+        if x_BLHK.data_ptr() != x.data_ptr():
+            x.copy_(x_BLHK.view(x.shape))
+        ctx.mark_dirty(x)
+        return x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_BLHK: Tensor):
-        return _backward(unit_stride(dy_BLHK), *ctx.saved_tensors), None, None
+    def backward(ctx, dy: Tensor):
+        dx_BLHK = _backward(_heads(dy), *ctx.saved_tensors, ctx.interleaved)
+        return dx_BLHK.view(dy.shape), None, None, None, None, None
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _heads(x: Tensor) -> Tensor:
+    """`x` as `[B, L, H, K]`: a view where the strides allow, else a copy."""
+    return unit_stride(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
+
+
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    offset: int | Tensor = 0,
+    interleaved: bool = False,
+    inplace: bool = False,
+) -> Tensor:
     """Rotate the pairs (k, k + K/2) of each head by the angles of its position.
 
     Args:
         x: `[..., L, H, K]`, K even; float32, float16, bfloat16 or float64. Queries or keys cut out
             of a packed projection are read where they are: `x` is copied only if its last axis is
             not contiguous or the axes before L do not flatten into one.
-        cos: `[L, K/2]`, float32 or float64: cosines of the angles, row l for position l. Slice a
-            longer table to begin elsewhere. Takes no gradient.
+        cos: `[S, K/2]`, float32 or float64, S >= offset + L: cosines of the angles, row s for
+            position s. Takes no gradient.
         sin: as `cos`, the sines.
+        offset: position of the first of the L elements: one number, or an integer tensor of the
+            axes before L, on the device of `x`, for sequences that begin at different positions.
+            The tensor is not read on the host: a position outside the tables gives NaN.
+        interleaved: rotate the pairs (2k, 2k + 1) instead.
+        inplace: overwrite `x`, by way of a copy where `x` would be copied. The result is `x`, and
+            the rest of the memory that it is a view of stays as it is. Where a gradient is wanted
+            take `x` out of a projection by slicing: autograd refuses the parts that `split`,
+            `chunk` or `unbind` return. Under torch.compile the compiler decides where the result
+            is written.
 
     Returns:
-        `[..., L, H, K]`, contiguous, in the dtype of `x`, also under autocast. Computed in float32
-        (float64 for float64) and rounded once.
+        `[..., L, H, K]`, in the dtype of `x`, also under autocast; contiguous unless it is `x`.
+        Computed in float32 (float64 for float64) and rounded once.
 
     Raises:
         ValueError: `x` has fewer than 3 axes, an odd K, or is not floating point; `cos` or `sin`
-            is not `[L, K/2]`, of another dtype, on another device, or requires a gradient.
+            is not `[S, K/2]`, too short, of another dtype, on another device, or requires a
+            gradient; `offset` is negative, or not an integer tensor of the axes before L on the
+            device of `x`; `x` is to be overwritten, but is a leaf that requires a gradient, a view
+            of one, or expanded.
     """
-    _validate(x, cos=cos, sin=sin)
+    _validate(x, offset, cos=cos, sin=sin)
+    if inplace and not torch.compiler.is_compiling():
+        _validate_inplace(x)
+    if inplace and (torch.compiler.is_compiling() or not uses_triton(x)):
+        return x.copy_(rope(x, cos, sin, offset=offset, interleaved=interleaved))
     if not uses_triton(x):
-        return rope_reference(x, cos, sin)
-    x_BLHK = unit_stride(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
-    return _Rope.apply(x_BLHK, cos.contiguous(), sin.contiguous()).view(x.shape)
+        return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
+    if isinstance(offset, int):
+        cos, sin, offset_B = *(_rows(table, x.shape[-3], offset) for table in (cos, sin)), None
+    else:
+        offset_B = offset.reshape(-1).contiguous()
+    angles = cos.contiguous(), sin.contiguous(), offset_B
+    if inplace:
+        return _Rope.apply(x, *angles, interleaved, True)
+    return _Rope.apply(_heads(x), *angles, interleaved, False).view(x.shape)
 
 
-def _validate(x: Tensor, **tables: Tensor) -> None:
+def _validate(x: Tensor, offset: int | Tensor, **tables: Tensor) -> None:
     if x.ndim < 3 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(
             f"rope: x must be floating point [..., L, H, K] with K even, "
             f"got {x.dtype} {list(x.shape)}"
         )
-    shape = (x.shape[-3], x.shape[-1] // 2)
+    rows = _validate_offset(x, offset)
     for name, table in tables.items():
-        if table.shape != shape:
-            raise ValueError(f"rope: {name} must be {list(shape)}, got {list(table.shape)}")
+        if table.ndim != 2 or table.shape[1] != x.shape[-1] // 2 or table.shape[0] < rows:
+            raise ValueError(
+                f"rope: {name} must be [{rows} or more, {x.shape[-1] // 2}], "
+                f"got {list(table.shape)}"
+            )
         if table.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"rope: {name} must be float32, got {table.dtype}; keep angles wide")
         if table.device != x.device:
             raise ValueError(f"rope: {name} must be on {x.device}, got {table.device}")
         if table.requires_grad:
             raise ValueError(f"rope: {name} has no gradient, got requires_grad; detach it")
+    if len({len(table) for table in tables.values()}) > 1:
+        shapes = " and ".join(str(list(table.shape)) for table in tables.values())
+        raise ValueError(f"rope: cos and sin must have one shape, got {shapes}")
+
+
+def _validate_offset(x: Tensor, offset: int | Tensor) -> int:
+    """Return how many rows the tables need at least."""
+    if isinstance(offset, int):
+        if offset < 0:
+            raise ValueError(f"rope: offset must be at least 0, got {offset}")
+        return offset + x.shape[-3]
+    kind = "integer" if not (offset.is_floating_point() or offset.is_complex()) else offset.dtype
+    expected = (x.shape[:-3], x.device, "integer")
+    if (offset.shape, offset.device, kind) != expected or offset.dtype == torch.bool:
+        raise ValueError(
+            f"rope: offset must be integers {list(x.shape[:-3])} on {x.device}, "
+            f"got {offset.dtype} {list(offset.shape)} on {offset.device}"
+        )
+    return 0
+
+
+def _validate_inplace(x: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError("rope: an expanded x cannot be overwritten; pass x.contiguous()")
+    owner = x if x._base is None else x._base
+    if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            "rope: inplace=True must not overwrite a leaf that requires a gradient; "
+            "pass what was computed from it, or inplace=False"
+        )

@@ -12,15 +12,19 @@ Backward keeps the output alone:
 sum_N(y_MN) would be 1 but for the rounding of y: dividing by it keeps the gradient of a row whose
 mass sits on one element, where bfloat16 stores 0.999 as 1 and `dy - sum(dy · y)` cancels to noise.
 
+With softmax comes, on request, lse_M = log(sum_N(exp(z_MN))), whose gradient joins at no cost:
+
+    dx_MN = scale · y_MN · (dy_MN - (sum_N(dy_MN · y_MN) / sum_N(y_MN) - dlse_M))
+
 M rows (every other axis, flattened), N columns. A row of up to MAX_TILE columns stays in registers
-between its one read and its one write; a longer one is read twice.
+between its one read and its one write; a longer one is read twice (`_softmax_rows.py`).
 
 Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018.
 https://arxiv.org/abs/1805.02867
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import triton
@@ -28,20 +32,34 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
+from ._softmax_rows import (
+    LOG2E,
+    launch_backward,
+    launch_forward,
+    softmax_gradient,
+    softmax_lse,
+    softmax_norm,
+    softmax_normalise,
+    softmax_visible,
+)
 
 TILE = 2048  # elements per program where rows are short: 16 a thread
 MAX_TILE = 16384  # the longest row that 16 warps hold without spilling
-LOOP_BLOCK = 4096  # columns per step over a longer row
-LOG2E = tl.constexpr(math.log2(math.e))
 
 
 def softmax_reference(
-    x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False
-) -> Tensor:
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `softmax` in plain PyTorch, in float32 or the wider dtype of `x`."""
     hidden = _hidden(x) if causal else x.new_zeros((), dtype=torch.bool)
     z = (x.to(_wide(x)) * scale).masked_fill(hidden, -math.inf)
-    return torch.softmax(z, dim).masked_fill(hidden, 0).to(x.dtype)
+    y = torch.softmax(z, dim).masked_fill(hidden, 0).to(x.dtype)
+    return (y, torch.logsumexp(z, dim)) if return_lse else y
 
 
 def log_softmax_reference(
@@ -64,53 +82,40 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 @triton.jit
-def _softmax_visible(m, N, Lq, CAUSAL: tl.constexpr):
-    # How many leading columns row m sees.
-    return N - Lq + 1 + m % Lq if CAUSAL else m * 0 + N
-
-
-@triton.jit
-def _softmax_normalise(z, total, LOG: tl.constexpr):
-    # z is already less the row's maximum.
-    return z - tl.log(total) if LOG else tl.exp2(z * LOG2E) / total
-
-
-@triton.jit
-def _softmax_gradient(y, dy, total, scale, LOG: tl.constexpr):
-    # total: sum(dy) for the logarithm, sum(dy · y) / sum(y) otherwise.
-    return scale * (dy - tl.exp2(y * LOG2E) * total) if LOG else scale * y * (dy - total)
-
-
-@triton.jit
 def _softmax_forward_tile_kernel(
-    x_ptr, y_ptr, M, N, Lq, stride_xM, scale, CAUSAL: tl.constexpr, LOG: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, y_ptr, lse_ptr, M, N, Lq, stride_xM, scale, CAUSAL: tl.constexpr, LOG: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_N = tl.arange(0, BLOCK_N)[None, :]
     mask_MN = (m < M) & (offs_N < N)
-    n = _softmax_visible(m, N, Lq, CAUSAL)
+    n = softmax_visible(m, N, Lq, CAUSAL)
     # Reads stop at a multiple of 16 columns: a mask that changes anywhere else is read one by one.
     read_MN = mask_MN & (offs_N < (n + 15) // 16 * 16)
     x_MN = tl.load(x_ptr + m * stride_xM + offs_N, mask=read_MN, other=0.0).to(ACC)
     z_MN = tl.where(offs_N < n, x_MN * scale, -float("inf"))
-    z_MN -= tl.max(z_MN, axis=1, keep_dims=True)
+    # Finite, so that a row of all -inf sums to 0 and not to -inf - -inf.
+    top_M = tl.maximum(tl.max(z_MN, axis=1, keep_dims=True), LOWEST)
+    z_MN -= top_M
     total_M = tl.sum(tl.exp2(z_MN * LOG2E), axis=1, keep_dims=True)
-    y_MN = _softmax_normalise(z_MN, total_M, LOG)
+    y_MN = softmax_normalise(z_MN, softmax_norm(total_M, LOG), LOG)
     if CAUSAL:  # exactly, also where the row is NaN
         y_MN = tl.where(offs_N < n, y_MN, -float("inf") if LOG else 0.0)
     tl.store(y_ptr + m * N + offs_N, y_MN, mask=mask_MN)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + m, softmax_lse(top_M, total_M), mask=m < M)
 
 
 @triton.jit
 def _softmax_backward_tile_kernel(
-    dy_ptr, y_ptr, dx_ptr, M, N, Lq, stride_dyM, scale, CAUSAL: tl.constexpr, LOG: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
+    dy_ptr, y_ptr, dlse_ptr, dx_ptr, M, N, Lq, stride_dyM, stride_dlseM, scale,
+    CAUSAL: tl.constexpr, LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_N = tl.arange(0, BLOCK_N)[None, :]
     mask_MN = (m < M) & (offs_N < N)
-    n = _softmax_visible(m, N, Lq, CAUSAL)
+    n = softmax_visible(m, N, Lq, CAUSAL)
     read_MN = mask_MN & (offs_N < (n + 15) // 16 * 16)
     dy_MN = tl.load(dy_ptr + m * stride_dyM + offs_N, mask=read_MN, other=0.0).to(ACC)
     y_MN = tl.load(y_ptr + m * N + offs_N, mask=read_MN, other=0.0).to(ACC)
@@ -121,96 +126,12 @@ def _softmax_backward_tile_kernel(
     else:
         mass_M = tl.sum(y_MN, axis=1, keep_dims=True)
         total_M = tl.sum(dy_MN * y_MN, axis=1, keep_dims=True) / mass_M
-    dx_MN = _softmax_gradient(y_MN, dy_MN, total_M, scale, LOG)
+    if dlse_ptr is not None:
+        total_M -= tl.load(dlse_ptr + m * stride_dlseM, mask=m < M, other=0.0)
+    dx_MN = softmax_gradient(y_MN, dy_MN, total_M, scale, LOG)
     if CAUSAL:
         dx_MN = tl.where(offs_N < n, dx_MN, 0.0)
     tl.store(dx_ptr + m * N + offs_N, dx_MN, mask=mask_MN)
-
-
-@triton.jit
-def _softmax_online(top_B, total_B, z_BL):
-    # Each thread follows the maximum of its own lanes: the loop has no barrier in it. The maximum
-    # starts finite, so lanes that are all -inf so far give exp2(-inf) = 0 and not -inf - -inf.
-    new_B = tl.maximum(top_B, tl.max(z_BL, axis=1, keep_dims=True))
-    exp_BL = tl.exp2((z_BL - new_B) * LOG2E)
-    total_B = total_B * tl.exp2((top_B - new_B) * LOG2E) + tl.sum(exp_BL, axis=1, keep_dims=True)
-    return new_B, total_B
-
-
-@triton.jit
-def _softmax_forward_loop_kernel(
-    x_ptr, y_ptr, N, Lq, stride_xM, scale, CAUSAL: tl.constexpr, LOG: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64)
-    x_ptr += m * stride_xM
-    y_ptr += m * N
-    n = _softmax_visible(m, N, Lq, CAUSAL)
-    offs_BL = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    # The tail is peeled off: one mask in the loop would cost it its 16-byte accesses.
-    tail = n // BLOCK * BLOCK
-    seen_BL = tail + offs_BL < n
-
-    top_B = tl.full((BLOCK // LANES, 1), LOWEST, dtype=ACC)
-    total_B = tl.zeros((BLOCK // LANES, 1), dtype=ACC)
-    for start in range(0, tail, BLOCK):
-        x_BL = tl.load(x_ptr + start + offs_BL).to(ACC)
-        top_B, total_B = _softmax_online(top_B, total_B, x_BL * scale)
-    x_BL = tl.load(x_ptr + tail + offs_BL, mask=seen_BL, other=0.0).to(ACC)
-    z_BL = tl.where(seen_BL, x_BL * scale, -float("inf"))
-    top_B, total_B = _softmax_online(top_B, total_B, z_BL)
-    top = tl.max(top_B)
-    total = tl.sum(total_B * tl.exp2((top_B - top) * LOG2E))
-
-    hidden = -float("inf") if LOG else 0.0
-    y_BL = tl.where(seen_BL, _softmax_normalise(z_BL - top, total, LOG), hidden)
-    tl.store(y_ptr + tail + offs_BL, y_BL, mask=tail + offs_BL < N)
-    for start in range(0, tail, BLOCK):
-        x_BL = tl.load(x_ptr + start + offs_BL).to(ACC)
-        tl.store(y_ptr + start + offs_BL, _softmax_normalise(x_BL * scale - top, total, LOG))
-    for start in range(tail + BLOCK, N, BLOCK):
-        hidden_BL = tl.full((BLOCK // LANES, LANES), hidden, dtype=ACC)
-        tl.store(y_ptr + start + offs_BL, hidden_BL, mask=start + offs_BL < N)
-
-
-@triton.jit
-def _softmax_backward_loop_kernel(
-    dy_ptr, y_ptr, dx_ptr, N, Lq, stride_dyM, scale, CAUSAL: tl.constexpr, LOG: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64)
-    dy_ptr += m * stride_dyM
-    y_ptr += m * N
-    dx_ptr += m * N
-    n = _softmax_visible(m, N, Lq, CAUSAL)
-    offs_B = tl.arange(0, BLOCK)
-    tail = n // BLOCK * BLOCK
-    seen_B = tail + offs_B < n
-
-    dy_B = tl.load(dy_ptr + tail + offs_B, mask=seen_B, other=0.0).to(ACC)
-    mass_B = tl.load(y_ptr + tail + offs_B, mask=seen_B, other=0.0).to(ACC)
-    total_B = dy_B if LOG else dy_B * mass_B
-    for start in range(0, tail, BLOCK):
-        dy_B = tl.load(dy_ptr + start + offs_B).to(ACC)
-        if LOG:
-            total_B += dy_B
-        else:
-            y_B = tl.load(y_ptr + start + offs_B).to(ACC)
-            mass_B += y_B
-            total_B += dy_B * y_B
-    total = tl.sum(total_B) if LOG else tl.sum(total_B) / tl.sum(mass_B)
-
-    # Read again rather than kept: registers held across the loop spill.
-    dy_B = tl.load(dy_ptr + tail + offs_B, mask=seen_B, other=0.0).to(ACC)
-    y_B = tl.load(y_ptr + tail + offs_B, mask=seen_B, other=0.0).to(ACC)
-    dx_B = tl.where(seen_B, _softmax_gradient(y_B, dy_B, total, scale, LOG), 0.0)
-    tl.store(dx_ptr + tail + offs_B, dx_B, mask=tail + offs_B < N)
-    for start in range(0, tail, BLOCK):
-        dy_B = tl.load(dy_ptr + start + offs_B).to(ACC)
-        y_B = tl.load(y_ptr + start + offs_B).to(ACC)
-        tl.store(dx_ptr + start + offs_B, _softmax_gradient(y_B, dy_B, total, scale, LOG))
-    for start in range(tail + BLOCK, N, BLOCK):
-        tl.store(dx_ptr + start + offs_B, tl.zeros((BLOCK,), dtype=ACC), mask=start + offs_B < N)
 
 
 def _tile(N: int) -> dict[str, Any]:
@@ -220,65 +141,94 @@ def _tile(N: int) -> dict[str, Any]:
     return {"BLOCK_M": max(TILE // block_N, 1), "BLOCK_N": block_N, "num_warps": num_warps}
 
 
-def _launch_forward(x_MN: Tensor, Lq: int, scale: float, log: bool) -> Tensor:
+def _launch_forward(
+    x_MN: Tensor, Lq: int, scale: float, log: bool, return_lse: bool
+) -> list[Tensor]:
     M, N = x_MN.shape
     y_MN = x_MN.new_empty(M, N)
-    row = (N, Lq, x_MN.stride(0), scale)
-    options: dict[str, Any] = {"CAUSAL": Lq > 0, "LOG": log, "ACC": accumulator(x_MN.dtype)}
+    lse_M = x_MN.new_empty(M, dtype=_wide(x_MN)) if return_lse else None
     if N <= MAX_TILE:
-        options |= _tile(N)
-        grid = (triton.cdiv(M, options["BLOCK_M"]),)
-        _softmax_forward_tile_kernel[grid](x_MN, y_MN, M, *row, **options)
+        options = _tile(N) | {"LOWEST": torch.finfo(_wide(x_MN)).min}
+        _softmax_forward_tile_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+            x_MN, y_MN, lse_M, M, N, Lq, x_MN.stride(0), scale,
+            CAUSAL=Lq > 0, LOG=log, ACC=accumulator(x_MN.dtype), **options,
+        )  # fmt: skip
     else:
-        lanes, lowest = 16 // x_MN.element_size(), torch.finfo(_wide(x_MN)).min
-        options |= {"BLOCK": LOOP_BLOCK, "LANES": lanes, "LOWEST": lowest, "num_warps": 8}
-        _softmax_forward_loop_kernel[(M,)](x_MN, y_MN, *row, **options)
-    return y_MN
+        launch_forward(x_MN, y_MN, lse_M, Lq, scale, log)
+    return [y_MN] if lse_M is None else [y_MN, lse_M]
 
 
-def _launch_backward(dy_MN: Tensor, y_MN: Tensor, Lq: int, scale: float, log: bool) -> Tensor:
+def _launch_backward(
+    dy_MN: Tensor, y_MN: Tensor, dlse_M: Tensor | None, Lq: int, scale: float, log: bool
+) -> Tensor:
     M, N = y_MN.shape
     dx_MN = y_MN.new_empty(M, N)
-    row = (N, Lq, dy_MN.stride(0), scale)
-    options: dict[str, Any] = {"CAUSAL": Lq > 0, "LOG": log, "ACC": accumulator(y_MN.dtype)}
     if N <= MAX_TILE:
-        options |= _tile(N)
-        grid = (triton.cdiv(M, options["BLOCK_M"]),)
-        _softmax_backward_tile_kernel[grid](dy_MN, y_MN, dx_MN, M, *row, **options)
+        options = _tile(N)
+        stride_dlseM = 0 if dlse_M is None else dlse_M.stride(0)
+        _softmax_backward_tile_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+            dy_MN, y_MN, dlse_M, dx_MN, M, N, Lq, dy_MN.stride(0), stride_dlseM, scale,
+            CAUSAL=Lq > 0, LOG=log, ACC=accumulator(y_MN.dtype), **options,
+        )  # fmt: skip
     else:
-        options |= {"BLOCK": LOOP_BLOCK, "num_warps": 8}
-        _softmax_backward_loop_kernel[(M,)](dy_MN, y_MN, dx_MN, *row, **options)
+        launch_backward(dy_MN, y_MN, dlse_M, dx_MN, Lq, scale, log)
     return dx_MN
 
 
+def _fake_forward(x: Tensor, Lq: int, scale: float, log: bool, return_lse: bool) -> list[Tensor]:
+    y = x.new_empty(x.shape)
+    return [y, x.new_empty(x.shape[0], dtype=_wide(x))] if return_lse else [y]
+
+
 _forward = operator(
-    "softmax_forward(Tensor x, SymInt Lq, float scale, bool log) -> Tensor",
+    "softmax_forward(Tensor x, SymInt Lq, float scale, bool log, bool return_lse) -> Tensor[]",
     _launch_forward,
-    lambda x, Lq, scale, log: x.new_empty(x.shape),
+    _fake_forward,
 )
 _backward = operator(
-    "softmax_backward(Tensor dy, Tensor y, SymInt Lq, float scale, bool log) -> Tensor",
+    "softmax_backward(Tensor dy, Tensor y, Tensor? dlse, SymInt Lq, float scale, bool log)"
+    " -> Tensor",
     _launch_backward,
-    lambda dy, y, Lq, scale, log: y.new_empty(y.shape),
+    lambda dy, y, dlse, Lq, scale, log: y.new_empty(y.shape),
 )
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MN: Tensor, Lq: int, scale: float, log: bool) -> Tensor:
-        y_MN = _forward(x_MN, Lq, scale, log)
+    def forward(ctx, x_MN: Tensor, Lq: int, scale: float, log: bool, return_lse: bool):
+        ctx.set_materialize_grads(False)
+        y_MN, *lse_M = _forward(x_MN, Lq, scale, log, return_lse)
         ctx.save_for_backward(y_MN)
         ctx.options = (Lq, scale, log)
-        return y_MN
+        return (y_MN, *lse_M)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MN: Tensor):
+    def backward(ctx, dy_MN: Tensor | None, dlse_M: Tensor | None = None):
         (y_MN,) = ctx.saved_tensors
-        return _backward(unit_stride(dy_MN), y_MN, *ctx.options), None, None, None
+        if dy_MN is None:  # one row of zeros stands for all
+            dy_MN = y_MN.new_zeros(1, y_MN.shape[1]).expand(y_MN.shape)
+        dx_MN = _backward(unit_stride(dy_MN), y_MN, dlse_M, *ctx.options)
+        return dx_MN, None, None, None, None
 
 
-def softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False) -> Tensor:
+@overload
+def softmax(
+    x: Tensor, dim: int = ..., *, scale: float = ..., causal: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def softmax(
+    x: Tensor, dim: int = ..., *, scale: float = ..., causal: bool = ..., return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def softmax(
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the softmax of `scale · x` over `dim`.
 
     A row that is all -inf, or that holds +inf or NaN, is NaN, as in PyTorch. Keeps only its output
@@ -292,10 +242,13 @@ def softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = Fals
         causal: the last two axes are queries and keys, `[..., Lq, Lk]`, and query i sees the keys
             j <= i + Lk - Lq: the last query sees every key. What a query does not see is 0, takes
             no gradient, and need not be finite.
+        return_lse: return the normaliser too. Both outputs may take a gradient.
 
     Returns:
         The shape and dtype of `x`, also under autocast. Computed in float32 (float64 for float64)
-        and rounded once.
+        and rounded once. With `return_lse` a pair: that, and log(sum(exp(scale · x))) over what is
+        visible, in nats, `[...]` without `dim`, float32 (float64 for float64); -inf for a row that
+        is all -inf.
 
     Raises:
         ValueError: `x` has no axis or is not floating point; or, with `causal`, `dim` is not the
@@ -304,8 +257,9 @@ def softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = Fals
     """
     _validate("softmax", x, dim, causal)
     if not uses_triton(x):
-        return softmax_reference(x, dim, scale=scale, causal=causal)
-    return _apply(x, dim, scale, causal, log=False)
+        return softmax_reference(x, dim, scale=scale, causal=causal, return_lse=return_lse)
+    y, *lse = _apply(x, dim, scale, causal, log=False, return_lse=return_lse)
+    return (y, lse[0]) if return_lse else y
 
 
 def log_softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False) -> Tensor:
@@ -316,7 +270,8 @@ def log_softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = 
     _validate("log_softmax", x, dim, causal)
     if not uses_triton(x):
         return log_softmax_reference(x, dim, scale=scale, causal=causal)
-    return _apply(x, dim, scale, causal, log=True)
+    (y,) = _apply(x, dim, scale, causal, log=True, return_lse=False)
+    return y
 
 
 def _validate(op: str, x: Tensor, dim: int, causal: bool) -> None:
@@ -336,8 +291,12 @@ def _validate(op: str, x: Tensor, dim: int, causal: bool) -> None:
         )
 
 
-def _apply(x: Tensor, dim: int, scale: float, causal: bool, *, log: bool) -> Tensor:
+def _apply(
+    x: Tensor, dim: int, scale: float, causal: bool, *, log: bool, return_lse: bool
+) -> tuple[Tensor, ...]:
     moved = x.movedim(dim, -1)
     x_MN = unit_stride(moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]))
     Lq = x.shape[-2] if causal else 0
-    return _Softmax.apply(x_MN, Lq, scale, log).view(moved.shape).movedim(-1, dim)
+    y_MN, *lse_M = _Softmax.apply(x_MN, Lq, scale, log, return_lse)
+    y = y_MN.view(moved.shape).movedim(-1, dim)
+    return (y, *(lse.view(moved.shape[:-1]) for lse in lse_M))

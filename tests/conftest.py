@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, hence before anything of ours is imported.
@@ -22,6 +22,10 @@ settings.register_profile(
     derandomize=EXAMPLES is None,
     deadline=None,
     database=None,
+)
+# For tests.mutants, which asks whether an example fails, not for the smallest that does.
+settings.register_profile(
+    "mutants", settings.get_profile("tritium"), phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile("tritium")
 

@@ -50,9 +50,9 @@ print(*sorted(launched))
 """
 KERNELS = (
     "_adamw_prepare_kernel", "_adamw_update_kernel", "_cross_entropy_kernel",
-    "_grad_norm_partials_kernel", "_rms_norm_forward_kernel", "_rms_norm_backward_kernel",
-    "_rms_norm_weight_kernel", "_rope_kernel", "_softmax_forward_tile_kernel",
-    "_swiglu_forward_kernel", "_swiglu_backward_kernel",
+    "_grad_norm_partials_kernel", "_norm_forward_tile_kernel", "_norm_backward_tile_kernel",
+    "_norm_partials_kernel", "_rope_kernel", "_softmax_forward_tile_kernel",
+    "_activation_forward_kernel", "_activation_backward_kernel",
 )  # fmt: skip
 
 

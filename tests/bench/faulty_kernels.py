@@ -1,14 +1,16 @@
 """Kernels that each break one limit of `bench static`: run to print, as JSON, what it finds."""
 
 import json
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from bench._case import Case, Limit
+from bench._figures import Row, make_row
 from bench._stub_driver import StubDriver
-from bench.cases import Case
-from bench.static import _row
+from bench.static import read_codes
 
 N = 16384
 
@@ -39,6 +41,33 @@ def masked(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def masked_loop(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    # Its loads outside the loop are wide: only the loop tells.
+    offs = tl.arange(0, BLOCK)
+    total = tl.load(y_ptr + offs)
+    for start in range(0, n, BLOCK):
+        total += tl.load(x_ptr + start + offs, mask=start + offs < n, other=0.0)
+    tl.store(y_ptr + offs, total)
+
+
+@triton.jit
+def peeled_loop(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
+    # The first loop backward is the masked tail; the second reads, the third reads and writes.
+    offs = tl.arange(0, BLOCK)
+    x_ptr += tl.program_id(0).to(tl.int64) * stride
+    y_ptr += tl.program_id(0).to(tl.int64) * stride
+    full = n // BLOCK * BLOCK
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(full, n, BLOCK):
+        total += tl.load(x_ptr + start + offs, mask=start + offs < n, other=0.0)
+    for start in range(0, full, BLOCK):
+        total += tl.load(x_ptr + start + offs)
+    mean = tl.sum(total)
+    for start in range(0, full, BLOCK):
+        tl.store(y_ptr + start + offs, tl.load(x_ptr + start + offs) * mean)
+
+
+@triton.jit
 def atomic(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.atomic_add(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK))))
 
@@ -49,24 +78,50 @@ def double(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, tl.load(x_ptr + offs).to(tl.float64) * 1.1)
 
 
-def problems(kernel, *arguments, block=2048, **case) -> list[str]:
-    driver = StubDriver(90)
-    triton.runtime.driver.set_active(driver)
-    kernel[1,](torch.empty(N), torch.empty(N), *arguments, BLOCK=block)
-    case = Case("", kernel, **case)
-    return list(_row("", 90, case, driver.launches[0]).problems)
+def row(kernel, *arguments, target="sm_90", block=2048, wide=True, limit=None, **options) -> Row:
+    triton.runtime.driver.set_active(StubDriver(target))
+    kernel[1,](torch.empty(N), torch.empty(N), *arguments, BLOCK=block, **options)
+    (compiled,) = StubDriver.launches
+    case = Case("", kernel, wide, {compiled.name: limit or Limit()})
+    code = read_codes([compiled], target)[compiled.cubin]
+    return make_row("", target, case, compiled, code)
+
+
+def figures(found: Row) -> dict[str, Any]:
+    return {
+        "loads": [dict(x) for x in found.loads],
+        "stores": [dict(x) for x in found.stores],
+        "bits": found.bits,
+        "bytes": found.bytes,
+        "few instructions": 1 < found.instructions < 8,
+        "warps": found.warps,
+    }
 
 
 if __name__ == "__main__":
-    found = {
-        "sound": problems(sound),
-        "spilling": problems(spilling, block=N * 4),
-        "narrow": problems(narrow),
-        "narrow, and expected so": problems(narrow, wide=False),
-        "small": problems(narrow, block=256),
-        "masked": problems(masked, 1001),
-        "atomic": problems(atomic),
-        "double": problems(double),
-        "double, and exempt": problems(double, exempt=("double",)),
+    both = {
+        "sound": lambda **on: row(sound, **on),
+        "spilling": lambda **on: row(spilling, block=N * 8, **on),
+        "narrow": lambda **on: row(narrow, **on),
+        "narrow, and expected so": lambda **on: row(narrow, wide=False, **on),
+        "small": lambda **on: row(narrow, block=128, **on),
+        "masked": lambda **on: row(masked, 1001, **on),
+        "masked loop": lambda **on: row(masked_loop, 1001, **on),
+        "peeled loop": lambda **on: row(peeled_loop, 10001, N, **on),
+        "atomic": lambda **on: row(atomic, **on),
+        "atomic, and said so": lambda **on: row(atomic, limit=Limit(atomics=True), **on),
+        "double": lambda **on: row(double, **on),
+        "double, and single": lambda **on: row(double, limit=Limit(single=True), **on),
+        "more bytes": lambda **on: row(sound, limit=Limit(bytes=7), **on),
+        "more instructions": lambda **on: row(sound, limit=Limit(instructions=1), **on),
+        "many threads": lambda **on: row(sound, num_warps=32, **on),
+    }
+    found: dict[str, Any] = {
+        target: {name: list(make(target=target).problems) for name, make in both.items()}
+        for target in ("sm_90", "gfx942")
+    }
+    found["figures"] = {
+        target: {name: figures(both[name](target=target)) for name in ("sound", "peeled loop")}
+        for target in ("sm_90", "gfx942")
     }
     print(json.dumps(found))

@@ -8,6 +8,7 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import _runtime
 from kernels.cross_entropy import (
     _backward,
     _forward,
@@ -23,6 +24,10 @@ IGNORE = -100
 def random_targets(T, V, ignored, ignore_index=IGNORE):
     target = torch.randint(V, (T,))
     return torch.where(torch.rand(T) < ignored, ignore_index, target)
+
+
+def random_probabilities(T, V, dtype):
+    return torch.randn(T, V).softmax(1).to(dtype)
 
 
 def check_both(logits, target, weight, options, unit):
@@ -47,27 +52,34 @@ def check_both(logits, target, weight, options, unit):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     size=st.sampled_from([0.1, 3.0, 80.0]),
     ignored=st.sampled_from([0.0, 0.3]),
+    soft=st.booleans(),
     weighted=st.booleans(),
     label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
     z_loss=st.sampled_from([0.0, 1e-3]),
     softcap=st.sampled_from([None, 5.0, 30.0]),
+    logit_scale=st.sampled_from([1.0, 0.25, -1.5]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     seed=st.integers(0, 1 << 30),
 )
 def test_every_combination_of_options(
-    T, V, dtype, size, ignored, weighted, label_smoothing, z_loss, softcap, reduction, seed
-):
+    T, V, dtype, size, ignored, soft, weighted, label_smoothing, z_loss, softcap, logit_scale,
+    reduction, seed,
+):  # fmt: skip
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = (torch.randn(T, V, device=device) * size).to(dtype)
     target = random_targets(T, V, ignored).to(device)
     target[0] = seed % V  # at least one counts
+    target = random_probabilities(T, V, dtype).to(device) if soft else target
     weight = torch.rand(V, device=device) + 0.1 if weighted else None
     options = dict(
-        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction
-    )
-    # A loss is a difference of numbers of the logits' size; a gradient one of numbers near 1.
-    check_both(logits, target, weight, options, unit=max(1.0, logits.abs().max().item()))
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
+        reduction=reduction,
+    )  # fmt: skip
+    # A loss is a difference of numbers of the logits' size; a gradient one of numbers near 1, but
+    # of soft targets, where no element is written from float32 again, of numbers near dloss, 4.
+    unit = max(1.0, logits.abs().max().item()) * abs(logit_scale)
+    check_both(logits, target, weight, options, unit=4 * max(1.0, unit) if soft else unit)
 
 
 @pytest.mark.parametrize("V", [4096, 4097, 8200, 50257])
@@ -77,6 +89,8 @@ def test_rows_longer_than_a_block(V, device):
     weight = torch.rand(V, device=device) + 0.5
     # The unit is twice the softcap: its tanh is good to two units in the last place.
     check_both(logits, target, weight, dict(label_smoothing=0.1, softcap=20.0), unit=40.0)
+    soft = random_probabilities(3, V, torch.float32).to(device)
+    check_both(logits, soft, weight, dict(label_smoothing=0.1, logit_scale=2.0), unit=40.0)
 
 
 def test_bfloat16_gradient_of_a_nearly_certain_target(device):
@@ -92,10 +106,14 @@ def test_softcap_ignores_padding(dtype, device):
     check_both(logits, torch.tensor([0, 64], device=device), None, dict(softcap=30.0), unit=50.0)
 
 
-@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.2, z_loss=0.1, softcap=9.0)])
-def test_gradient_in_float64(options, device):
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, dict(label_smoothing=0.2, z_loss=0.1, softcap=9.0, logit_scale=1.5)]
+)
+def test_gradient_in_float64(options, soft, device):
     logits = torch.randn(3, 7, device=device, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([1, IGNORE, 6], device=device)
+    target = random_probabilities(3, 7, torch.float64).to(device) if soft else target
     weight = torch.rand(7, device=device, dtype=torch.float64)
     torch.autograd.gradcheck(lambda x: cross_entropy(x, target, weight=weight, **options), logits)
 
@@ -260,25 +278,109 @@ def test_is_a_well_formed_operator(device):
     x = torch.randn(4, 33, device=device, dtype=torch.bfloat16)
     target = torch.tensor([1, 0, IGNORE, 32], device=device)
     weight, dloss = torch.rand(33, device=device), torch.rand(4, device=device)
-    options = (IGNORE, 0.1, 0.01, 30.0)
-    torch.library.opcheck(_forward, (x, target, weight, *options))
-    _, m, s = _forward(x, target, weight, *options)
-    torch.library.opcheck(_backward, (dloss, x, target, weight, m, s, *options))
-    torch.library.opcheck(_inplace, (x, target, weight, dloss, *options))
+    for stats in (False, True):
+        for aim in (target, x.softmax(1)):
+            options = (IGNORE, 0.1, 0.01, 30.0, 0.5, stats, 0, 0, "")
+            torch.library.opcheck(_forward, (x, aim, weight, *options))
+            values = _forward(x, aim, weight, *options)[1]
+            torch.library.opcheck(_backward, (dloss, x, aim, weight, values, *options))
+            torch.library.opcheck(_inplace, (x, aim, weight, dloss, *options))
     torch.library.opcheck(_scale, (x, dloss[0]))
 
 
 # Dynamo's own warning.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_graph_breaks(reduction, device):
+@pytest.mark.parametrize("stats", [False, True])
+def test_compiles_without_graph_breaks(reduction, stats, device):
     target = torch.tensor([1, 2, IGNORE], device=device)
     options = dict(reduction=reduction, softcap=9.0, z_loss=0.1)
-    compiled = torch.compile(
-        lambda x: cross_entropy(x, target, **options), fullgraph=True, backend="aot_eager"
-    )
+
+    def loss(x):
+        result = cross_entropy(x, target, return_stats=stats, **options)
+        return result[0] if stats else result
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     logits = torch.randn(3, 16, device=device)
     check(compiled, lambda x: cross_entropy_reference(x, target, **options), logits, unit=4.0)
+
+
+@given(
+    T=st.integers(1, 9),
+    V=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([0.1, 3.0, 80.0]),
+    softcap=st.sampled_from([None, 5.0]),
+    logit_scale=st.sampled_from([1.0, -0.5]),
+    inplace=st.booleans(),
+    path=st.sampled_from(["kernel", "reference"]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_statistics(T, V, dtype, size, softcap, logit_scale, inplace, path, seed):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = (torch.randn(T, V, device=device) * size).to(dtype)
+    target = random_targets(T, V, 0.2).to(device)
+    options = dict(softcap=softcap, logit_scale=logit_scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_runtime, "REFERENCE", path == "reference")
+        x = logits.requires_grad_() * 1
+        loss, stats = cross_entropy(x, target, inplace=inplace, return_stats=True, **options)
+    z = logits.detach().double() * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p, counts = z.log_softmax(1), target != IGNORE
+    expected = dict(
+        lse=z.logsumexp(1),
+        entropy=-(log_p * log_p.exp()).sum(1),
+        target_log_probability=log_p.gather(1, target.clamp_min(0)[:, None])[:, 0],
+    )
+    for name, value in expected.items():
+        ours = getattr(stats, name)
+        assert ours.dtype == torch.float32
+        assert not ours.requires_grad
+        # Numbers of the size of the logits, some of which cancel.
+        room = 4e-6 * max(1.0, z.abs().max().item())
+        torch.testing.assert_close(
+            ours, value.where(counts, 0).float(), rtol=1e-5, atol=room, msg=name
+        )
+    best = stats.argmax.clamp_min(0)[:, None]
+    assert torch.equal(stats.argmax == -1, ~counts)
+    near = z.gather(1, best)[:, 0] >= z.amax(1) - 1e-6 * size  # a tie in float32 counts
+    assert near[counts].all()
+    hits = (stats.argmax == target) & counts
+    torch.testing.assert_close(stats.accuracy, hits.sum() / counts.sum(), equal_nan=True)
+    plain = cross_entropy(logits.detach(), target, **options)
+    torch.testing.assert_close(loss.detach(), plain, equal_nan=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_statistics_of_unusual_rows(inplace, device, path):
+    logits = torch.tensor(
+        [[2.0, 5.0, 5.0, 1.0], [-math.inf, 0.0, -math.inf, 0.0], [-math.inf] * 4, [math.nan] * 4],
+        device=device,
+    )
+    target = torch.tensor([1, 3, 0, 0], device=device)
+    stats = cross_entropy(
+        logits.requires_grad_() * 1, target, inplace=inplace, return_stats=True
+    )[1]  # fmt: skip
+    assert stats.argmax[:2].tolist() == [1, 1]  # the first of equals
+    torch.testing.assert_close(stats.entropy[1].item(), math.log(2))
+    torch.testing.assert_close(stats.target_log_probability[1].item(), -math.log(2))
+    assert stats.entropy[3].isnan()
+
+
+def test_statistics_of_soft_targets_and_of_shapes(device, path):
+    logits = torch.randn(2, 5, 3, device=device)
+    soft = logits.softmax(1)
+    loss, stats = cross_entropy(logits, soft, reduction="none", return_stats=True)
+    assert loss.shape == stats.lse.shape == stats.argmax.shape == (2, 3)
+    assert stats.accuracy is None
+    # A distribution's cross-entropy with itself is its entropy.
+    torch.testing.assert_close(loss, stats.entropy)
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(logits, soft, reduction="none")
+    )
+    assert torch.equal(stats.argmax, logits.argmax(1))
 
 
 def test_refuses_a_second_derivative(device):
@@ -296,7 +398,10 @@ X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
     ("logits", "target", "options", "message"),
     [
         (X, T[:1], {}, r"target must have shape \[2\], got \[1\]"),
-        (X, T.float(), {}, r"target must hold class indices \(int64\), got torch.float32"),
+        (X, T.float(), {}, r"soft targets must have shape \[2, 3\], got \[2\]"),
+        (X, T.bool(), {}, r"class indices \(int64\) or probabilities, got torch.bool"),
+        (X, X.clone().requires_grad_(), {}, "soft targets get no gradient"),
+        (X, T, dict(logit_scale=float("inf")), "logit_scale must be finite, got inf"),
         (X.long(), T, {}, "logits must be floating point"),
         (X[:, :0], T, {}, "with V >= 1"),
         (X, T, dict(weight=torch.ones(2)), r"weight must have shape \[3\], got \[2\]"),

@@ -11,6 +11,8 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import _runtime
+from kernels.cross_entropy import cross_entropy
 from kernels.linear_cross_entropy import (
     _operator,
     linear_cross_entropy,
@@ -23,8 +25,7 @@ MODULE = import_module("kernels.linear_cross_entropy")  # the package's name for
 
 @pytest.fixture(params=["kernel", "reference"], autouse=True)
 def rows(request, monkeypatch):
-    if request.param == "reference":
-        monkeypatch.setattr(MODULE, "uses_triton", lambda x: False)
+    monkeypatch.setattr(_runtime, "REFERENCE", request.param == "reference")
 
 
 def layer(T, D, V, device="cpu", dtype=torch.float32):
@@ -46,21 +47,26 @@ def layer(T, D, V, device="cpu", dtype=torch.float32):
     label_smoothing=st.sampled_from([0.0, 0.1]),
     z_loss=st.sampled_from([0.0, 1e-3]),
     softcap=st.sampled_from([None, 5.0]),
+    logit_scale=st.sampled_from([1.0, -0.5]),
+    soft=st.booleans(),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     seed=st.integers(0, 1 << 30),
 )
 def test_every_combination_of_options(
-    T, D, V, dtype, chunk_bytes, weighted, biased, label_smoothing, z_loss, softcap, reduction, seed
-):
+    T, D, V, dtype, chunk_bytes, weighted, biased, label_smoothing, z_loss, softcap, logit_scale,
+    soft, reduction, seed,
+):  # fmt: skip
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, weight, bias, target = layer(T, D, V, device, dtype)
     target[1::3] = IGNORE
+    target = torch.randn(T, V, device=device).softmax(1) if soft else target
     options = dict(
         class_weight=torch.rand(V, device=device) + 0.1 if weighted else None,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        logit_scale=logit_scale,
         reduction=reduction,
     )
     inputs = (hidden, weight, bias) if biased else (hidden, weight)
@@ -100,6 +106,89 @@ def test_weight_gradient_is_summed_in_float32(device):
     assert (ours.grad - exact.grad).norm() < 0.003 * exact.grad.norm()
 
 
+def test_one_chunk_of_bfloat16_sums_nothing_in_float32(device):
+    # Its weight gradient is the product itself, rounded once.
+    hidden, weight, _, target = layer(40, 64, 32, device, torch.bfloat16)
+    target[3] = IGNORE
+    check(
+        lambda h, w: 3 * linear_cross_entropy(h, w, target),
+        lambda h, w: 3 * linear_cross_entropy_reference(h, w, target),
+        hidden, weight, unit=1.0,
+    )  # fmt: skip
+    inputs = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    saved = linear_cross_entropy(*inputs, target).grad_fn.saved_tensors
+    assert saved[1].dtype == torch.bfloat16
+    saved = linear_cross_entropy(*inputs, target, chunk_bytes=20 * 32 * 2).grad_fn.saved_tensors
+    assert saved[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "rows"),
+    [
+        (300, 100, 300),  # one chunk by the budget
+        (484, 100, 484),  # D rows more than the budget's 384 cost no more memory
+        (485, 100, 384),
+        (1000, 500, 1000),  # 2 · D rows
+        (1001, 500, 384),
+    ],
+)
+def test_one_chunk_while_that_costs_no_more_memory(T, D, rows, monkeypatch):
+    monkeypatch.setattr(MODULE, "CHUNK_BYTES_CPU", 400 * 1000 * 2)
+    hidden = torch.empty(T, D)
+
+    def planned(narrow, chunk_bytes=None):
+        rows = MODULE.chunk_rows("op", hidden, 1000, torch.bfloat16, narrow, chunk_bytes)
+        return min(rows, T)
+
+    assert planned(narrow=True) == rows
+    assert planned(narrow=False) == planned(True, chunk_bytes=400 * 1000 * 2) == min(384, T)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adds_the_weight_gradient_to_a_buffer(reduction, dtype, device):
+    hidden, weight, bias, target = layer(9, 3, 7, device, dtype)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    before = torch.randn(7, 3, device=device)
+    buffer = before.clone()
+    options = dict(reduction=reduction, chunk_bytes=4 * 7 * dtype.itemsize)
+
+    def loss(**more):
+        return linear_cross_entropy(*leaves[:2], target, bias=bias, **options, **more)
+
+    dloss = torch.rand_like(loss())
+    expected = torch.autograd.grad(loss(), leaves, dloss)
+    loss(weight_grad=buffer).backward(dloss)
+    assert weight.grad is None
+    # What autograd would have handed over was rounded to the dtype of the weight.
+    room = dict(rtol=1e-6, atol=1e-6) if dtype == torch.float32 else dict(rtol=8e-3, atol=1e-3)
+    torch.testing.assert_close(buffer, before + expected[1].float(), **room)
+    assert torch.equal(hidden.grad, expected[0])
+    assert torch.equal(bias.grad, expected[2])
+
+
+def test_statistics(device):
+    hidden, weight, bias, target = layer(9, 3, 7, device)
+    target[4] = IGNORE
+    inputs = [x.requires_grad_() for x in (hidden, weight)]
+    options = dict(softcap=5.0, logit_scale=2.0, return_stats=True)
+    loss, stats = linear_cross_entropy(
+        *inputs, target, bias=bias, chunk_bytes=4 * 7 * 4, **options
+    )  # fmt: skip
+    logits = torch.nn.functional.linear(hidden, weight, bias).detach()
+    expected_loss, expected = cross_entropy(logits, target, **options)
+    torch.testing.assert_close(loss, expected_loss)
+    for ours, theirs in zip(stats, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not ours.requires_grad
+    loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            linear_cross_entropy(*inputs, target, bias=bias, reduction="none", **options)[1],
+            stats,
+        )
+
+
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_gradient_for_one_input_only(wanted, device):
     hidden, weight, bias, target = layer(5, 3, 7, device)
@@ -113,11 +202,12 @@ def test_gradient_for_one_input_only(wanted, device):
 def test_computes_no_gradient_unasked(device, monkeypatch):
     hidden, weight, _, target = layer(5, 3, 7, device)
     called = []
-    monkeypatch.setattr(MODULE, "_rows_gradient", called.append)
+    rows = MODULE.loss_rows
+    monkeypatch.setattr(MODULE, "loss_rows", lambda *args: called.append(args[-1]) or rows(*args))
     linear_cross_entropy(hidden, weight, target)
     with torch.no_grad():
         linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), target)
-    assert not called
+    assert called == [False, False]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -182,9 +272,10 @@ def test_autocast_runs_the_products_low_and_keeps_the_weight_gradient_wide(devic
     hidden, weight, _, target = layer(64, 16, 32, device)
     weight.requires_grad_()
     low = weight.detach().bfloat16().requires_grad_()
-    linear_cross_entropy(hidden.bfloat16(), low, target).backward()
+    chunks = dict(chunk_bytes=32 * 32 * 2)  # two
+    linear_cross_entropy(hidden.bfloat16(), low, target, **chunks).backward()
     with torch.autocast(device, torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, target)
+        loss = linear_cross_entropy(hidden, weight, target, **chunks)
     loss.backward()
     assert weight.grad.dtype == torch.float32
     assert torch.equal(weight.grad.bfloat16(), low.grad)
@@ -194,11 +285,13 @@ def test_autocast_runs_the_products_low_and_keeps_the_weight_gradient_wide(devic
 def test_is_a_well_formed_operator(device):
     hidden, weight, bias, target = layer(6, 8, 33, device, torch.bfloat16)
     dloss = torch.rand(6, device=device)
-    options = (IGNORE, 0.1, 0.01, 30.0)
     for wants in ((False, False, False), (True, True, True), (True, False, False)):
-        torch.library.opcheck(
-            _operator, (hidden, weight, bias, target, None, dloss, 4, *wants, *options)
-        )
+        for stats in (False, True):
+            plan = (dloss, 6, True) if stats else (dloss, 4, False)
+            options = (IGNORE, 0.1, 0.01, 30.0, 2.0, stats, 0, 0, "")
+            torch.library.opcheck(
+                _operator, (hidden, weight, bias, target, None, None, *plan, *wants, *options)
+            )
 
 
 # Dynamo's own warning.
@@ -254,7 +347,11 @@ H, W, T = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long)
         (H, W, T, dict(class_weight=torch.ones(4)), r"class_weight must have shape \[5\]"),
         (H, W, T, dict(chunk_bytes=0), "chunk_bytes must be positive, got 0"),
         (H, W, T, dict(softcap=-1.0), "softcap must be above 0"),
-        (H, W, T.float(), {}, "target must hold class indices"),
+        (H, W, T.float(), {}, r"soft targets must have shape \[2, 5\], got \[2\]"),
+        (H, W, T, dict(logit_scale=float("nan")), "logit_scale must be finite"),
+        (H, W, T, dict(weight_grad=W.bfloat16()), r"weight_grad must be float32 \[5, 3\]"),
+        (H, W, T, dict(weight_grad=W[1:]), r"weight_grad must be float32 \[5, 3\], got .*\[4, 3\]"),
+        (H, W, T, dict(weight_grad=W), "weight.requires_grad is False; set it"),
     ],
 )
 def test_refuses_wrong_input(hidden, weight, target, options, message):

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from contextlib import ExitStack
 from functools import partial
 from unittest import mock
 
@@ -11,6 +12,7 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import _softmax_rows as rows
 from kernels.softmax import (
     _backward,
     _forward,
@@ -20,18 +22,31 @@ from kernels.softmax import (
     softmax_reference,
 )
 
-MODULE = importlib.import_module("kernels.softmax")
+SOFTMAX = importlib.import_module("kernels.softmax")
 PAIRS = {
     "softmax": (softmax, softmax_reference),
     "log_softmax": (log_softmax, log_softmax_reference),
 }
 each_op = pytest.mark.parametrize("op", PAIRS)
-# The same rows through the loop of long rows too, in blocks small enough to run many of them.
+with_lse = tuple(partial(f, return_lse=True) for f in PAIRS["softmax"])
+# The same rows through the loops of long rows too, in blocks small enough to run many of them: by
+# one program, and by two, which have up to four blocks each.
 PATHS = {
-    "tile": {"MAX_TILE": MODULE.MAX_TILE},
-    "loop": {"MAX_TILE": 0, "LOOP_BLOCK": 128},
+    "tile": {},
+    "loop": {"BLOCK": 128},
+    "shared": {"BLOCK": 64, "LONG_ROW": 0, "SHARES": 2},
 }
 each_path = pytest.mark.parametrize("path", PATHS)
+
+
+def through(path, **blocks):
+    """Send rows of any length through `path`."""
+    stack = ExitStack()
+    if path != "tile":
+        stack.enter_context(mock.patch.object(SOFTMAX, "MAX_TILE", 0))
+        stack.enter_context(mock.patch.multiple(rows, **(PATHS[path] | blocks)))
+    return stack
+
 
 VIEWS = {
     "contiguous": lambda x: x,
@@ -48,15 +63,20 @@ GRADIENTS = {
 }
 
 
-def laid_out(y, gradient):
-    """`y`, whose gradient arrives in the strides of `gradient`."""
+def laid_out(ys, gradient):
+    """`ys`, whose gradients arrive in the strides of `gradient`."""
+    y, *lse = ys if isinstance(ys, tuple) else (ys,)
     if y.requires_grad:
         y.register_hook(GRADIENTS[gradient])
-    return y
+    if lse and y.requires_grad and gradient != "contiguous":
+        lse[0].register_hook(lambda dlse: dlse.sum().expand_as(dlse))
+    return ys
 
 
 def finite(y):
-    """`y` with the -inf of hidden keys replaced: they have no error to measure."""
+    """`y` with the -inf of hidden keys and empty rows replaced: they have no error to measure."""
+    if isinstance(y, tuple):  # lse in the dtype of y, whose rounding is then the measure of both
+        return y[0], finite(y[1]).to(y[0].dtype)
     return y.where(y > -math.inf, 0)
 
 
@@ -69,7 +89,7 @@ def unit(op, dtype, size):
 
 
 @given(
-    op=st.sampled_from(list(PAIRS)),
+    op=st.sampled_from([*PAIRS, "with lse"]),
     batch=st.lists(st.integers(0, 2), max_size=2),
     M=st.integers(1, 5),
     N=st.integers(1, 300),
@@ -98,8 +118,9 @@ def test_every_combination_of_options(
             laid_out(f(VIEWS[view](x), dim, scale=scale, causal=causal), gradient)
         )
 
-    with mock.patch.multiple(MODULE, **PATHS[path]):
-        check(*map(of, PAIRS[op]), x, unit=unit(op, dtype, size * abs(scale)))
+    with through(path):
+        pair = with_lse if op == "with lse" else PAIRS[op]
+        check(*map(of, pair), x, unit=unit(op, dtype, size * abs(scale)))
 
 
 @each_op
@@ -118,7 +139,7 @@ def test_long_rows(op, N, causal, device):
 @each_path
 def test_gradient_in_float64(op, path, device):
     x = torch.randn(1, 3, 140, device=device, dtype=torch.float64, requires_grad=True)
-    with mock.patch.multiple(MODULE, **PATHS[path]):
+    with through(path):
         for options in [dict(scale=0.5), dict(causal=True)]:
 
             def f(x, options=options):
@@ -147,29 +168,40 @@ def test_gradient_in_float64(op, path, device):
 )
 def test_extreme_rows_are_as_in_pytorch(op, path, row, device):
     x = torch.tensor([row, [1.0] * len(row)], device=device)
-    with mock.patch.multiple(MODULE, **PATHS[path]):
+    with through(path):
         torch.testing.assert_close(PAIRS[op][0](x), getattr(torch, op)(x, -1), equal_nan=True)
+
+
+@each_path
+@pytest.mark.parametrize("at", [0, 140, 299])
+def test_lse_of_extreme_rows(path, at, device):
+    x = torch.zeros(5, 300, device=device)
+    x[:4, at] = torch.tensor([math.inf, math.nan, 3e38, -math.inf])
+    x[4] = -math.inf
+    with through(path):
+        _, lse = softmax(x, return_lse=True)
+    torch.testing.assert_close(lse, torch.logsumexp(x, -1), equal_nan=True)
 
 
 @each_op
 @each_path
-@pytest.mark.parametrize("Lq", [1, 3, 20])
+@pytest.mark.parametrize("Lq", [3, 20])
 def test_whole_blocks_of_hidden_keys(op, path, Lq, device):
     def of(f):
         return lambda x: finite(f(x, causal=True))
 
-    with mock.patch.multiple(MODULE, **(PATHS[path] | {"LOOP_BLOCK": 8})):
+    with through(path, BLOCK=16):
         check(*map(of, PAIRS[op]), torch.randn(Lq, 20, device=device), unit=4.0)
 
 
 @each_op
 @each_path
-@pytest.mark.parametrize("Lq", [1, 3, 20])
+@pytest.mark.parametrize("Lq", [3, 20])
 def test_hidden_keys_are_exact_and_never_read(op, path, Lq, device):
     Lk = 20
     hidden = torch.ones(Lq, Lk, dtype=torch.bool, device=device).triu(Lk - Lq + 1)
     x = torch.randn(2, Lq, Lk, device=device).masked_fill(hidden, math.nan).requires_grad_()
-    with mock.patch.multiple(MODULE, **(PATHS[path] | {"LOOP_BLOCK": 8})):
+    with through(path, BLOCK=16):
         y = PAIRS[op][0](x, causal=True)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).masked_fill(hidden, math.nan))
     nothing = 0.0 if op == "softmax" else -math.inf
@@ -182,7 +214,7 @@ def test_hidden_keys_are_exact_and_never_read(op, path, Lq, device):
 @each_path
 def test_hidden_keys_are_exact_beside_a_nan(path, device):
     x = torch.zeros(4, 4, device=device).fill_diagonal_(math.nan)
-    with mock.patch.multiple(MODULE, **PATHS[path]):
+    with through(path):
         y = softmax(x, causal=True)
     assert torch.equal(y.isnan(), torch.ones_like(x, dtype=torch.bool).tril())
     assert (y.triu(1).nan_to_num(nan=0) == 0).all()
@@ -195,10 +227,83 @@ def test_the_last_query_sees_every_key(device):
 
 
 @each_path
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_lse_is_that_of_pytorch(path, dim, device):
+    x = torch.randn(3, 4, 70, device=device, dtype=torch.bfloat16) * 5
+    with through(path):
+        y, lse = softmax(x, dim, scale=0.5, return_lse=True)
+        assert torch.equal(y, softmax(x, dim, scale=0.5))
+    torch.testing.assert_close(lse, torch.logsumexp(x.float() * 0.5, dim))
+
+
+@each_path
+def test_lse_alone_takes_a_gradient(path, device):
+    def of(f):
+        return lambda x: f(x, scale=0.5)[1]
+
+    with through(path):
+        check(*map(of, with_lse), torch.randn(3, 70, device=device))
+        check(*map(of, with_lse), torch.randn(3, 70, device=device).bfloat16())
+
+
+@each_path
+def test_y_alone_takes_a_gradient(path, device):
+    def of(f):
+        return lambda x: f(x)[0]
+
+    with through(path):
+        check(*map(of, with_lse), torch.randn(3, 70, device=device))
+
+
+@pytest.mark.parametrize("path", ["loop", "shared"])
+@pytest.mark.parametrize("N", [1, 15, 16, 17, 33, 80, 81])
+def test_odd_rows(path, N, device):
+    # Each row begins at another place between two multiples of 16.
+    with through(path, BLOCK=16, SHARES=4):
+        check(*with_lse, torch.randn(4, N, device=device), unit=4.0)
+
+
+@pytest.mark.parametrize("N", [128, 208])
+def test_shares_are_the_same_whatever_the_other_rows(N, device):
+    x, dy = torch.randn(2, 3, N, device=device)
+    with through("shared", SHARES=4):
+        y, lse = _forward(x, 0, 1.0, False, True)
+        dx = _backward(dy, y, lse, 0, 1.0, False)
+        for m in range(3):
+            one = slice(m, m + 1)
+            alone = _forward(x[one].clone(), 0, 1.0, False, True)
+            assert all(map(torch.equal, alone, (y[one], lse[one])))
+            assert torch.equal(_backward(dy[one], y[one], lse[one], 0, 1.0, False), dx[one])
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "grids"),
+    [
+        (263, 32768, [(263, 8)] * 2),
+        (264, 32768, [(264, 1)]),
+        (1, 32767, [(1, 1)]),
+        (1, 50257, [(1, 13)] * 2),
+        (1, 262144, [(1, 64)] * 2),
+        (1, 262145, [(1, 33)] * 2),
+    ],
+    ids=str,
+)
+def test_few_long_rows_are_shared_out(M, N, grids):
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(grid)
+
+    rows._launch(Kernel(), (), torch.empty(1, N).expand(M, N), (), {})
+    assert launched == grids
+
+
+@each_path
 def test_bfloat16_gradient_of_a_nearly_certain_row(path, device):
     x = torch.zeros(1, 64, device=device, dtype=torch.bfloat16)
     x[0, 3] = 11.0  # y = 0.999, stored as 1
-    with mock.patch.multiple(MODULE, **PATHS[path]):
+    with through(path):
         check(softmax, softmax_reference, x)
 
 
@@ -215,20 +320,23 @@ def test_offsets_beyond_two_to_the_31(path, device, monkeypatch):
     memory = torch.empty((1 << 31) + 80, device=device, dtype=torch.bfloat16)
     far = memory.as_strided((3, 80), (1 << 30, 1)).copy_(torch.randn(3, 80))
     near = far.contiguous()
-    with mock.patch.multiple(MODULE, **PATHS[path]):
-        y = _forward(near, 0, 1.0, False)
-        assert torch.equal(_forward(far, 0, 1.0, False), y)
-        assert torch.equal(_backward(far, y, 0, 1.0, False), _backward(near, y, 0, 1.0, False))
+    with through(path):
+        y, lse = _forward(near, 0, 1.0, False, True)
+        assert all(map(torch.equal, _forward(far, 0, 1.0, False, True), (y, lse)))
+        far_dx, dx = (_backward(dy, y, None, 0, 1.0, False) for dy in (far, near))
+        assert torch.equal(far_dx, dx)
 
 
 @each_path
 @pytest.mark.parametrize("log", [False, True])
 def test_is_a_well_formed_operator(path, log, device):
     # The raw operators have no gradient of their own: the autograd.Function around them has.
-    x = torch.randn(6, 33, device=device, dtype=torch.bfloat16)
-    with mock.patch.multiple(MODULE, **PATHS[path]):
-        torch.library.opcheck(_forward, (x, 3, 0.5, log))
-        torch.library.opcheck(_backward, (x, x, 3, 0.5, log))
+    x = torch.randn(3, 33, device=device, dtype=torch.bfloat16)
+    with through(path):
+        for return_lse in (False, True):
+            torch.library.opcheck(_forward, (x, 3, 0.5, log, return_lse))
+        for dlse in (None, torch.randn(3, device=device)):
+            torch.library.opcheck(_backward, (x, x, dlse, 3, 0.5, log))
 
 
 @each_op
@@ -238,6 +346,11 @@ def test_compiles_without_graph_breaks(op, device):
     for Lq in (4, 5):
         x = torch.randn(2, Lq, 16, device=device)
         check(lambda x: finite(compiled(x)), lambda x: finite(reference(x)), x, unit=4.0)
+
+
+def test_lse_compiles_without_graph_breaks(device):
+    compiled = torch.compile(with_lse[0], fullgraph=True, backend="aot_eager")
+    check(compiled, with_lse[1], torch.randn(3, 16, device=device), unit=4.0)
 
 
 @each_op

@@ -3,46 +3,16 @@
 import pytest
 import torch
 from check import check
+from halves import GRADIENTS, LAYOUTS, SHAPES, check_halves
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.swiglu import _backward, _forward, swiglu, swiglu_reference
-
-LAYOUTS = {
-    "separate": lambda packed: [half.contiguous() for half in packed.chunk(2, -1)],
-    "packed": lambda packed: packed.chunk(2, -1),
-    "interleaved": lambda packed: (packed[..., ::2], packed[..., 1::2]),
-    "transposed": lambda packed: [half.mT for half in packed.chunk(2, -1)],
-    "mixed": lambda packed: (packed.chunk(2, -1)[0], packed.chunk(2, -1)[1].contiguous()),
-}
-GRADIENTS = {
-    "contiguous": lambda dy: dy,
-    "transposed": lambda dy: dy.mT.contiguous().mT,
-    "expanded along F": lambda dy: dy[..., :1].expand_as(dy),
-    "expanded along T": lambda dy: dy[..., :1, :].expand_as(dy),
-}
-
-
-def laid_out(y, gradient):
-    """`y`, whose gradient arrives in the strides of `gradient`."""
-    if y.requires_grad:
-        y.register_hook(GRADIENTS[gradient])
-    return y
-
-
-def check_layout(packed, layout, gradient):
-    """Hold kernel and definition together on views of one leaf, so that no copy hides a stride."""
-
-    def of(f):
-        return lambda packed: laid_out(f(*LAYOUTS[layout](packed)), gradient)
-
-    check(of(swiglu), of(swiglu_reference), packed)
+from kernels._activation import _backward, _forward
+from kernels.swiglu import swiglu, swiglu_reference
 
 
 @given(
-    batch=st.lists(st.integers(0, 3), max_size=2),
-    T=st.integers(0, 9),
-    F=st.integers(0, 300),
+    **SHAPES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     size=st.sampled_from([0.1, 3.0, 20.0]),
     layout=st.sampled_from(list(LAYOUTS)),
@@ -53,21 +23,31 @@ def test_every_layout(batch, T, F, dtype, size, layout, gradient, seed):
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     packed = torch.randn(*batch, T, 2 * F, device=device) * size
-    check_layout(packed.to(dtype), layout, gradient)
+    check_halves(swiglu, swiglu_reference, packed.to(dtype), layout, gradient)
 
 
 @pytest.mark.parametrize("layout", ["separate", "packed"])
 def test_rows_wider_than_a_tile(layout, device):
-    check_layout(torch.randn(3, 2 * 5003, device=device), layout, "contiguous")
+    packed = torch.randn(3, 2 * 5003, device=device)
+    check_halves(swiglu, swiglu_reference, packed, layout, "contiguous")
 
 
-def test_one_axis(device):
-    check(swiglu, swiglu_reference, *torch.randn(2, 7, device=device))
+@pytest.mark.parametrize("shape", [(7,), ()], ids=str)
+def test_one_axis_or_none(shape, device):
+    check(swiglu, swiglu_reference, *torch.randn(2, *shape, device=device))
 
 
 def test_saturates_without_nan(device):
     gate = torch.tensor([-1e30, -200.0, -0.0, 200.0, 1e30], device=device)
     check(swiglu, swiglu_reference, gate, torch.ones(5, device=device))
+
+
+def test_nan_and_infinity_stay_where_they_are(device):
+    gate = torch.tensor([0.5, float("nan"), float("inf"), 1.0, 2.0], device=device)
+    up = torch.tensor([1.0, 1.0, 1.0, float("nan"), 1.0], device=device)
+    h = swiglu(gate, up)
+    torch.testing.assert_close(h, swiglu_reference(gate, up), equal_nan=True)
+    assert h[[0, 4]].isfinite().all()
 
 
 def test_rounds_once(device):
@@ -88,6 +68,22 @@ def test_one_input_alone_takes_a_gradient(wanted, device):
     check(swiglu, swiglu_reference, *inputs, needs_grad=[wanted])
 
 
+def test_backward_twice_over_one_graph(device):
+    gate, up = torch.randn(2, 4, 6, device=device).requires_grad_()
+    h = swiglu(gate, up)
+    first, second = (torch.autograd.grad(h.sum(), (gate, up), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_an_input_changed_in_between_is_noticed(device):
+    gate = torch.randn(4, 6, device=device, requires_grad=True)
+    up = torch.randn(4, 6, device=device)
+    h = swiglu(gate, up)
+    up.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
 def test_offsets_beyond_two_to_the_31(device, monkeypatch):
     # The stride fits an int32, the last row's offset does not; the memory between is never touched.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
@@ -95,17 +91,18 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
     packed = memory.as_strided((3, 80), (1 << 30, 1)).copy_(torch.randn(3, 80))
     near = packed.contiguous()
     dh = packed[:, :40]
-    assert torch.equal(_forward(*packed.chunk(2, -1)), _forward(*near.chunk(2, -1)))
-    gradients = _backward(dh, *packed.chunk(2, -1)), _backward(dh, *near.chunk(2, -1))
-    assert all(torch.equal(far, near) for far, near in zip(*gradients, strict=True))
+    forward = [_forward(*x.chunk(2, -1), "silu") for x in (packed, near)]
+    backward = [_backward(dh, *x.chunk(2, -1), "silu") for x in (packed, near)]
+    assert torch.equal(*forward)
+    assert all(map(torch.equal, *backward))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
     # The raw operators have no gradient of their own: the autograd.Function around them has.
     dh, gate, up = torch.randn(3, 5, 33, device=device, dtype=dtype)
-    torch.library.opcheck(_forward, (gate, up))
-    torch.library.opcheck(_backward, (dh, gate, up))
+    torch.library.opcheck(_forward, (gate, up, "silu"))
+    torch.library.opcheck(_backward, (dh, gate, up, "silu"))
 
 
 def test_compiles_without_graph_breaks(device):

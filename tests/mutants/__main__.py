@@ -39,7 +39,8 @@ def run(op: str, mutant: Mutant) -> str:
         file = tree / mutant.file
         file.write_text(mutant.apply(file.read_text()))
         test = f"tests/kernels/test_{op}.py"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += ["--hypothesis-profile", "mutants", test]
         try:
             done = subprocess.run(
                 command, cwd=tree, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,115 +1,193 @@
-"""Faults of kernels/cross_entropy.py: masks, signs, scales, rows, and the traps of the field."""
+"""Faults of _loss_rows.py and cross_entropy.py: masks, signs, scales, rows, the field's traps."""
 
 from functools import partial
 
 from . import Mutant
 
-_mutant = partial(Mutant, file="kernels/cross_entropy.py")
+_kernel = partial(Mutant, file="kernels/_loss_rows.py")
+_function = partial(Mutant, file="kernels/cross_entropy.py")
 
 MUTANTS = [
-    _mutant(
+    _kernel(
         what="mask before the cap",
-        original='z_V = tl.where(offs_V < V, _capped(x_V, softcap, SOFTCAP, ACC), float("-inf"))',
-        replacement="z_V = _capped(x_V, softcap, SOFTCAP, ACC)",
+        original='        z_V = tl.where(offs_V < V, z_V, float("-inf"))\n',
+        replacement="",
     ),
-    _mutant(
+    _kernel(
         what="cap with the wrong sign for negative logits",
         original="x = tl.where(x < 0, -z, z)",
         replacement="x = z",
     ),
-    _mutant(
+    _kernel(
+        what="cap before the scale",
+        original="        x *= logit_scale\n",
+        replacement="        softcap *= logit_scale\n        x *= logit_scale\n",
+    ),
+    _kernel(
         what="no rescaling when the maximum grows",
-        original="s = s * tl.exp2((m - new_m) * LOG2_E) + tl.sum(e_V, axis=1)",
+        original="s = s * shrink + tl.sum(e_V, axis=1)",
         replacement="s = s + tl.sum(e_V, axis=1)",
     ),
-    _mutant(
+    _kernel(
         what="lanes summed at different maxima",
         original="row_s = tl.sum(s * tl.exp2((m - row_m) * LOG2_E), axis=0)",
         replacement="row_s = tl.sum(s, axis=0)",
     ),
-    _mutant(
-        what="padding in the smoothing sum",
-        original="z_V = tl.where(offs_V < V, z_V, 0.0)",
-        replacement="z_V = tl.where(offs_V < V, z_V, 1.0)",
+    _kernel(
+        what="padding takes part in the smoothing",
+        original="a_V = tl.where(offs_V < V, uniform, 0.0) if MASKED else",
+        replacement="a_V = tl.zeros(offs_V.shape, ACC) + uniform if MASKED else",
     ),
-    _mutant(
+    _kernel(
+        what="soft targets not reduced by the smoothing",
+        original="a_V += hit * tl.load(q_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)",
+        replacement="a_V += tl.load(q_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)",
+    ),
+    _kernel(
+        what="class weight of the next class",
+        original="a_V *= tl.load(w_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)",
+        replacement="a_V *= tl.load(w_ptr + offs_V + 1, mask=offs_V + 1 < V, other=0.0).to(ACC)",
+    ),
+    _kernel(
+        what="soft targets of the first row for all",
+        original="q_ptr = target_ptr + t * stride_qT",
+        replacement="q_ptr = target_ptr + 0 * stride_qT",
+    ),
+    _kernel(
+        what="mass of soft targets taken for 1",
+        original="mass = tl.sum(masses, axis=0)",
+        replacement="mass = 1 + 0 * tl.sum(masses, axis=0)",
+    ),
+    _kernel(
         what="the target's gradient with the wrong sign",
-        original="dz_t = hit * (p_t - 1) + rest * p_t",
-        replacement="dz_t = hit * (p_t + 1) + rest * p_t",
+        original="dz_t = hit * (p_t - 1) + (total - hit) * p_t",
+        replacement="dz_t = hit * (p_t + 1) + (total - hit) * p_t",
     ),
-    _mutant(
+    _kernel(
         what="the target's gradient not written",
-        original="dz_t.to(dx_ptr.dtype.element_ty), mask=known)",
-        replacement="dz_t.to(dx_ptr.dtype.element_ty), mask=known & False)",
+        original="(give * dz_t).to(dx_ptr.dtype.element_ty), mask=owned)",
+        replacement="(give * dz_t).to(dx_ptr.dtype.element_ty), mask=owned & False)",
     ),
-    _mutant(
+    _kernel(
         what="gradient of the cap forgotten",
-        original="dz_V *= 1 - (z_V / softcap) * (z_V / softcap)",
+        original="dz_V *= 1 - u_V * u_V",
         replacement="dz_V *= 1",
     ),
-    _mutant(
+    _kernel(
         what="gradient of the cap forgotten at the target",
         original="dz_t *= 1 - (z_t / softcap) * (z_t / softcap)",
         replacement="dz_t *= 1",
     ),
-    _mutant(
+    _kernel(
+        what="gradient of the scale forgotten",
+        original="                give *= logit_scale\n",
+        replacement="                give *= 1\n",
+    ),
+    _kernel(
         what="gradient of the z-loss forgotten",
-        original="rest = dloss * (2 * z_loss * w_t * lse)",
-        replacement="rest = dloss * 0.0 * lse",
+        original="total = mass + 2 * z_loss * w_t * lse",
+        replacement="total = mass + 0 * lse",
     ),
-    _mutant(
+    _kernel(
         what="z-loss without the class weight",
-        original="z_loss * w_t * lse * lse",
-        replacement="z_loss * lse * lse",
+        original="loss = z_loss * w_t * lse * lse",
+        replacement="loss = z_loss * lse * lse",
     ),
-    _mutant(
-        what="incoming gradient ignored",
-        original="dloss = tl.load(dloss_ptr + t * stride_dlossT).to(ACC)",
-        replacement="dloss = tl.load(dloss_ptr).to(ACC)",
+    _kernel(
+        what="the first row's incoming gradient for all",
+        original="give = tl.load(dloss_ptr + t * stride_dlossT).to(ACC)",
+        replacement="give = tl.load(dloss_ptr).to(ACC)",
     ),
-    _mutant(
+    _kernel(
         what="smoothing not scaled by the incoming gradient",
-        original="            uniform *= dloss\n",
-        replacement="",
+        original="                    give * hit, give * uniform, logit_scale, softcap,\n"
+        "                    False,",
+        replacement="                    give * hit, uniform, logit_scale, softcap,\n"
+        "                    False,",
     ),
-    _mutant(
+    _kernel(
         what="a target outside the vocabulary counts",
         original='w_t = tl.where(known, w_t, float("nan"))',
         replacement="w_t = tl.where(known, w_t, 1.0)",
     ),
-    _mutant(
+    _kernel(
         what="the last block skipped",
-        original="            if full < V:\n                m, s, q",
-        replacement="            if full > V:\n                m, s, q",
+        original="            if full < V:\n                m, s, dot",
+        replacement="            if full > V:\n                m, s, dot",
     ),
-    _mutant(
+    _kernel(
         what="the first block skipped",
-        original="            for v in range(0, full, BLOCK_V):\n                m, s, q",
-        replacement="            for v in range(BLOCK_V, full, BLOCK_V):\n                m, s, q",
+        original="for v in range(0, full, BLOCK_V):\n                m, s, dot",
+        replacement="for v in range(BLOCK_V, full, BLOCK_V):\n                m, s, dot",
     ),
-    _mutant(
+    _kernel(
         what="row offsets in 32 bits",
         original="t = tl.program_id(0).to(tl.int64)\n    x_ptr",
         replacement="t = tl.program_id(0)\n    x_ptr",
     ),
-    _mutant(
+    _kernel(
         what="gradient of an ignored row left unwritten",
         original="tl.store(dx_ptr + full + offs_V, zero_V, mask=full + offs_V < V)",
         replacement="tl.store(dx_ptr + full + offs_V, zero_V, mask=full + offs_V < V - 1)",
     ),
-    _mutant(
+    _kernel(
         what="store beyond the row",
         original="dz_V.to(dx_ptr.dtype.element_ty), mask=offs_V < V)",
         replacement="dz_V.to(dx_ptr.dtype.element_ty))",
     ),
-    _mutant(
+    _kernel(
+        what="entropy: no correction when the maximum grows",
+        original="spread = shrink * (spread + s * tl.maximum(m - new_m, LOWEST_GAP))",
+        replacement="spread = shrink * spread",
+    ),
+    _kernel(
+        what="entropy: lanes summed at different maxima",
+        original="row_spread = tl.sum((spread + s * gap) * tl.exp2(gap * LOG2_E), axis=0)",
+        replacement="row_spread = tl.sum(spread * tl.exp2(gap * LOG2_E), axis=0)",
+    ),
+    _kernel(
+        what="entropy: a masked class makes it nan",
+        original="spread += tl.sum(e_V * tl.maximum(gap_V, LOWEST_GAP), axis=1)",
+        replacement="spread += tl.sum(e_V * gap_V, axis=1)",
+    ),
+    _kernel(
+        what="argmax: the last of equals",
+        original="best = tl.where(new_m > m, at, tl.minimum(at, best))",
+        replacement="best = tl.where(at < NOWHERE, at, best)",
+    ),
+    _kernel(
+        what="argmax counted from its block",
+        original="offs_V, V - v, v, hit, uniform",
+        replacement="offs_V, V - v, 0, hit, uniform",
+    ),
+    _kernel(
+        what="argmax of any lane",
+        original="row_best = tl.min(tl.where(m == row_m, best, NOWHERE), axis=0)",
+        replacement="row_best = tl.min(best, axis=0)",
+    ),
+    _function(
         what="a second backward scales again",
         original="dx_TV, ctx.dx_TV = ctx.dx_TV, None",
         replacement="dx_TV = ctx.dx_TV",
     ),
-    _mutant(
+    _function(
         what="the mean counts ignored targets",
-        original="        w_T = token_weights(target_T, w_V, ignore_index, torch.float32)\n",
-        replacement="        w_T = token_weights(target_T, w_V, -1 << 40, torch.float32)\n",
+        original="token_weights(target_T, w_V, ignore_index, torch.float32)",
+        replacement="token_weights(target_T, w_V, -1 << 40, torch.float32)",
+    ),
+    _function(
+        what="logits of a strided view overwritten",
+        original="    if not x_TV.is_contiguous() or x_TV.data_ptr() != logits.data_ptr():\n",
+        replacement="    if False:\n",
+    ),
+    _function(
+        what="in place without a gradient",
+        original="overwrite = inplace and logits.requires_grad and torch.is_grad_enabled()",
+        replacement="overwrite = inplace and logits.requires_grad",
+    ),
+    _function(
+        what="incoming gradient of the mean ignored",
+        original="        _scale(ctx.dx_TV, dloss)\n",
+        replacement="",
     ),
 ]

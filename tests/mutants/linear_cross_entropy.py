@@ -1,10 +1,11 @@
-"""Faults of kernels/linear_cross_entropy.py: chunks, products, scales, the stand-in on a CPU."""
+"""Faults of linear_cross_entropy.py and of the rows' definition, which serves it on a CPU."""
 
 from functools import partial
 
 from . import Mutant
 
 _mutant = partial(Mutant, file="kernels/linear_cross_entropy.py")
+_rows = partial(Mutant, file="kernels/_token_loss.py")
 
 MUTANTS = [
     _mutant(
@@ -19,8 +20,8 @@ MUTANTS = [
     ),
     _mutant(
         what="weight gradient summed in the dtype of the weight",
-        original="weight.new_empty(weight.shape if want_weight else 0, dtype=acc)",
-        replacement="weight.new_empty(weight.shape if want_weight else 0)",
+        original="dtype=weight.dtype if narrow else loss.dtype",
+        replacement="dtype=weight.dtype",
     ),
     _mutant(
         what="gradient sums not cleared",
@@ -39,23 +40,23 @@ MUTANTS = [
     ),
     _mutant(
         what="the first chunk's incoming gradient for all",
-        original="dloss_C = None if dloss_T is None else dloss_T[rows]",
+        original="dloss_C = None if dloss_T is None else dloss_T[chunk]",
         replacement="dloss_C = None if dloss_T is None else dloss_T[: h_CD.shape[0]]",
     ),
     _mutant(
         what="incoming gradient ignored",
-        original="(g.to(dloss.dtype) * dloss).to(dtype)",
+        original="(g.to(factor.dtype) * factor).to(dtype)",
         replacement="g.to(dtype)",
     ),
     _mutant(
         what="a mean over all targets",
-        original="total = token_weights(target_T, class_weight_V, ignore_index, loss.dtype).sum()",
-        replacement="total = token_weights(target_T, class_weight_V, -1 << 40, loss.dtype).sum()",
+        original="w_T = token_weights(target_T, class_weight_V, options.ignore_index, wide)",
+        replacement="w_T = token_weights(target_T, class_weight_V, -1 << 40, wide)",
     ),
     _mutant(
         what="gradient of nothing is nan",
-        original='divisor = torch.where(total == 0, float("inf"), total)',
-        replacement="divisor = total",
+        original="grad_scale = torch.where(scale.isinf(), 0.0, scale)",
+        replacement="grad_scale = scale",
     ),
     _mutant(
         what="gradients made under no_grad",
@@ -64,37 +65,72 @@ MUTANTS = [
     ),
     _mutant(
         what="autocast ignored",
-        original="torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else",
-        replacement="torch.get_autocast_dtype(device) if False else",
+        original="autocast = torch.is_autocast_enabled(device)",
+        replacement="autocast = False",
     ),
     _mutant(
-        what="stand-in: no subtraction at the target",
-        original="(-(1 - smoothing) * w_T)[:, None])",
-        replacement="(0 * w_T)[:, None])",
+        what="one chunk: the mean divides twice",
+        original="torch.ones_like(scale) if plan.narrow else grad_scale)",
+        replacement="grad_scale)",
     ),
     _mutant(
-        what="stand-in: slope of the cap forgotten",
-        original="        dx_TV.mul_(slope_TV)\n",
-        replacement="        dx_TV.mul_(1)\n",
+        what="one chunk where several were meant",
+        original="chunk_bytes is None and narrow and max(rows, D) + D >= T",
+        replacement="chunk_bytes is None and narrow",
     ),
     _mutant(
-        what="stand-in: ignored rows keep a gradient",
-        original="    dx_TV[ignored_T] = 0\n",
+        what="the weight's buffer gets the gradient unscaled",
+        original="ctx.weight_grad_VD.addcmul_(grads[1], factor)",
+        replacement="ctx.weight_grad_VD.add_(grads[1])",
+    ),
+    _mutant(
+        what="the weight's gradient twice",
+        original="        wants[1] = False\n",
         replacement="",
     ),
     _mutant(
-        what="stand-in: gradient of the z-loss forgotten",
-        original="total_T = (1 - smoothing) * w_T + 2 * z_loss * w_T * lse_T",
-        replacement="total_T = (1 - smoothing) * w_T + 0 * lse_T",
+        what="statistics of the first chunk for all",
+        original="values_RT[:, chunk], argmax_T[chunk] = values_RC, argmax_C",
+        replacement="values_RT[:], argmax_T[:] = values_RC[:, :1], argmax_C[:1]",
     ),
-    _mutant(
-        what="stand-in: a target outside the vocabulary counts",
-        original="if ((t_T1 < 0) | (t_T1 >= V)).any():",
+    _rows(
+        what="definition: no subtraction at the target",
+        original="torch.where(owned_T, -hit_T, 0)[:, None])",
+        replacement="torch.where(owned_T, 0 * hit_T, 0)[:, None])",
+    ),
+    _rows(
+        what="definition: slope of the cap forgotten",
+        original="            dx_TV.mul_(slope_TV)\n",
+        replacement="            dx_TV.mul_(1)\n",
+    ),
+    _rows(
+        what="definition: scale forgotten in the gradient",
+        original="            dx_TV.mul_(options.logit_scale)\n",
+        replacement="            dx_TV.mul_(1)\n",
+    ),
+    _rows(
+        what="definition: ignored rows keep a gradient",
+        original="            dx_TV[(target_T == options.ignore_index).nonzero()[:, 0]] = 0\n",
+        replacement="            pass\n",
+    ),
+    _rows(
+        what="definition: gradient of the z-loss forgotten",
+        original="rate_T *= hit_T + values_RT[Row.MASS] + 2 * options.z_loss * w_T * lse_T",
+        replacement="rate_T *= hit_T + values_RT[Row.MASS]",
+    ),
+    _rows(
+        what="definition: a target outside the vocabulary counts",
+        original="if (counts_T & ((target_T < 0) | (target_T >= n_classes))).any():",
         replacement="if False:",
     ),
-    _mutant(
-        what="stand-in: bfloat16 gradient not copied back",
-        original="        x_TV.copy_(dx_TV)\n",
-        replacement="        pass\n",
+    _rows(
+        what="definition: bfloat16 gradient not copied back",
+        original="            x_TV.copy_(dx_TV)\n",
+        replacement="            pass\n",
+    ),
+    _rows(
+        what="definition: logits overwritten where only the loss is wanted",
+        original="copy=not gradient)",
+        replacement="copy=False)",
     ),
 ]

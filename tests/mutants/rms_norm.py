@@ -1,115 +1,171 @@
-"""Faults of kernels/rms_norm.py: lost masks, signs, scales, rows, masked lanes and dtypes."""
+"""Faults of what the norms share, and of rms_norm: masks, strides, scales, rows and dtypes."""
 
 from functools import partial
 
 from . import Mutant
 
-_mutant = partial(Mutant, file="kernels/rms_norm.py")
+_kernels = partial(Mutant, file="kernels/_norm_kernels.py")
+_launch = partial(Mutant, file="kernels/_norm.py")
 
 MUTANTS = [
-    _mutant(
-        what="no eps",
-        original="r_T = 1 / tl.sqrt(tl.sum(s_TD * s_TD, axis=1) / D + eps)",
-        replacement="r_T = 1 / tl.sqrt(tl.sum(s_TD * s_TD, axis=1) / D)",
+    _kernels(
+        what="no eps, rows in registers",
+        original="tl.sum(z_TD * z_TD, axis=1) / D + eps)",
+        replacement="tl.sum(z_TD * z_TD, axis=1) / D)",
     ),
-    _mutant(
+    _kernels(
+        what="no eps, rows looped over",
+        original="r = 1 / tl.sqrt(mean + eps)",
+        replacement="r = 1 / tl.sqrt(mean)",
+    ),
+    _kernels(
         what="mean over the padded width",
-        original="r_T = 1 / tl.sqrt(tl.sum(s_TD * s_TD, axis=1) / D + eps)",
-        replacement="r_T = 1 / tl.sqrt(tl.sum(s_TD * s_TD, axis=1) / BLOCK_D + eps)",
+        original="tl.sum(z_TD * z_TD, axis=1) / D + eps)",
+        replacement="tl.sum(z_TD * z_TD, axis=1) / BLOCK_D + eps)",
     ),
-    _mutant(
+    _kernels(
         what="no weight in forward",
-        original="s_TD * r_T[:, None] * w_D[None, :], mask=mask_TD)",
-        replacement="s_TD * r_T[:, None], mask=mask_TD)",
+        original="y_TD = z_TD * r_T[:, None] * w_1D",
+        replacement="y_TD = z_TD * r_T[:, None]",
     ),
-    _mutant(
+    _kernels(
         what="store of y without its mask",
-        original="s_TD * r_T[:, None] * w_D[None, :], mask=mask_TD)",
-        replacement="s_TD * r_T[:, None] * w_D[None, :])",
+        original="tl.store(y_ptr + rows_T1 * D + cols_1D, y_TD, mask=mask_TD)",
+        replacement="tl.store(y_ptr + rows_T1 * D + cols_1D, y_TD)",
     ),
-    _mutant(
+    _kernels(
         what="store of r without its mask",
         original="tl.store(r_ptr + offs_T, r_T, mask=offs_T < T)",
         replacement="tl.store(r_ptr + offs_T, r_T)",
     ),
-    _mutant(
+    _kernels(
         what="32-bit row offsets in forward",
-        original="offs_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)",
-        replacement="offs_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)",
+        original="offs_T = tl.program_id(0).to(tl.int64) * BLOCK_T",
+        replacement="offs_T = tl.program_id(0) * BLOCK_T",
     ),
-    _mutant(
+    _kernels(
         what="norm of the sum before it is rounded",
-        original="        s_TD = s_TD.to(s_ptr.dtype.element_ty)\n",
+        original="        s = s.to(s_ptr.dtype.element_ty)\n",
         replacement="",
     ),
-    _mutant(
+    _kernels(
         what="row stride of the residual taken for that of x",
-        original="residual_ptr + rows_T1 * stride_residualT + cols_1D",
-        replacement="residual_ptr + rows_T1 * stride_xT + cols_1D",
+        original="residual_ptr + t * stride_residualT + d",
+        replacement="residual_ptr + t * stride_xT + d",
     ),
-    _mutant(
+    _kernels(
+        what="offset left out",
+        original="z *= w + offset if offset != 0.0 else w",
+        replacement="z *= w",
+    ),
+    _kernels(
+        what="offset taken for one",
+        original="z *= w + offset if offset != 0.0 else w",
+        replacement="z *= w + 1.0",
+    ),
+    _kernels(
+        what="sum looped over with x where it should be s",
+        original="        x_ptr, stride_xT = s_ptr, D\n",
+        replacement="",
+    ),
+    _kernels(
+        what="only whole blocks of a long row summed",
+        original="gz_D += g_D * (s_D - m)",
+        replacement="gz_D += tl.where(start + BLOCK_D <= D, g_D * (s_D - m), 0.0)",
+    ),
+    _kernels(
+        what="mean square of the last block alone",
+        original="sum_D += s_D if CENTRED else s_D * s_D",
+        replacement="sum_D = s_D if CENTRED else s_D * s_D",
+    ),
+    _kernels(
         what="wrong sign of the mean's gradient",
-        original="dx_TD = r_T1 * (g_TD - s_TD",
-        replacement="dx_TD = r_T1 * (g_TD + s_TD",
+        original="dx_TD = r_T1 * (g_TD - z_TD * scale_T1)",
+        replacement="dx_TD = r_T1 * (g_TD + z_TD * scale_T1)",
     ),
-    _mutant(
+    _kernels(
         what="gradient not scaled by r",
-        original="dx_TD = r_T1 * (g_TD - s_TD",
-        replacement="dx_TD = (g_TD - s_TD",
+        original="dx_TD = r_T1 * (g_TD - z_TD * scale_T1)",
+        replacement="dx_TD = g_TD - z_TD * scale_T1",
     ),
-    _mutant(
+    _kernels(
+        what="mean's gradient scaled by r once",
+        original="scale_T1 = r_T1 * r_T1 * (tl",
+        replacement="scale_T1 = r_T1 * (tl",
+    ),
+    _kernels(
+        what="the same over long rows",
+        original="scale = r * r * (tl.sum(gz_D) / D)",
+        replacement="scale = r * (tl.sum(gz_D) / D)",
+    ),
+    _kernels(
         what="weight left out of dx",
         original="g_TD = dy_TD * w_1D",
         replacement="g_TD = dy_TD",
     ),
-    _mutant(
+    _kernels(
         what="first row skipped in backward",
         original="for t in range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):",
         replacement="for t in range(p * BLOCK_T + 1, T, tl.num_programs(0) * BLOCK_T):",
     ),
-    _mutant(
+    _kernels(
         what="every program takes all rows from its own on",
         original="for t in range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):",
         replacement="for t in range(p * BLOCK_T, T, BLOCK_T):",
     ),
-    _mutant(
+    _kernels(
+        what="rows of a long dw shared out by columns",
+        original="for t in range(p * BLOCK_T, T, tl.num_programs(1) * BLOCK_T):",
+        replacement="for t in range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):",
+    ),
+    _kernels(
         what="gradient of the stream not added",
-        original="dx_TD += tl.load(ds_ptrs, mask=mask_TD, other=0.0).to(ACC)",
-        replacement="dx_TD += 0 * tl.load(ds_ptrs, mask=mask_TD, other=0.0).to(ACC)",
+        original="dx += tl.load(ds_ptr + t * stride_dsT + d, mask=mask, other=0.0).to(dx.dtype)",
+        replacement="dx += 0",
     ),
-    _mutant(
-        what="dw of the last tile only",
-        original="dw_TD += dy_TD * s_TD * r_T1",
-        replacement="dw_TD = dy_TD * s_TD * r_T1",
+    _kernels(
+        what="gradient of the stream read in the strides of dx",
+        original="ds_ptr + t * stride_dsT + d",
+        replacement="ds_ptr + t * D + d",
     ),
-    _mutant(
-        what="dw not scaled by r",
-        original="dw_TD += dy_TD * s_TD * r_T1",
-        replacement="dw_TD += dy_TD * s_TD",
-    ),
-    _mutant(
+    _kernels(
         what="partials beyond P summed",
         original="mask_PD = (offs_P < P)[:, None] & (offs_D < D)[None, :]",
         replacement="mask_PD = (offs_P < BLOCK_P)[:, None] & (offs_D < D)[None, :]",
     ),
-    _mutant(
+    _kernels(
         what="only the first partials summed",
         original="for p in range(0, P, BLOCK_P):",
         replacement="for p in range(0, BLOCK_P, BLOCK_P):",
     ),
-    _mutant(
-        what="strided dy read as if contiguous",
-        original="dy_ptr + rows_T1 * stride_dyT + cols_1D",
-        replacement="dy_ptr + rows_T1 * D + cols_1D",
+    _kernels(
+        what="32-bit row offsets over long rows in forward",
+        original=".to(tl.int64)\n    offs_D = tl.arange(0, BLOCK_D)\n    sum_D",
+        replacement="\n    offs_D = tl.arange(0, BLOCK_D)\n    sum_D",
     ),
-    _mutant(
+    _launch(
+        what="dx and dresidual exchanged",
+        original="dx_TD = dbranch_TD if residual_dtype not in (None, x_dtype) else ds_total_TD",
+        replacement="dx_TD = ds_total_TD",
+    ),
+    _launch(
         what="column stride ignored",
         original="return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))",
         replacement="return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])",
     ),
-    _mutant(
+    _launch(
+        what="every input copied",
+        original="return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))",
+        replacement="return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).clone()",
+    ),
+    _launch(
+        what="statistics in the dtype of x",
+        original="r = x.new_empty(T, dtype=_wide(x.dtype, s.dtype))",
+        replacement="r = x.new_empty(T)",
+    ),
+    _launch(
         what="second derivative allowed",
-        original="    @once_differentiable\n    def backward(ctx, dy_TD: Tensor):",
-        replacement="    def backward(ctx, dy_TD: Tensor):",
+        original="    @once_differentiable\n",
+        replacement="",
     ),
 ]

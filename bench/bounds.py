@@ -1,0 +1,41 @@
+"""What no version of an operation can beat: `python -m bench explain OP --shape T=..,V=..`."""
+
+from typing import Literal
+
+import tyro
+
+from kernels.explain import OPERATIONS, explain
+
+from .compare import DTYPES
+
+
+def main(
+    op: tyro.conf.Positional[str],
+    shape: str,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    device: str | None = None,
+) -> None:
+    """Print the least bytes, operations and time of an operation, forward and backward.
+
+    Args:
+        op: an operation of kernels.explain.
+        shape: its dimensions: T=32768,V=50304
+        dtype: bf16 or fp32.
+        device: part of a device's name, such as H200; the present GPU if left out.
+    """
+    try:
+        print(explain(op, **_dims(op, shape), dtype=DTYPES[dtype], device=device))
+    except ValueError as problem:
+        raise SystemExit(str(problem)) from None
+
+
+def _dims(op: str, shape: str) -> dict[str, int]:
+    dims = {}
+    for item in shape.split(","):
+        letter, _, size = item.partition("=")
+        if len(letter) != 1 or not size.replace("_", "").isdecimal():
+            raise ValueError(f"explain: --shape must be like T=32768,V=50304; got {shape!r}")
+        dims[letter] = int(size)
+    if op in OPERATIONS and set(dims) != set(OPERATIONS[op]):
+        raise ValueError(f"explain: {op} needs {', '.join(OPERATIONS[op])}; got {shape!r}")
+    return dims

@@ -1,0 +1,273 @@
+"""Ours against PyTorch and the others: `python -m bench OP [OP ...]`, `python -m bench all`."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Literal, TypeVar
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch._functorch import config as functorch
+
+from kernels._runtime import uses_triton
+from kernels.explain import Bound, Device, explain
+
+from . import harness, report
+from .contenders import Loader
+from .operations import OPERATIONS, Dims, Make, Operation
+from .report import Report, Row
+
+T = TypeVar("T")
+
+WIDTH = 170  # of tables that do not go to a terminal
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run fixes for all its operations."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rates: Device
+    """Measured in this process: the bounds are bounds at these."""
+    cache: int
+    """Bytes of the last-level cache."""
+    sizes: tuple[int, ...] = ()
+    quick: bool = False
+    compiled: bool = False
+    seconds: float = 0.3
+    """That the timing of one pass may take."""
+
+
+def installed(peers: dict[str, Loader]) -> tuple[dict[str, Loader], list[str]]:
+    """The peers that can be imported, and the names of those that are not installed."""
+    missing = []
+    for name, load in peers.items():
+        try:
+            load()
+        except ModuleNotFoundError:
+            missing.append(name)
+        except Exception:  # a broken peer becomes a row that says so
+            continue
+    return {name: load for name, load in peers.items() if name not in missing}, missing
+
+
+def contenders_of(operation: Operation, compiled: bool) -> dict[str, Loader]:
+    """Everyone who is measured, ours first."""
+    contenders = operation.ours | {"eager": lambda: operation.eager}
+    if compiled and "step" not in operation.passes:
+        contenders["torch.compile"] = partial(_compile, operation.eager)
+    return contenders | installed(operation.peers)[0]
+
+
+def _compile(function: Callable) -> Callable:
+    torch.compiler.reset()  # of the shapes before this one
+    functorch.donated_buffer = False  # the backward pass runs more than once on one graph
+    return torch.compile(function, dynamic=False)
+
+
+def measure(name: str, operation: Operation, settings: Settings) -> Iterator[Row]:
+    """Measure every contender, at every shape, in every pass; what fails is a row that says so."""
+    dtype = operation.dtype or settings.dtype
+    make = Make(dtype, settings.device)
+    errors: dict[str, dict[str, float]] = {}
+    contenders = contenders_of(operation, settings.compiled)
+    for shape, dims in operation.cases(settings.device, settings.sizes, settings.quick).items():
+        bounds = explain(name, **dims, dtype=dtype, device=settings.rates)
+        copies = _try(partial(_copies, operation, make, dims, settings.cache))
+        for contender, load in contenders.items():
+            function = _try(load)
+            if contender not in errors and callable(function):
+                errors[contender] = _errors(operation, make, contender, function)
+            for pass_name in operation.passes:
+                if pass_name == "backward" and contender in operation.gradient_in_forward:
+                    continue
+                row = Row(shape, dims, contender, pass_name)
+                bound = getattr(bounds, pass_name, None) or bounds.both
+                yield _measured(row, function, copies, bound, errors.get(contender, {}), settings)
+                if settings.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        del copies  # before those of the next shape are made
+
+
+def _try(make: Callable[[], T]) -> T | str:
+    """What `make` returns, or why it does not; not the exception, which would keep its tensors."""
+    try:
+        return make()
+    except Exception as problem:  # whatever it is, it is one contender's alone
+        return harness.reason(problem)
+
+
+def _measured(
+    row: Row,
+    function: Callable | str,
+    copies: list[list[Tensor]] | str,
+    bound: Bound,
+    errors: dict[str, float],
+    settings: Settings,
+) -> Row:
+    """`row` with its numbers, or with the reason why it has none."""
+    if isinstance(copies, str):
+        return replace(row, problem=copies)
+    if isinstance(function, str):
+        return replace(row, problem=function)
+    found = _try(partial(_timing_and_peak, function, copies, row.pass_name, settings))
+    if isinstance(found, str):
+        return replace(row, problem=found)
+    timing, peak = found
+    return replace(
+        row, milliseconds=timing.median, lower_quartile=timing.lower_quartile,
+        upper_quartile=timing.upper_quartile, bytes=bound.bytes, flops=bound.flops,
+        resource=bound.resource, percent_of_bound=percent_of_bound(bound, timing.median),
+        peak_bytes=peak, error=errors.get(row.pass_name),
+    )  # fmt: skip
+
+
+def _copies(operation: Operation, make: Make, dims: Dims, cache: int) -> list[list[Tensor]]:
+    return harness.rotated(operation.inputs(make, **dims), cache)
+
+
+def _timing_and_peak(
+    function: Callable, copies: list[list[Tensor]], pass_name: str, settings: Settings
+) -> tuple[harness.Timing, int | None]:
+    calls = [harness.calls_of(function, inputs, pass_name) for inputs in copies]
+    seconds = harness.time_calls(calls, settings.device, settings.seconds)
+    return harness.summary(seconds), harness.peak_bytes(calls[0], settings.device)
+
+
+def _errors(
+    operation: Operation, make: Make, contender: str, function: Callable
+) -> dict[str, float]:
+    """Each pass's error at the smallest shape; none where random numbers are not ours."""
+    if operation.truth and contender not in operation.ours:
+        return {}
+
+    def errors() -> dict[str, float]:
+        truth = operation.truth() if operation.truth else operation.eager
+        inputs = operation.inputs(make, **operation.smallest)
+        exact = harness.outputs_of(truth, harness.widened(inputs), operation.passes)
+        return harness.errors(function, exact, inputs, operation.passes)
+
+    found = _try(errors)
+    return {} if isinstance(found, str) else found
+
+
+def percent_of_bound(bound: Bound, milliseconds: float) -> float:
+    """How much of the time is what the bound asks for: 100 is the limit."""
+    return bound.microseconds / milliseconds / 10
+
+
+def measure_all(names: list[str], settings: Settings, command: str) -> Iterator[Report]:
+    """One report per operation, with a progress bar while it is made."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name in names:
+            operation = OPERATIONS[name]
+            cases = operation.cases(settings.device, settings.sizes, settings.quick)
+            per_case = len(contenders_of(operation, settings.compiled)) * len(operation.passes)
+            task = progress.add_task(name, total=len(cases) * per_case)
+            rows = []
+            for row in measure(name, operation, settings):
+                rows.append(row)
+                progress.update(task, advance=1, description=f"{name}: {row.contender}")
+            progress.remove_task(task)
+            yield _report(name, operation, settings, command, tuple(rows))
+
+
+def _report(
+    name: str, operation: Operation, settings: Settings, command: str, rows: tuple[Row, ...]
+) -> Report:
+    dtype = operation.dtype or settings.dtype
+    rates = {key: rate for key, rate in asdict(settings.rates).items() if isinstance(rate, float)}
+    return Report(
+        op=name,
+        axis=operation.axis,
+        dtype=str(dtype).removeprefix("torch."),
+        device=settings.rates.name,
+        measured_on="CPU" if settings.device.type == "cpu" else "GPU",
+        rates=rates,
+        versions=_versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        notes=tuple(_notes(operation, settings)),
+        rows=rows,
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _notes(operation: Operation, settings: Settings) -> Iterator[str]:
+    smallest = " ".join(f"{letter}={size}" for letter, size in operation.smallest.items())
+    yield f"Rates: the bytes or operations of the bound. Error: against float64 at {smallest}."
+    if not uses_triton(torch.empty(0, device=settings.device)):
+        yield "Ours is the PyTorch definition here, not the kernel."
+    elif settings.device.type == "cpu":
+        yield "Ours runs in Triton's interpreter here: its times mean nothing."
+    if settings.device.type == "cpu":
+        yield "Peak memory is not measured on a CPU."
+    if "step" not in operation.passes and not settings.compiled:
+        yield "torch.compile was left out (--compile measures it)."
+    if missing := installed(operation.peers)[1]:
+        yield f"Not installed: {', '.join(missing)}."
+    for contender in contenders_of(operation, settings.compiled):
+        if contender in operation.gradient_in_forward:
+            yield f"No backward alone for {contender}: the gradient is made in the forward pass."
+
+
+def main(
+    ops: tyro.conf.Positional[tuple[str, ...]],
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    sizes: tuple[int, ...] = (),
+    quick: bool = False,
+    compile: bool = torch.cuda.is_available(),
+    save: bool = False,
+    plot: bool = False,
+) -> None:
+    """Measure operations against PyTorch and the libraries installed: time, memory, error.
+
+    Args:
+        ops: operations, or "all".
+        dtype: of the inputs.
+        sizes: sizes of the operation's main dimension, in place of the models' own.
+        quick: the smallest shape alone, in a moment: to see that it works.
+        compile: measure torch.compile too; on a CPU it takes minutes.
+        save: keep bench/results/OP-DEVICE.json.
+        plot: draw bench/results/OP-DEVICE.png: percent of the bound against size.
+    """
+    names = list(OPERATIONS) if "all" in ops else list(ops)
+    if unknown := sorted(set(names) - set(OPERATIONS)):
+        raise SystemExit(f"bench: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = 0.02 if quick else 0.3
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    rates = harness.measured_device(device, seconds)
+    settings = Settings(
+        device, DTYPES[dtype], rates, harness.cache_bytes(device), sizes, quick, compile, seconds
+    )
+    where = "CPU, not a GPU" if device.type == "cpu" else "GPU"
+    console.print(f"Measured on a {where}: {rates.name}; {report.describe_rates(rates)}")
+    command = f"python -m bench {shlex.join(sys.argv[1:])}"
+    for done in measure_all(names, settings, command):
+        console.print(report.table(done), *done.notes, sep="\n")
+        if save:
+            report.save(done, done.path("json"))
+            console.print(f"Saved {done.path('json')}")
+        if plot:
+            report.plot(done, done.path("png"))
+            console.print(f"Drew {done.path('png')}")

@@ -1,0 +1,232 @@
+"""Embedding: the row of a table for each token.
+
+    y_TD  = weight_VD[tokens_T]
+    dw_VD = sum of dy_TD over the t with tokens_t = v, without the tokens equal to padding_idx
+
+Backward sorts the tokens, stably, and cuts the sorted positions into blocks of S. A program walks
+through one block and adds the gradients of equal tokens: a token whose run lies inside the block
+is finished there. A run that crosses borders leaves in each block a partial, float32: a tail where
+it begins, a head in every later block. A second kernel adds these, tail first, then the heads in
+order. All orders are fixed, so the result is bitwise the same on every run, and nothing is atomic.
+
+T tokens (every leading axis, flattened), D features, V rows, B blocks of S sorted positions.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
+
+TILE = 2048  # elements per program of the forward: 16 a thread
+S = 32  # sorted positions per block
+UNROLL = tl.constexpr(4)  # rows on their way from memory at a time
+BLOCK_D = 256  # features per program of the backward, which is one warp: 8 a thread
+BLOCK_B = 32  # partials that are added at a time
+
+
+def embedding_reference(
+    tokens: Tensor, weight: Tensor, *, padding_idx: int | None = None
+) -> Tensor:
+    """The definition of `embedding` in plain PyTorch; gradients add up in float32 or wider."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return F.embedding(tokens, weight.to(wide), padding_idx).to(weight.dtype)
+
+
+@triton.jit
+def _embedding_forward_kernel(
+    tokens_ptr, w_ptr, y_ptr, T, D, V, stride_wV, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    n_D = tl.cdiv(D, BLOCK_D)
+    tile = tl.program_id(0).to(tl.int64)
+    offs_T = tile // n_D * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    offs_D = tile % n_D * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tokens_T = tl.load(tokens_ptr + offs_T, mask=offs_T < T, other=0).to(tl.int64)
+    known_T = (tokens_T >= 0) & (tokens_T < V)
+    w_ptrs = w_ptr + tokens_T * stride_wV + offs_D
+    y_TD = tl.load(w_ptrs, mask=known_T & (offs_D < D), other=float("nan"))
+    tl.store(y_ptr + offs_T * D + offs_D, y_TD, mask=(offs_T < T) & (offs_D < D))
+
+
+@triton.jit
+def _embedding_blocks_kernel(
+    sorted_ptr, order_ptr, dy_ptr, dw_ptr, partials_ptr, T, D, V, stride_dyT,
+    S: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    n_D = tl.cdiv(D, BLOCK_D)
+    b = tl.program_id(0).to(tl.int64) // n_D
+    offs_D = tl.program_id(0) % n_D * BLOCK_D + tl.arange(0, BLOCK_D)
+    head_ptrs = partials_ptr + 2 * b * D + offs_D
+    before = tl.load(sorted_ptr + b * S - 1, mask=b > 0, other=-1)
+    dw_D = tl.zeros((BLOCK_D,), ACC)
+    for start in range(0, S, UNROLL):
+        t = b * S + start
+        # All loads before any store, which the compiler would not move them across.
+        rows = (
+            _row(sorted_ptr, order_ptr, dy_ptr, t, T, D, V, stride_dyT, offs_D),
+            _row(sorted_ptr, order_ptr, dy_ptr, t + 1, T, D, V, stride_dyT, offs_D),
+            _row(sorted_ptr, order_ptr, dy_ptr, t + 2, T, D, V, stride_dyT, offs_D),
+            _row(sorted_ptr, order_ptr, dy_ptr, t + 3, T, D, V, stride_dyT, offs_D),
+        )
+        for k in tl.static_range(UNROLL):
+            token, following, dy_D = rows[k][0], rows[k][1], rows[k][2]
+            dw_D += dy_D.to(ACC)
+            # No branch: `width` columns of the sum go to each of three places, all or none.
+            begins, ends = token != before, token != following
+            border = start + k == S - 1
+            width = tl.where((token < V) & begins & ends, D, 0)
+            tl.store(dw_ptr + token.to(tl.int64) * D + offs_D, dw_D, mask=offs_D < width)
+            width = tl.where((token == before) & (ends | border), D, 0)
+            tl.store(head_ptrs, dw_D, mask=offs_D < width)
+            width = tl.where((token == following) & begins & border, D, 0)
+            tl.store(head_ptrs + D, dw_D, mask=offs_D < width)
+            dw_D = tl.where(ends, 0.0, dw_D)
+
+
+@triton.jit
+def _row(sorted_ptr, order_ptr, dy_ptr, t, T, D, V, stride_dyT, offs_D):
+    """The token at sorted position t (V: none), the one after it, and its gradient."""
+    token = tl.load(sorted_ptr + t, mask=t < T, other=V)
+    following = tl.load(sorted_ptr + t + 1, mask=t + 1 < T, other=-1)
+    row = tl.load(order_ptr + t, mask=t < T, other=0)
+    width = tl.where(token < V, D, 0)
+    dy_D = tl.load(dy_ptr + row * stride_dyT + offs_D, mask=offs_D < width, other=0.0)
+    return token, following, dy_D
+
+
+@triton.jit
+def _embedding_runs_kernel(
+    sorted_ptr, partials_ptr, dw_ptr, T, D, V,
+    S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n_D = tl.cdiv(D, BLOCK_D)
+    b = tl.program_id(0).to(tl.int64) // n_D
+    next_t = (b + 1) * S
+    before = tl.load(sorted_ptr + b * S - 1, mask=b > 0, other=-1)
+    token = tl.load(sorted_ptr + next_t - 1, mask=next_t < T, other=V)
+    following = tl.load(sorted_ptr + next_t, mask=next_t < T, other=-1)
+    if (token < V) & (token == following) & (token != before):  # a run begins and goes on
+        # Loops of two kinds: a `while` that carries tiles crashes the compiler (3.7).
+        end = b + 1
+        while tl.load(sorted_ptr + end * S, mask=end * S < T, other=-1) == token:
+            end += BLOCK_B
+        offs_D = tl.program_id(0) % n_D * BLOCK_D + tl.arange(0, BLOCK_D)
+        tail_ptrs = partials_ptr + (2 * b + 1) * D + offs_D
+        tail_D = tl.load(tail_ptrs, mask=offs_D < D, other=0.0)
+        heads_BD = tl.zeros((BLOCK_B, BLOCK_D), tail_D.dtype)
+        for first in range(b + 1, end, BLOCK_B):
+            offs_B = first + tl.arange(0, BLOCK_B)
+            head_B = tl.load(sorted_ptr + offs_B * S, mask=offs_B * S < T, other=-1)
+            head_ptrs = partials_ptr + 2 * offs_B[:, None] * D + offs_D[None, :]
+            mask_BD = (head_B == token)[:, None] & (offs_D < D)[None, :]
+            heads_BD += tl.load(head_ptrs, mask=mask_BD, other=0.0)
+        dw_D = tail_D + tl.sum(heads_BD, axis=0)
+        tl.store(dw_ptr + token.to(tl.int64) * D + offs_D, dw_D, mask=offs_D < D)
+
+
+def _launch_forward(tokens_T: Tensor, w_VD: Tensor) -> Tensor:
+    (T,), (V, D) = tokens_T.shape, w_VD.shape
+    y_TD = w_VD.new_empty(T, D)
+    block_D = min(triton.next_power_of_2(max(D, 1)), TILE)
+    block_T = TILE // block_D
+    _embedding_forward_kernel[(triton.cdiv(T, block_T) * triton.cdiv(D, block_D),)](
+        tokens_T, w_VD, y_TD, T, D, V, w_VD.stride(0), BLOCK_T=block_T, BLOCK_D=block_D
+    )
+    return y_TD
+
+
+def _launch_backward(dy_TD: Tensor, tokens_T: Tensor, V: int, padding_idx: int) -> Tensor:
+    T, D = dy_TD.shape
+    # What gets no gradient becomes V, and sorts last. As int32: half as many passes of the sort.
+    counts_T = (tokens_T >= 0) & (tokens_T < V) & (tokens_T != padding_idx)
+    keys_T = torch.where(counts_T, tokens_T, V).to(torch.int32)
+    sorted_T, order_T = keys_T.sort(stable=True)
+    B = triton.cdiv(T, S)
+    acc = torch.promote_types(dy_TD.dtype, torch.float32)
+    partials_B2D = dy_TD.new_empty(B, 2, D, dtype=acc)
+    dw_VD = dy_TD.new_zeros(V, D)
+    block_D = min(triton.next_power_of_2(max(D, 1)), BLOCK_D)
+    grid = (B * triton.cdiv(D, block_D),)
+    options: dict[str, Any] = {"S": S, "BLOCK_D": block_D}
+    _embedding_blocks_kernel[grid](
+        sorted_T, order_T, dy_TD, dw_VD, partials_B2D, T, D, V, dy_TD.stride(0),
+        ACC=accumulator(acc), num_warps=1, **options,
+    )  # fmt: skip
+    _embedding_runs_kernel[grid](
+        sorted_T, partials_B2D, dw_VD, T, D, V, BLOCK_B=BLOCK_B, num_warps=4, **options
+    )
+    return dw_VD
+
+
+_forward = operator(
+    "embedding_forward(Tensor tokens, Tensor weight) -> Tensor",
+    _launch_forward,
+    lambda tokens, weight: weight.new_empty(*tokens.shape, weight.shape[1]),
+)
+_backward = operator(
+    "embedding_backward(Tensor dy, Tensor tokens, SymInt V, SymInt padding_idx) -> Tensor",
+    _launch_backward,
+    lambda dy, tokens, V, padding_idx: dy.new_empty(V, dy.shape[1]),
+)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens_T: Tensor, w_VD: Tensor, padding_idx: int) -> Tensor:
+        ctx.save_for_backward(tokens_T)
+        ctx.V, ctx.padding_idx = w_VD.shape[0], padding_idx
+        return _forward(tokens_T, w_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD: Tensor):
+        return None, _backward(unit_stride(dy_TD), *ctx.saved_tensors, ctx.V, ctx.padding_idx), None
+
+
+def embedding(tokens: Tensor, weight: Tensor, *, padding_idx: int | None = None) -> Tensor:
+    """Look up the rows of `weight` that `tokens` name.
+
+    As `torch.nn.functional.embedding`. Each gradient is summed in float32 in a fixed order,
+    bitwise the same on every run, and rounded once; the whole of it is dense. Backward keeps the
+    tokens alone. Nothing is read back to the host. A token outside [0, V) raises an IndexError
+    where the reference runs (CPU); on a GPU its row is nan, and backward leaves it out.
+
+    Args:
+        tokens: any shape, int64 or int32.
+        weight: `[V, D]`, V below 2³¹; float32, float16, bfloat16 or float64, on the device of
+            `tokens`. Copied only if its last axis is not contiguous.
+        padding_idx: a row that gets no gradient, negative to count from the end; None for none.
+
+    Returns:
+        `[*tokens.shape, D]`, contiguous, in the dtype of `weight`, also under autocast.
+
+    Raises:
+        ValueError: `tokens` is of another dtype or device, `weight` is not `[V, D]` or not floating
+            point, or `padding_idx` is not a row.
+    """
+    _validate(tokens, weight, padding_idx)
+    if not uses_triton(weight):
+        return embedding_reference(tokens, weight, padding_idx=padding_idx)
+    V, D = weight.shape
+    excluded = -1 if padding_idx is None else padding_idx % V
+    y_TD = _Embedding.apply(tokens.reshape(-1).contiguous(), unit_stride(weight), excluded)
+    return y_TD.view(*tokens.shape, D)
+
+
+def _validate(tokens: Tensor, weight: Tensor, padding_idx: int | None) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[0] >= 1 << 31:
+        raise ValueError(
+            "embedding: weight must be floating point [V, D] with V below 2**31, "
+            f"got {weight.dtype} {list(weight.shape)}"
+        )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"embedding: tokens must be int64 or int32, got {tokens.dtype}")
+    if tokens.device != weight.device:
+        raise ValueError(f"embedding: tokens are on {tokens.device}; move them to {weight.device}")
+    V = weight.shape[0]
+    if padding_idx is not None and not -V <= padding_idx < V:
+        raise ValueError(f"embedding: padding_idx must lie in [{-V}, {V}), got {padding_idx}")

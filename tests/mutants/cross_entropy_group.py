@@ -1,0 +1,77 @@
+"""Faults of losses whose classes are split over ranks: statistics, targets, offsets."""
+
+from functools import partial
+
+from . import Mutant
+
+_combine = partial(Mutant, file="kernels/_token_loss.py")
+_kernel = partial(Mutant, file="kernels/_loss_rows.py")
+
+MUTANTS = [
+    _combine(
+        what="sums added at different maxima",
+        original="combined_RT[[Row.SUM, Row.SPREAD]] *= gap_T.exp()",
+        replacement="combined_RT[[Row.SUM, Row.SPREAD]] *= 1",
+    ),
+    _combine(
+        what="entropy at the wrong maximum",
+        original="combined_RT[Row.SPREAD] += values_RT[Row.SUM] * gap_T",
+        replacement="combined_RT[Row.SPREAD] += 0 * gap_T",
+    ),
+    _combine(
+        what="the mass of hard targets counted by every rank",
+        original="*([Row.MASS] if soft else [])]",
+        replacement="Row.MASS]",
+    ),
+    _combine(
+        what="the target's logit of one rank only",
+        original="summed = [Row.SUM, Row.DOT, Row.TARGET, Row.SPREAD,",
+        replacement="summed = [Row.SUM, Row.DOT, Row.SPREAD,",
+    ),
+    _combine(
+        what="argmax of a rank that has not the maximum",
+        original="found_T = (gap_T == 0) & (argmax_T >= 0)",
+        replacement="found_T = argmax_T >= 0",
+    ),
+    _combine(
+        what="classes of the other rank",
+        original="return dist.get_rank(group) * V,",
+        replacement="return (1 - dist.get_rank(group)) * V,",
+    ),
+    _combine(
+        what="ignored rows summed over the ranks",
+        original="    values_RT[Row.SUM].masked_fill_(ignored_T, 1)\n",
+        replacement="",
+    ),
+    _combine(
+        what="definition: gradient at this rank's own maximum",
+        original="rate_T = (m_T - values_RT[Row.MAXIMUM]).exp() / values_RT[Row.SUM]",
+        replacement="rate_T = 1 / values_RT[Row.SUM]",
+    ),
+    _kernel(
+        what="target not counted from the rank's first class",
+        original="local = target - first",
+        replacement="local = target - 0 * first",
+    ),
+    _kernel(
+        what="class weights not counted from the rank's first class",
+        original="        w_ptr += first\n",
+        replacement="",
+    ),
+    _kernel(
+        what="smoothing over this rank's classes",
+        original="uniform = smoothing / n_classes",
+        replacement="uniform = smoothing / V",
+    ),
+    _kernel(
+        what="a class that no rank has is 0",
+        original='own_z_t = tl.where(owned, z_t, tl.where(known, 0.0, float("nan")))',
+        replacement="own_z_t = tl.where(owned, z_t, 0.0)",
+    ),
+    Mutant(
+        what="the hidden states' gradient of one rank only",
+        file="kernels/linear_cross_entropy.py",
+        original="    if options.group and want_hidden:",
+        replacement="    if options.group and want_hidden and False:",
+    ),
+]
