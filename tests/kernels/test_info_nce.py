@@ -11,7 +11,7 @@ from kernels.info_nce import info_nce, info_nce_reference
 
 
 @given(
-    B=st.integers(1, 12),
+    B=st.integers(1, 7),
     D=st.integers(1, 20),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     temperature=st.sampled_from([0.07, 1.0, "learnt"]),
@@ -107,7 +107,7 @@ def test_one_pair_has_no_loss(device, path):
 
 
 def test_never_holds_the_similarities_whole(device, path):
-    B, D, widest = 512, 8, 0
+    B, D, widest = 96, 4, 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -120,8 +120,8 @@ def test_never_holds_the_similarities_whole(device, path):
 
     query, key = torch.randn(2, B, D, device=device).requires_grad_()
     with Watch():
-        info_nce(query, key, symmetric=True, chunk_bytes=16 * B * 4).backward()
-    assert widest <= 16 * B
+        info_nce(query, key, symmetric=True, chunk_bytes=8 * B * 4).backward()
+    assert widest <= 8 * B
 
 
 # Dynamo's own warning.
