@@ -69,12 +69,12 @@ def main(ops: list[str]) -> int:
     if unknown := set(ops) - set(OPS):
         print(f"mutants: no operation {sorted(unknown)}; there are {', '.join(OPS)}")
         return 2
-    for op in ops:
-        if failed := run(op, NOTHING):
-            print(f"mutants: {op}: {failed} fails without any fault; mend it first")
-            return 2
     tasks = [(op, mutant) for op in ops for mutant in mutants(op)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for op, failed in zip(ops, pool.map(run, ops, [NOTHING] * len(ops)), strict=True):
+            if failed:
+                print(f"mutants: {op}: {failed} fails without any fault; mend it first")
+                return 2
         running = pool.map(run, *zip(*tasks, strict=True))
         killers = list(track(running, "mutants", len(tasks), transient=True))
     table = Table("operation", "fault", "killed by")
