@@ -354,6 +354,24 @@ def test_statistics(T, V, dtype, size, softcap, logit_scale, inplace, path, seed
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+def test_statistics_of_rows_longer_than_a_block(inplace, device):
+    V = 3 * 8192 + 100
+    logits = torch.randn(3, V, device=device)
+    logits[0, [100, 9000, V - 1]] = 20.0  # the first of equals, in three blocks
+    logits[1] = torch.linspace(-30, 30, V, device=device)  # the maximum grows in every block
+    logits[2, 17000] = 9.0
+    target = torch.tensor([100, 5, 17000], device=device)
+    x = logits.requires_grad_() * 1
+    stats = cross_entropy(x, target, inplace=inplace, return_stats=True)[1]
+    log_p = logits.detach().double().log_softmax(1)
+    assert stats.argmax.tolist() == [100, V - 1, 17000]
+    entropy = -(log_p * log_p.exp()).sum(1)
+    torch.testing.assert_close(stats.entropy, entropy.float(), rtol=1e-5, atol=1e-5)
+    expected = log_p.gather(1, target[:, None])[:, 0].float()
+    torch.testing.assert_close(stats.target_log_probability, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
 def test_statistics_of_unusual_rows(inplace, device, path):
     logits = torch.tensor(
         [[2.0, 5.0, 5.0, 1.0], [-math.inf, 0.0, -math.inf, 0.0], [-math.inf] * 4, [math.nan] * 4],
