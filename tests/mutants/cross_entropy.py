@@ -6,6 +6,7 @@ from . import Mutant
 
 _kernel = partial(Mutant, file="kernels/_loss_rows.py")
 _function = partial(Mutant, file="kernels/cross_entropy.py")
+_definition = partial(Mutant, file="kernels/_token_loss.py")
 
 MUTANTS = [
     _kernel(
@@ -189,5 +190,10 @@ MUTANTS = [
         what="incoming gradient of the mean ignored",
         original="        _scale(ctx.dx_TV, dloss)\n",
         replacement="",
+    ),
+    _definition(
+        what="definition: logits overwritten where only the loss is wanted",
+        original="copy=not gradient)",
+        replacement="copy=False)",
     ),
 ]

@@ -128,9 +128,4 @@ MUTANTS = [
         original="            x_TV.copy_(dx_TV)\n",
         replacement="            pass\n",
     ),
-    _rows(
-        what="definition: logits overwritten where only the loss is wanted",
-        original="copy=not gradient)",
-        replacement="copy=False)",
-    ),
 ]
