@@ -43,11 +43,6 @@ MUTANTS = [
         replacement="dy_ptr + row * D + offs_D",
     ),
     _mutant(
-        what="a run that comes from the block before is finished as if it began here",
-        original="tl.where((token < V) & begins & ends, D, 0)",
-        replacement="tl.where((token < V) & ends, D, 0)",
-    ),
-    _mutant(
         what="no head of a block that one run fills",
         original="tl.where((token == before) & (ends | border), D, 0)",
         replacement="tl.where((token == before) & ends, D, 0)",
