@@ -11,6 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels._optimizer import MultiTensorOptimizer
+from kernels.adagrad import Adagrad
+from kernels.adam import Adam
 from kernels.adamw import AdamW
 from kernels.cross_entropy import cross_entropy
 from kernels.dropout_add import dropout_add
@@ -19,10 +22,13 @@ from kernels.geglu import geglu
 from kernels.grad_norm import clip_grad_norm_
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.lion import Lion
 from kernels.mse_loss import mse_loss
 from kernels.relu_squared import relu_squared
 from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rmsprop import RMSprop
 from kernels.rope import rope
+from kernels.sgd import SGD
 from kernels.softmax import log_softmax, softmax
 from kernels.swiglu import swiglu
 
@@ -200,23 +206,28 @@ def _parameters(dtype: torch.dtype) -> list[Tensor]:
     return parameters
 
 
-OPTIMIZER = {
-    "_adamw_prepare_kernel": Limit(single=True),
-    "_adamw_update_kernel": Limit(bytes=28, instructions=30),
+GRAD_NORM = {
     "_grad_norm_partials_kernel": Limit(bytes=4, instructions=4),
     "_grad_norm_clip_kernel": Limit(bytes=8, instructions=4),
 }
 
 
-def _adamw(max_grad_norm: float | None) -> Case:
-    step = AdamW(_parameters(F32), max_grad_norm=max_grad_norm).step
-    return Case(f"float32, max_grad_norm {max_grad_norm}", step, limits=OPTIMIZER)
+def _optimizer(rule: type[MultiTensorOptimizer], states: int, **options) -> Case:
+    """One step of `rule` with `options`, under which a parameter has `states` states."""
+    name = rule.__name__.lower()
+    limits = GRAD_NORM | {
+        f"_{name}_prepare_kernel": Limit(single=True),
+        f"_{name}_update_kernel": Limit(bytes=12 + 8 * states, instructions=30),
+    }
+    step = rule(_parameters(F32), **options).step
+    label = ", ".join(["float32", *(f"{key} {value}" for key, value in options.items())])
+    return Case(label, step, limits=limits)
 
 
 def _clip_grad_norm_() -> Case:
     parameters = [*_parameters(F32), *_parameters(BF16), *_parameters(torch.float16)]
     label = "float32, bfloat16, float16"
-    return Case(label, lambda: clip_grad_norm_(parameters, 1.0), limits=OPTIMIZER)
+    return Case(label, lambda: clip_grad_norm_(parameters, 1.0), limits=GRAD_NORM)
 
 
 CASES: dict[str, Callable[[], list[Case]]] = {
@@ -288,6 +299,19 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         *(_mse_loss(dtype) for dtype in (F32, BF16)),
         _mse_loss(BF16, reduction="none"),
     ],
-    "AdamW": lambda: [_adamw(None), _adamw(1.0)],
+    "AdamW": lambda: [_optimizer(AdamW, 2, max_grad_norm=norm) for norm in (None, 1.0)],
+    "Adam": lambda: [_optimizer(Adam, 2)],
+    "SGD": lambda: [
+        _optimizer(SGD, 0),
+        _optimizer(SGD, 1, momentum=0.9),
+    ],
+    "RMSprop": lambda: [
+        _optimizer(RMSprop, 1),
+        _optimizer(RMSprop, 2, momentum=0.9),
+        _optimizer(RMSprop, 2, centered=True),
+        _optimizer(RMSprop, 3, momentum=0.9, centered=True),
+    ],
+    "Adagrad": lambda: [_optimizer(Adagrad, 1)],
+    "Lion": lambda: [_optimizer(Lion, 1)],
     "clip_grad_norm_": lambda: [_clip_grad_norm_()],
 }

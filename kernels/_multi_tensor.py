@@ -54,7 +54,7 @@ def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) 
     Raises:
         ValueError: two tensors lie at one address.
     """
-    addresses = [address for row in rows if row[SIZE.value] for address in row[ALIGNED.value :]]
+    addresses = [x for row in rows if row[SIZE.value] for x in row[ALIGNED.value :] if x]
     if len(set(addresses)) < len(addresses):
         raise ValueError(
             "multi-tensor: tensors must lie apart, got two at one address; pass each tensor once"

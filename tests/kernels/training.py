@@ -58,3 +58,36 @@ def programs_in(order) -> AbstractContextManager:
     import strict_interpreter
 
     return strict_interpreter.program_order(order)
+
+
+def model_and_batch(device):
+    """A small language model, and a function of no arguments that returns its loss."""
+    model = nn.Sequential(
+        nn.Embedding(16, 8), nn.Flatten(), nn.Tanh(), nn.Linear(16, 16, bias=False)
+    ).to(device)
+    tokens = torch.randint(16, (64, 2), device=device)
+    return model, lambda: nn.functional.cross_entropy(model(tokens), tokens.sum(1) % 16)
+
+
+class TorchLion(torch.optim.Optimizer):
+    """Lion as its authors wrote it for PyTorch, which has none; and `maximize`."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False):
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -p.grad if group["maximize"] else p.grad
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                update = state["exp_avg"].clone().mul_(beta1).add(g, alpha=1 - beta1).sign_()
+                p.add_(update, alpha=-group["lr"])
+                state["exp_avg"].mul_(beta2).add_(g, alpha=1 - beta2)
