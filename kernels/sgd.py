@@ -52,18 +52,19 @@ def _sgd_prepare(hyper_ptr_N, t_N):
     weight_N = tl.where(t_N > 1, 1 - tl.load(hyper_ptr_N + DAMPENING), 1.0)
     momentum_N = tl.load(hyper_ptr_N + MOMENTUM)
     nesterov_N = tl.load(hyper_ptr_N + NESTEROV)
-    lr_N = tl.load(hyper_ptr_N + LR)
-    return tl.load(hyper_ptr_N + WEIGHT_DECAY), momentum_N, weight_N, nesterov_N, lr_N
+    ahead_N = tl.where(nesterov_N != 0, momentum_N, 1.0)
+    decay_N = tl.load(hyper_ptr_N + WEIGHT_DECAY)
+    return decay_N, momentum_N, weight_N, nesterov_N, ahead_N, tl.load(hyper_ptr_N + LR)
 
 
 @triton.jit
 def _sgd_update(g, p, state, coefs, HELD: tl.constexpr):
-    decay, momentum, weight, nesterov, lr = coefs
+    decay, momentum, weight, nesterov, ahead, lr = coefs
     b = state[0]
     g += decay * p
     if HELD:
         b = momentum * b + weight * g
-        g = tl.where(nesterov != 0, g + momentum * b, b)
+        g = nesterov * g + ahead * b
     return p - lr * g, (b,)
 
 
@@ -91,7 +92,7 @@ class SGD(MultiTensorOptimizer):
             no dampening".
     """
 
-    rule = Rule(_sgd_prepare, _sgd_update, coefs=5)
+    rule = Rule(_sgd_prepare, _sgd_update, coefs=6)
     states = ("momentum_buffer",)
 
     def __init__(
