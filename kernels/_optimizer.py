@@ -6,8 +6,8 @@ groups through another; both are uploaded when they change, and nothing is read 
 """
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate, chain, compress, pairwise, repeat
-from operator import attrgetter, itemgetter, ne
+from itertools import chain, compress, pairwise, repeat
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -217,13 +217,14 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         places = [part.addresses() for part in alike]
         if places != self._places:
             device = alike[0].columns[1][0].device
-            before = chain(_rows(self._places), repeat(None))
-            items = chain.from_iterable(
-                zip(repeat(part.names), zip(*part.columns, strict=True), strict=False)
-                for part in alike
-            )
-            for names, item in compress(items, map(ne, _rows(places), before)):
-                self._check_item(names, item, device)
+            before = chain(_rows(self._places), repeat(()))
+            items = chain.from_iterable(zip(*part.columns, strict=True) for part in alike)
+            for item, new, old in zip(items, _rows(places), before, strict=False):
+                names = new[0]
+                if old[:1] == (names,) and old[3:] == new[3:]:
+                    names, item = (), item[:2]  # at most the gradient moved, as it often does
+                if new != old:
+                    self._check_item(names, item, device)
             self._places, self._tables = places, None
 
     def _check_item(
@@ -263,7 +264,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         ps = list(chain.from_iterable(part.columns[1] for part in alike))
         device = ps[0].device
         with torch.cuda.device_of(ps[0]):
-            tables, parts = self._tables = self._tables or self._make_tables(ps, device)
+            tables, parts = self._tables = self._tables or self._make_tables(alike, device)
             partials_P = norm = None
             self.skipped = self.skipped.to(device)
             if self.max_grad_norm is not None:
@@ -275,23 +276,21 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
         torch.autograd.graph.increment_version(ps)
 
-    def _make_tables(self, ps: list[Tensor], device: torch.device) -> tuple[Tables, list[Part]]:
+    def _make_tables(self, alike: list[Alike], device: torch.device) -> tuple[Tables, list[Part]]:
         """Upload the table of all tensors, and divide its chunks by the state that there is."""
         rows, chunk = [], _multi_tensor.CHUNK
-        number = DTYPES[torch.float32]
-        for p, (names, group, g, at, *state) in zip(ps, _rows(self._places), strict=True):
-            address = dict(zip(names, state, strict=True))
-            others = (address.get(name, 0) for name in ("step", *self.states))
-            rows.append((p.numel(), number, group, g, at, *others))
+        ends, held = [0], []
+        for part, (names, groups, (gs, ps, *states)) in zip(alike, self._places, strict=True):
+            sizes = list(map(Tensor.numel, part.columns[1]))
+            own, nothing = dict(zip(names, states, strict=True)), [0] * len(sizes)
+            others = [own.get(name, nothing) for name in ("step", *self.states)]
+            dtypes = repeat(DTYPES[torch.float32], len(sizes))
+            rows += zip(sizes, dtypes, groups, gs, ps, *others, strict=True)
+            ends.append(ends[-1] + sum(max(1, -(-size // chunk)) for size in sizes))
+            held.append(sum(1 << i for i, name in enumerate(self.states) if name in names))
         uploaded = tables(tuple(rows), chunk, device)
-        counts = accumulate([max(1, -(-row[0] // chunk)) for row in rows], initial=0)
-        ends = list(counts)
-        ranges = pairwise(accumulate([len(groups) for _, groups, _ in self._places], initial=0))
-        parts = []
-        for (names, _, _), (first, last) in zip(self._places, ranges, strict=True):
-            held = sum(1 << i for i, name in enumerate(self.states) if name in names)
-            parts.append(Part(held, uploaded.chunks[ends[first] : ends[last]]))
-        return uploaded, parts
+        chunks = [uploaded.chunks[first:last] for first, last in pairwise(ends)]
+        return uploaded, list(map(Part, held, chunks))
 
     def _hyper_table(self, device: torch.device) -> Tensor:
         """The table of groups; a learning rate on `device` is copied into it there, every step."""

@@ -116,13 +116,12 @@ def test_any_model_is_updated_as_by_torch(run, device):
 
 
 @BY_OPTIONS
-@pytest.mark.parametrize("max_grad_norm", [1e-2, 1e9])
-def test_clips_as_torch_does(max_grad_norm, ours, options, path, device):
+def test_clips_as_torch_does(ours, options, path, device):
     mine = parameters(SHAPES, device)
     theirs, exact = copies(mine)
-    optimizer = train(lambda ps: ours(ps, max_grad_norm=max_grad_norm, **options), mine, 4)
+    optimizer = train(lambda ps: ours(ps, max_grad_norm=0.01, **options), mine, 4)
     for ps in (theirs, exact):
-        train(lambda ps: THEIRS[ours](ps, **options), ps, 4, clip=max_grad_norm)
+        train(lambda ps: THEIRS[ours](ps, **options), ps, 4, clip=0.01)
     assert_no_worse(mine, theirs, exact)
     assert optimizer.grad_norm is not None
 

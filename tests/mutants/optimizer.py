@@ -18,6 +18,11 @@ MUTANTS = [
         replacement="self._places = places",
     ),
     _mutant(
+        what="moved moments not checked",
+        original="if old[:1] == (names,) and old[3:] == new[3:]:",
+        replacement="if old[:1] == (names,):",
+    ),
+    _mutant(
         what="changed options not uploaded",
         original="if rows != self._hyper_rows or",
         replacement="if not self._hyper_rows or",

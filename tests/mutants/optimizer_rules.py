@@ -130,8 +130,8 @@ MUTANTS = [
     ),
     _optimizer(
         what="states that are not held taken for held",
-        original="if name in names)",
-        replacement="if name)",
+        original="if name in names))",
+        replacement="if name))",
     ),
     _optimizer(
         what="the state of another rule accepted",
