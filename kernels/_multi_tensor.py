@@ -49,7 +49,8 @@ class Tables(NamedTuple):
 def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) -> Tables:
     """Upload `rows`, one per tensor, all columns but ALIGNED, and the chunks of those tensors.
 
-    Gradients mostly return to the addresses that they had a step or two ago, hence the cache.
+    Gradients mostly return to the addresses that they had a step or two ago, hence the cache. An
+    address of 0 stands for a tensor that this one does not have.
 
     Raises:
         ValueError: two tensors lie at one address.

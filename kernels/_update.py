@@ -60,7 +60,7 @@ def _name_after_rule(specialization) -> str:
 
 
 @triton.jit(repr=_name_after_rule)
-def _prepare_kernel(
+def _optimizer_prepare_kernel(
     tensors_ptr, hyper_ptr, coefs_ptr, partials_ptr, norm_ptr, skipped_ptr, max_norm, n_tensors,
     n_partials, RULE: tl.constexpr, COEFS: tl.constexpr, COLUMNS: tl.constexpr,
     HYPERS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -92,7 +92,7 @@ def _prepare_kernel(
 
 
 @triton.jit(repr=_name_after_rule)
-def _update_kernel(
+def _optimizer_update_kernel(
     tensors_ptr, chunks_ptr, coefs_ptr, norm_ptr,
     RULE: tl.constexpr, COEFS: tl.constexpr, STATES: tl.constexpr, HELD: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -155,13 +155,13 @@ def launch_update(
     n_tensors, columns = tables.tensors.shape
     coefs = torch.empty(n_tensors, 1 + rule.coefs, device=hyper.device)
     n_partials = 0 if partials_P is None else len(partials_P)
-    _prepare_kernel[(1,)](
+    _optimizer_prepare_kernel[(1,)](
         tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials,
         RULE=rule.prepare, COEFS=rule.coefs, COLUMNS=columns, HYPERS=hyper.shape[1],
         BLOCK_N=128, BLOCK_P=P,
     )  # fmt: skip
     for held, chunks in parts:
-        _update_kernel[(len(chunks),)](
+        _optimizer_update_kernel[(len(chunks),)](
             tables.tensors, chunks, coefs, norm,
             RULE=rule.update, COEFS=rule.coefs, STATES=columns - STATE.value, HELD=held,
             COLUMNS=columns, CHUNK=_multi_tensor.CHUNK, BLOCK=BLOCK, num_warps=THREADS.value // 32,

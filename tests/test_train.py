@@ -49,7 +49,7 @@ runpy.run_path("train.py", run_name="__main__")
 print(*sorted(launched))
 """
 KERNELS = (
-    "_adamw_prepare_kernel", "_adamw_update_kernel", "_cross_entropy_kernel",
+    "_optimizer_prepare_kernel", "_optimizer_update_kernel", "_cross_entropy_kernel",
     "_grad_norm_partials_kernel", "_norm_forward_tile_kernel", "_norm_backward_tile_kernel",
     "_norm_partials_kernel", "_rope_kernel", "_softmax_forward_tile_kernel",
     "_activation_forward_kernel", "_activation_backward_kernel",

@@ -211,19 +211,19 @@ def test_groups_keep_their_own_options(ours, max_grad_norm, path, device):
 
 
 def test_every_kind_of_state_takes_a_launch(monkeypatch, device):
-    kernel, held = _update._update_kernel, []
+    kernel, held = _update._optimizer_update_kernel, []
 
     class Spy:
         def __getitem__(self, grid):
             return lambda *args, HELD, **options: held.append(HELD)
 
-    monkeypatch.setattr(_update, "_update_kernel", Spy())
+    monkeypatch.setattr(_update, "_optimizer_update_kernel", Spy())
     ps = parameters([(7,), *SHAPES], device)
     gradients(ps, seed=1)
     own = zip(ps, GROUPS[RMSprop], strict=True)
     RMSprop([{"params": [p], **options} for p, options in own]).step()
     assert sorted(held) == [0b001, 0b011, 0b101, 0b111]
-    assert kernel is not _update._update_kernel
+    assert kernel is not _update._optimizer_update_kernel
 
 
 @pytest.mark.parametrize(
