@@ -144,11 +144,6 @@ MUTANTS = [
         replacement="\n    offs_D = tl.arange(0, BLOCK_D)\n    sum_D",
     ),
     _launch(
-        what="dx and dresidual exchanged",
-        original="dx_TD = dbranch_TD if residual_dtype not in (None, x_dtype) else ds_total_TD",
-        replacement="dx_TD = ds_total_TD",
-    ),
-    _launch(
         what="column stride ignored",
         original="return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))",
         replacement="return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])",
