@@ -116,10 +116,10 @@ def test_one_chunk_of_bfloat16_sums_nothing_in_float32(device):
         hidden, weight, unit=1.0,
     )  # fmt: skip
     inputs = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
-    saved = linear_cross_entropy(*inputs, target).grad_fn.saved_tensors
-    assert saved[1].dtype == torch.bfloat16
-    saved = linear_cross_entropy(*inputs, target, chunk_bytes=20 * 32 * 2).grad_fn.saved_tensors
-    assert saved[1].dtype == torch.float32
+    loss = linear_cross_entropy(*inputs, target)
+    assert loss.grad_fn.saved_tensors[1].dtype == torch.bfloat16
+    loss = linear_cross_entropy(*inputs, target, chunk_bytes=20 * 32 * 2)
+    assert loss.grad_fn.saved_tensors[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
