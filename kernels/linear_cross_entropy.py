@@ -349,9 +349,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, dtype or option is outside what stands above.
     """
-    check_options(
-        "linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, logit_scale
-    )  # fmt: skip
+    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, logit_scale)
     options = Options(
         ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats
     )
