@@ -43,7 +43,10 @@ def check_against_torch(shapes, steps, options, device, max_grad_norm=None):
     ours = parameters(shapes, device)
     theirs, exact = copy.deepcopy(ours), [nn.Parameter(p.detach().double()) for p in ours]
     train(lambda ps: AdamW(ps, max_grad_norm=max_grad_norm, **options), ours, steps)
-    torch_adamw = lambda ps: torch.optim.AdamW(ps, **options)  # noqa: E731
+
+    def torch_adamw(ps):
+        return torch.optim.AdamW(ps, **options)
+
     train(torch_adamw, theirs, steps, clip=max_grad_norm)
     train(torch_adamw, exact, steps, clip=max_grad_norm)
     assert_no_worse(ours, theirs, exact)

@@ -10,21 +10,12 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 from strict_interpreter import program_order
+from strides import GRADIENTS, STRIDES
 
 from kernels.embedding import _backward, _forward, embedding, embedding_reference
 
 MODULE = importlib.import_module("kernels.embedding")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-STRIDES = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "padded": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
-GRADIENTS = STRIDES | {
-    "expanded along D": lambda dy: dy[..., :1].expand_as(dy),
-    "expanded along T": lambda dy: dy[..., :1, :].expand_as(dy),
-}
 TOKENS = {  # of T tokens in [0, V)
     "uniform": lambda T, V: torch.randint(V, (T,)),
     "frequent": lambda T, V: (torch.rand(T) ** 6 * V).long(),

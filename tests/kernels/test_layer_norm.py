@@ -8,6 +8,7 @@ import torch
 from check import check
 from hypothesis import given
 from hypothesis import strategies as st
+from strides import GRADIENTS, STRIDES
 
 from kernels import _norm
 from kernels.layer_norm import (
@@ -18,18 +19,6 @@ from kernels.layer_norm import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The same values in other strides.
-STRIDES = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "padded": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
-# A gradient may be expanded, too.
-GRADIENTS = STRIDES | {
-    "expanded along D": lambda dy: dy[..., :1].expand_as(dy),
-    "expanded along T": lambda dy: dy[..., :1, :].expand_as(dy),
-}
 SHORT_AND_LONG = pytest.mark.parametrize("longest", [64, 8192], ids=["loop", "tile"])
 
 

@@ -1,0 +1,40 @@
+"""Faults of the statistics that _loss_rows.py gathers: entropy and argmax."""
+
+from functools import partial
+
+from . import Mutant
+
+_kernel = partial(Mutant, file="kernels/_loss_rows.py")
+
+MUTANTS = [
+    _kernel(
+        what="entropy: no correction when the maximum grows",
+        original="spread = shrink * (spread + s * tl.maximum(m - new_m, LOWEST_GAP))",
+        replacement="spread = shrink * spread",
+    ),
+    _kernel(
+        what="entropy: lanes summed at different maxima",
+        original="row_spread = tl.sum((spread + s * gap) * tl.exp2(gap * LOG2_E), axis=0)",
+        replacement="row_spread = tl.sum(spread * tl.exp2(gap * LOG2_E), axis=0)",
+    ),
+    _kernel(
+        what="entropy: a masked class makes it nan",
+        original="spread += tl.sum(e_V * tl.maximum(gap_V, LOWEST_GAP), axis=1)",
+        replacement="spread += tl.sum(e_V * gap_V, axis=1)",
+    ),
+    _kernel(
+        what="argmax: the last of equals",
+        original="best = tl.where(new_m > m, at, tl.minimum(at, best))",
+        replacement="best = tl.where(at < NOWHERE, at, best)",
+    ),
+    _kernel(
+        what="argmax counted from its block",
+        original="offs_V, V - v, v, hit, uniform",
+        replacement="offs_V, V - v, 0, hit, uniform",
+    ),
+    _kernel(
+        what="argmax of any lane",
+        original="row_best = tl.min(tl.where(m == row_m, best, NOWHERE), axis=0)",
+        replacement="row_best = tl.min(best, axis=0)",
+    ),
+]
