@@ -212,16 +212,25 @@ GRAD_NORM = {
 }
 
 
-def _optimizer(rule: type[MultiTensorOptimizer], states: int, **options) -> Case:
-    """One step of `rule` with `options`, under which a parameter has `states` states."""
-    name = rule.__name__.lower()
+def _optimizer(
+    rule: type[MultiTensorOptimizer],
+    moved: float,
+    *,
+    dtype: torch.dtype = F32,
+    instructions: float = 30,
+    **options,
+) -> Case:
+    """One step of `rule` with `options`, which moves so many bytes per element."""
+    name = "adam" if rule is AdamW else rule.__name__.lower()
     limits = GRAD_NORM | {
         f"_{name}_prepare_kernel": Limit(single=True),
-        f"_{name}_update_kernel": Limit(bytes=12 + 8 * states, instructions=30),
+        f"_{name}_update_kernel": Limit(bytes=moved, instructions=instructions),
     }
-    step = rule(_parameters(F32), **options).step
-    label = ", ".join(["float32", *(f"{key} {value}" for key, value in options.items())])
-    return Case(label, step, limits=limits)
+    step = rule(_parameters(dtype), **options).step
+    named = [
+        f"{key} {_name(value) if key == 'state_dtype' else value}" for key, value in options.items()
+    ]
+    return Case(", ".join([_name(dtype), *named]), step, limits=limits)
 
 
 def _clip_grad_norm_() -> Case:
@@ -299,19 +308,37 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         *(_mse_loss(dtype) for dtype in (F32, BF16)),
         _mse_loss(BF16, reduction="none"),
     ],
-    "AdamW": lambda: [_optimizer(AdamW, 2, max_grad_norm=norm) for norm in (None, 1.0)],
-    "Adam": lambda: [_optimizer(Adam, 2)],
-    "SGD": lambda: [
-        _optimizer(SGD, 0),
-        _optimizer(SGD, 1, momentum=0.9),
+    "AdamW": lambda: [
+        *(_optimizer(AdamW, 28, max_grad_norm=norm) for norm in (None, 1.0)),
+        _optimizer(AdamW, 28, dtype=BF16),
+        _optimizer(AdamW, 26, dtype=BF16, master="split"),
+        _optimizer(AdamW, 22, dtype=BF16, master=None, instructions=45),
+        _optimizer(AdamW, 14, dtype=BF16, master=None, state_dtype=BF16, instructions=45),
+        _optimizer(AdamW, 20, state_dtype=BF16, instructions=45),
+        _optimizer(AdamW, 16.2, state_dtype=torch.uint8, instructions=math.inf),
+        _optimizer(
+            AdamW, 10.2, dtype=BF16, master=None, state_dtype=torch.uint8, instructions=math.inf
+        ),
+        _optimizer(
+            AdamW,
+            44,
+            max_grad_norm=1.0,
+            ema_decay=0.999,
+            zero_grads=True,
+            record_norms=True,
+            l1=1e-6,
+            instructions=math.inf,
+        ),
     ],
+    "Adam": lambda: [_optimizer(Adam, 28)],
+    "SGD": lambda: [_optimizer(SGD, 12), _optimizer(SGD, 20, momentum=0.9)],
     "RMSprop": lambda: [
-        _optimizer(RMSprop, 1),
-        _optimizer(RMSprop, 2, momentum=0.9),
-        _optimizer(RMSprop, 2, centered=True),
-        _optimizer(RMSprop, 3, momentum=0.9, centered=True),
+        _optimizer(RMSprop, 20),
+        _optimizer(RMSprop, 28, momentum=0.9),
+        _optimizer(RMSprop, 28, centered=True),
+        _optimizer(RMSprop, 36, momentum=0.9, centered=True),
     ],
-    "Adagrad": lambda: [_optimizer(Adagrad, 1)],
-    "Lion": lambda: [_optimizer(Lion, 1)],
+    "Adagrad": lambda: [_optimizer(Adagrad, 20)],
+    "Lion": lambda: [_optimizer(Lion, 20)],
     "clip_grad_norm_": lambda: [_clip_grad_norm_()],
 }

@@ -2,7 +2,7 @@
 
 A kernel over N tensors reads two tables, built on the host and kept on the device:
 
-    tensors [N, C] int64   per tensor: SIZE, DTYPE, GROUP, ALIGNED, GRAD and further addresses
+    tensors [N, C] int64   per tensor: the columns below
     chunks  [K, 2] int32   per chunk: its tensor, and its index among that tensor's chunks
 
 so its grid depends on the number of elements only, not on how many tensors hold them. Elements are
@@ -20,13 +20,18 @@ from torch import Tensor
 CHUNK = 8192  # elements; a multiple of every kernel's BLOCK
 THREADS = tl.constexpr(256)  # of every program
 
-# Columns of `tensors`: elements, dtype of the gradient (its number in DTYPES), parameter group,
-# whether all addresses are multiples of 16, and the addresses: a kernel may have more of them.
-SIZE = tl.constexpr(0)
-DTYPE = tl.constexpr(1)
-GROUP = tl.constexpr(2)
-ALIGNED = tl.constexpr(3)
-GRAD = tl.constexpr(4)
+# Columns of `tensors`. An optimizer fills those from GROUP to STEP, clip_grad_norm_ with zeros.
+SIZE = tl.constexpr(0)  # elements
+DTYPE = tl.constexpr(1)  # of the gradient: its number in DTYPES
+REPLICAS = tl.constexpr(2)  # how many ranks hold these elements
+GROUP = tl.constexpr(3)  # parameter group
+FORMAT = tl.constexpr(4)  # how the tensors are stored, among the formats of a launch
+NUMBER = tl.constexpr(5)  # of the parameter in the optimizer
+LR = tl.constexpr(6)  # address of a learning rate that lives on the device, or 0
+STEP = tl.constexpr(7)  # address of the step count, or 0
+FIRST = tl.constexpr(8)  # index of the first chunk
+ALIGNED = tl.constexpr(9)  # whether all addresses that follow are multiples of 16
+GRAD = tl.constexpr(10)  # the first of these addresses; that of what there is not is 0
 
 FLOAT32 = tl.constexpr(0)
 FLOAT16 = tl.constexpr(1)
@@ -47,34 +52,34 @@ class Tables(NamedTuple):
 
 @lru_cache(maxsize=8)
 def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) -> Tables:
-    """Upload `rows`, one per tensor, all columns but ALIGNED, and the chunks of those tensors.
+    """Upload `rows`, one per tensor, all columns but FIRST and ALIGNED, and the chunks of those.
 
-    Gradients mostly return to the addresses that they had a step or two ago, hence the cache. An
-    address of 0 stands for a tensor that this one does not have.
+    Gradients mostly return to the addresses that they had a step or two ago, hence the cache.
 
     Raises:
         ValueError: two tensors lie at one address.
     """
-    addresses = [x for row in rows if row[SIZE.value] for x in row[ALIGNED.value :] if x]
+    addresses = [x for row in rows if row[SIZE.value] for x in row[FIRST.value :] if x]
     if len(set(addresses)) < len(addresses):
         raise ValueError(
             "multi-tensor: tensors must lie apart, got two at one address; pass each tensor once"
         )
-    about, places = torch.tensor(rows).tensor_split((ALIGNED.value,), dim=1)
+    about, places = torch.tensor(rows).tensor_split((FIRST.value,), dim=1)
     aligned = (places % 16 == 0).all(dim=1, keepdim=True)
-    sizes = tuple(row[SIZE.value] for row in rows)
-    return Tables(
-        upload(torch.cat([about, aligned, places], dim=1), device), _chunks(sizes, chunk, device)
-    )
+    first_N, chunks = _chunks(tuple(row[SIZE.value] for row in rows), chunk, device)
+    tensors = torch.cat([about, first_N[:, None], aligned, places], dim=1)
+    return Tables(upload(tensors, device), chunks)
 
 
 @lru_cache(maxsize=8)
-def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The column FIRST, on the host, and the table of chunks."""
     # A tensor without elements has an empty chunk, so that there is always something to launch.
     count_N = ((torch.tensor(sizes) + chunk - 1) // chunk).clamp(min=1)
+    first_N = count_N.cumsum(0) - count_N
     tensor_K = torch.repeat_interleave(count_N)
-    index_K = torch.arange(len(tensor_K)) - (count_N.cumsum(0) - count_N)[tensor_K]
-    return upload(torch.stack([tensor_K, index_K], dim=1).int(), device)
+    index_K = torch.arange(len(tensor_K)) - first_N[tensor_K]
+    return first_N, upload(torch.stack([tensor_K, index_K], dim=1).int(), device)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -100,7 +105,7 @@ def check_memory(op: str, x: Tensor, device: torch.device) -> None:
     if x.numel() and not x.data_ptr():
         raise ValueError(
             f"{op}: tensors must hold their own memory, got a {type(x).__name__} on {x.device}; "
-            "use torch.optim and torch.nn.utils for distributed and meta tensors"
+            "materialize meta tensors first"
         )
 
 
@@ -121,7 +126,7 @@ def in_order_of(op: str, p: Tensor, x: Tensor) -> Tensor:
             f"its parameter, got a {x.layout} of {list(x.shape)}; make embeddings with "
             "sparse=False, and a new optimizer for a model of new shapes"
         )
-    return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
+    return x if x.stride() == p.stride() else torch.empty_like(p, dtype=x.dtype).copy_(x)
 
 
 @triton.jit

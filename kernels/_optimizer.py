@@ -5,73 +5,73 @@ the whole model reach its kernels through one table (_multi_tensor.py), the hype
 groups through another; both are uploaded when they change, and nothing is read back.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import chain, compress, pairwise, repeat
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _multi_tensor
-from ._multi_tensor import DTYPES, Tables, check_memory, in_order_of, tables, upload
+from ._multi_tensor import check_memory, upload
+from ._options import Norms, StepOptions, checked
 from ._runtime import uses_triton
-from ._update import Part, Rule, launch_update
-from .grad_norm import clip_coefficient_reference, grad_norm_reference, launch_partials
-
-
-class Alike(NamedTuple):
-    """Parameters that have a gradient, and state of the same names."""
-
-    names: tuple[str, ...]
-    groups: list[int]
-    """By parameter, the index of its group."""
-    columns: list[list[Tensor]]
-    """Gradients, parameters, and state in the order of `names`."""
-
-    def addresses(self) -> tuple:
-        """Where all these tensors lie, to be compared with where they lay before."""
-        return self.names, self.groups, [list(map(Tensor.data_ptr, x)) for x in self.columns]
+from ._shards import local, sum_over_ranks
+from ._states import Storage
+from ._tensors import Tensors
+from ._update import GRADS, SUMS, UPDATES, Options, Rule, launch_norms, launch_update
+from ._update_reference import key_reference, update_reference
+from .grad_norm import (
+    clip_coefficient_reference,
+    launch_partials,
+    norm_reference,
+    squares_reference,
+)
 
 
 class MultiTensorOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that updates all parameters at once, and may clip as it does.
 
     A subclass gives the rule, the names of its states in the order of the rule's kernels, and its
-    plain definition: `_hyper_row`, `_update_reference`, and more of `_check_group`; `_names` where
+    plain definition: `_hyper_row`, `_rule_reference`, and more of `_check_group`; `_names` where
     options decide which state there is.
     """
 
     rule: Rule
     states: tuple[str, ...]
+    squares: tuple[str, ...] = ()
+    """States that are never negative."""
+    decoupled = False
+    """Whether weight decay is decoupled unless a group says otherwise."""
     refused: tuple[str, ...] = ()
     """Options of torch's class that must be off in a state that is loaded."""
 
-    def __init__(self, params, defaults: dict[str, Any], max_grad_norm: float | None) -> None:
+    def __init__(self, params, defaults: dict[str, Any], options: StepOptions) -> None:
         self._op = type(self).__name__
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"{self._op}: max_grad_norm must be positive, got {max_grad_norm}; "
-                "None does not clip"
-            )
-        self.max_grad_norm = max_grad_norm
+        every = self._options = checked(self._op, options)
+        self.max_grad_norm: float | None = every["max_grad_norm"]
         self.grad_norm: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
         self._forget()
-        super().__init__(params, defaults)
+        decoupled = every["decoupled_weight_decay"]
+        ours = {
+            "l1": every["l1"],
+            "decoupled_weight_decay": self.decoupled if decoupled is None else decoupled,
+        }
+        super().__init__(params, defaults | ours)
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """The columns of the table of groups that follow the learning rate and the sign."""
+        """The rule's own columns of the table of groups."""
         raise NotImplementedError
 
-    def _update_reference(
-        self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]
-    ) -> None:
-        """Update one parameter in plain PyTorch; `g` is negated to maximise, the step counted."""
+    def _rule_reference(
+        self, group: dict[str, Any], t: float, g: Tensor, states: list[Tensor | None]
+    ) -> Tensor:
+        """The rule in plain PyTorch: how far a parameter moves down; `states` change in place."""
         raise NotImplementedError
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The state that a parameter of `group` has; of counted steps, "step" comes first."""
+        """The state that the rule has in `group`; of counted steps, "step" comes first."""
         return ("step", *self.states)
 
     def _initial(self, group: dict[str, Any]) -> float:
@@ -79,19 +79,19 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {name: getattr(self, name) for name in ("max_grad_norm", "grad_norm", "skipped")}
-        return super().__getstate__() | ours
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._op = type(self).__name__
-        self._forget()
+        kept = ("max_grad_norm", "grad_norm", "skipped", "_options")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def _forget(self) -> None:
-        self._places: list[tuple] = []
-        self._tables: tuple[Tables, list[Part]] | None = None
+        options = self._options
+        self._storage = Storage(
+            self.states, self.squares, options["master"], options["state_dtype"],
+            options["ema_decay"] is not None,
+        )  # fmt: skip
+        self._tensors = Tensors(self._op, self._storage, options["seed"])
         self._hyper_rows: list[tuple[float, ...]] = []
         self._hyper = torch.empty(0)
+        self._sums: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.Optimizer.add_param_group` does, and check what is in it."""
@@ -99,56 +99,52 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         self._check_group(group)
         for p in group["params"]:
-            self._check_dtype(p)
-            check_memory(self._op, p, p.device)
+            self._check_param(p)
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError(f"{self._op}: a parameter must appear once, got one twice; drop one")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of the same rule, from this class or from its model in torch.optim.
 
+        Moments are converted to `state_dtype`; what the options keep besides, and the saved state
+        lacks, begins anew.
+
         Raises:
             ValueError: it was saved by another rule, with options that this class does not have,
-                or for other shapes.
+                with another `master`, or for other shapes.
         """
-        for group in state_dict["param_groups"]:
-            if missing := self.defaults.keys() - {"maximize"} - group.keys():
-                raise ValueError(
-                    f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
-                    "load what the same rule saved"
-                )
-            for name in filter(group.get, self.refused):
-                raise ValueError(
-                    f"{self._op}: {name} must be off, got a state saved with it; start afresh"
-                )
-        super().load_state_dict(state_dict)
+        # torch.optim would cast the state to the dtype of the parameters. The hooks of others see
+        # it before this one wraps it, and after __setstate__ has unwrapped it.
+        handle = self.register_load_state_dict_pre_hook(self._before_load)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._op = type(self).__name__
+        self._forget()
         for group in self.param_groups:
-            group.setdefault("maximize", False)
+            for name in _OURS:
+                group.setdefault(name, self.defaults[name])
             self._check_group(group)
             for p in filter(self.state.get, group["params"]):
-                self._adopt(p, self._names(group), self.state[p])
+                own = self.state[p]
+                if any(isinstance(x, _AsSaved) for x in own.values()):
+                    own = {k: getattr(x, "saved", x) for k, x in own.items()}
+                    self.state[p] = self._adopted(p, group, own)
 
-    def _adopt(self, p: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> None:
-        others = state.keys() - {"step", *self.states}
-        if others or not state.keys() >= {*names}:
-            raise ValueError(
-                f"{self._op}: the state of a parameter must hold {sorted(names)} and nothing else, "
-                f"got {sorted(state)}; load what the same rule saved"
-            )
-        for name in names:
-            if name == "step":
-                # A copy: one tensor may serve all parameters, and every one is counted up.
-                step = torch.as_tensor(state["step"])
-                state["step"] = step.to(p.device, torch.float32, copy=True)
-            else:
-                state[name] = in_order_of(self._op, p, state[name])
+    def _adopted(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        """The state of `p` in the form that this optimizer keeps, from what was saved."""
+        return self._storage.adopted(self._op, p, self._names(group), state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return the loss of `closure`, if given.
 
         Raises:
-            TypeError: a tensor "must be float32".
+            TypeError: a parameter or gradient "must be float32 or bfloat16".
             ValueError: tensors "must be dense", "must lie on one device", "must hold their own
                 memory", "must have the shape" of their parameter, or "must lie apart".
         """
@@ -156,160 +152,122 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if alike := list(self._collect()):
-            self._check_moved(alike)
-            if uses_triton(alike[0].columns[1][0]):
-                self._step_kernels(alike)
+        names = list(map(self._names, self.param_groups))
+        rates = list(map(self._rate_address, self.param_groups))
+        found = self._tensors
+        if found.find(self.param_groups, names, rates, self.state, self._start):
+            self.skipped = self.skipped.to(found.device)
+            if uses_triton(found.items[0].p):
+                with torch.cuda.device_of(found.items[0].p):
+                    self._step_kernels(found)
+                torch.autograd.graph.increment_version(found.params)
+                unread = found.copied_grads() if self._options["zero_grads"] else []
             else:
-                self._step_reference(alike)
+                self._step_reference(found)
+                unread = [p.grad for p in found.params] if self._options["zero_grads"] else []
+            for g in unread:
+                g.zero_()
         return loss
 
-    # On the way of every step, hence in columns, by functions that loop in C: a loop over the
-    # parameters of GPT-2 would take twice as long.
-    def _collect(self) -> Iterator[Alike]:
-        """The parameters that have a gradient, by what state they have."""
-        kinds: dict[tuple[str, ...], list[int]] = {}
-        for index, group in enumerate(self.param_groups):
-            kinds.setdefault(self._names(group), []).append(index)
-        for names, indices in kinds.items():
-            ps, groups = [], []
-            for index in indices:
-                here = [p for p in self.param_groups[index]["params"] if p.grad is not None]
-                ps += here
-                groups += repeat(index, len(here))
-            if ps:
-                gs = self._gradients(ps)
-                yield Alike(names, groups, [gs, ps, *self._state_columns(ps, groups, names)])
+    def norms(self) -> Norms | None:
+        """Norms of every gradient, update and weight in the last step; None before the first.
 
-    def _gradients(self, ps: list[Tensor]) -> list[Any]:
-        gs = list(map(attrgetter("grad"), ps))
-        if {*map(attrgetter("layout"), gs)} == {torch.strided} and (
-            list(map(Tensor.stride, gs)) == list(map(Tensor.stride, ps))
-        ):
-            return gs
-        return [in_order_of(self._op, p, g) for p, g in zip(ps, gs, strict=True)]
-
-    def _state_columns(
-        self, ps: list[Tensor], groups: list[int], names: tuple[str, ...]
-    ) -> list[list[Tensor]]:
-        if not names:
-            return []
-        states = list(map(self.state.__getitem__, ps))
-        try:
-            return [list(map(itemgetter(name), states)) for name in names]
-        except KeyError:
-            for p, index in zip(ps, groups, strict=True):
-                self._start(p, self.param_groups[index])
-            return [list(map(itemgetter(name), states)) for name in names]
+        Needs `record_norms`. The sums come with the step, at no traffic of their own; this adds
+        them up, in one launch, and over the ranks where parameters are distributed.
+        """
+        found = self._tensors
+        if self._sums is None:
+            return None
+        squares_N = self._sums
+        if uses_triton(found.items[0].p):
+            squares_N = launch_norms(found.tables()[0], self._sums)
+        if found.mesh is not None:
+            replicas_N = torch.tensor([item.replicas for item in found.items])
+            squares_N = squares_N / replicas_N[:, None].to(squares_N)
+            sum_over_ranks(squares_N, found.mesh)
+        return Norms(found.params, *squares_N.sqrt().unbind(1))
 
     def _start(self, p: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        for name in self._names(group):
-            if name in state:
-                continue
-            if name == "step":
-                state[name] = torch.zeros((), dtype=torch.float32, device=p.device)
-            else:
-                state[name] = torch.full_like(p, self._initial(group))
+        self._storage.start(p, self._names(group), self.state[p], self._initial(group))
 
-    def _check_moved(self, alike: list[Alike]) -> None:
-        """Check the tensors that do not lie where they did in the last step."""
-        places = [part.addresses() for part in alike]
-        if places != self._places:
-            device = alike[0].columns[1][0].device
-            before = chain(_rows(self._places), repeat(()))
-            items = chain.from_iterable(zip(*part.columns, strict=True) for part in alike)
-            for item, new, old in zip(items, _rows(places), before, strict=False):
-                names = new[0]
-                if old[:1] == (names,) and old[3:] == new[3:]:
-                    names, item = (), item[:2]  # at most the gradient moved, as it often does
-                if new != old:
-                    self._check_item(names, item, device)
-            self._places, self._tables = places, None
+    def _rate_address(self, group: dict[str, Any]) -> int:
+        """Where kernels find the learning rate of `group`, if it lives where they run, or 0."""
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or not uses_triton(lr):
+            return 0
+        if lr.dtype != torch.float32:
+            raise TypeError(
+                f"{self._op}: lr on the device must be float32, got {lr.dtype}; convert it"
+            )
+        return lr.data_ptr()
 
-    def _check_item(
-        self, names: tuple[str, ...], item: tuple[Tensor, ...], device: torch.device
-    ) -> None:
-        p = item[1]
-        for name, x in zip(("grad", "param", *names), item, strict=True):
-            self._check_dtype(x)
-            check_memory(self._op, x, device)
-            if name != "step" and (x.shape != p.shape or x.stride() != p.stride()):
-                raise ValueError(
-                    f"{self._op}: a gradient or moment must have the shape {list(p.shape)} of its "
-                    f"parameter and its strides {p.stride()}, got {list(x.shape)} and "
-                    f"{x.stride()}; load moments by load_state_dict"
-                )
-
-    def _step_reference(self, alike: list[Alike]) -> None:
-        coef = None
+    def _step_reference(self, found: Tensors) -> None:
+        coef, sums = None, self._sums_of(found, len(found.items))
         if self.max_grad_norm is not None:
-            gs = chain.from_iterable(part.columns[0] for part in alike)
-            norm = self.grad_norm = grad_norm_reference(list(gs))
-            self.skipped = self.skipped.to(norm.device)
+            squares_N = squares_reference(found.grads)
+            counts = [item.replicas for item in found.items]
+            norm = self.grad_norm = norm_reference(squares_N, counts, found.mesh)
             if not norm.isfinite():
                 self.skipped += 1
+                if sums is not None:
+                    sums[:, GRADS.value], sums[:, UPDATES.value] = squares_N, 0
                 return
             coef = clip_coefficient_reference(norm, self.max_grad_norm)
-        for part in alike:
-            gs, ps = part.columns[:2]
-            for index, g, p in zip(part.groups, gs, ps, strict=True):
-                group, state = self.param_groups[index], self.state[p]
-                if "step" in part.names:
-                    state["step"] += 1
-                g = g if coef is None else g * coef
-                self._update_reference(group, p, -g if group["maximize"] else g, state)
-
-    def _step_kernels(self, alike: list[Alike]) -> None:
-        ps = list(chain.from_iterable(part.columns[1] for part in alike))
-        device = ps[0].device
-        with torch.cuda.device_of(ps[0]):
-            tables, parts = self._tables = self._tables or self._make_tables(alike, device)
-            partials_P = norm = None
-            self.skipped = self.skipped.to(device)
-            if self.max_grad_norm is not None:
-                partials_P = launch_partials(tables)
-                norm = self.grad_norm = partials_P.new_empty(())
-            launch_update(
-                self.rule, tables, parts, self._hyper_table(device), partials_P, norm,
-                self.skipped, self.max_grad_norm or 0.0,
+        for i, (item, g) in enumerate(zip(found.items, found.grads, strict=True)):
+            group = self.param_groups[item.group]
+            t = 0.0 if item.step is None else item.step.add_(1).item()
+            sign = -1.0 if group["maximize"] else 1.0
+            decay, lr = group["weight_decay"], float(group["lr"])
+            decoupled = group["decoupled_weight_decay"]
+            update_reference(
+                item, g, partial(self._rule_reference, group | {"lr": lr}, t),
+                scale=sign if coef is None else sign * coef,
+                l2=0.0 if decoupled else decay, l1=group["l1"],
+                decay=lr * decay if decoupled else 0.0,
+                ema_weight=1 - (self._options["ema_decay"] or 0.0),
+                key=key_reference(found.key(item), int(t)),
+                squares=None if sums is None else sums[i].zero_(),
             )  # fmt: skip
-        torch.autograd.graph.increment_version(ps)
 
-    def _make_tables(self, alike: list[Alike], device: torch.device) -> tuple[Tables, list[Part]]:
-        """Upload the table of all tensors, and divide its chunks by the state that there is."""
-        rows, chunk = [], _multi_tensor.CHUNK
-        ends, held = [0], []
-        for part, (names, groups, (gs, ps, *states)) in zip(alike, self._places, strict=True):
-            sizes = list(map(Tensor.numel, part.columns[1]))
-            own, nothing = dict(zip(names, states, strict=True)), [0] * len(sizes)
-            others = [own.get(name, nothing) for name in ("step", *self.states)]
-            dtypes = repeat(DTYPES[torch.float32], len(sizes))
-            rows += zip(sizes, dtypes, groups, gs, ps, *others, strict=True)
-            ends.append(ends[-1] + sum(max(1, -(-size // chunk)) for size in sizes))
-            held.append(sum(1 << i for i, name in enumerate(self.states) if name in names))
-        uploaded = tables(tuple(rows), chunk, device)
-        chunks = [uploaded.chunks[first:last] for first, last in pairwise(ends)]
-        return uploaded, list(map(Part, held, chunks))
+    def _step_kernels(self, found: Tensors) -> None:
+        options = self._options
+        tables, formats = found.tables()
+        partials_P, norm, sums = None, None, self._sums_of(found, len(tables.chunks))
+        if self.max_grad_norm is not None:
+            partials_P = launch_partials(tables, sums, found.mesh)
+            norm = self.grad_norm = partials_P.new_empty(())
+        launch_update(
+            self.rule, tables, formats, self._hyper_table(found.device), partials_P, norm,
+            self.skipped, self.max_grad_norm or 0.0, sums,
+            Options(
+                any(group["l1"] for group in self.param_groups), options["zero_grads"],
+                1 - (options["ema_decay"] or 0.0),
+            ),
+        )  # fmt: skip
+
+    def _sums_of(self, found: Tensors, count: int) -> Tensor | None:
+        """Sums of squares [count, 3], where norms are recorded; a skipped step keeps the weights'."""
+        if self._options["record_norms"] and (self._sums is None or len(self._sums) != count):
+            self._sums = torch.zeros(count, SUMS.value, device=found.device)
+        return self._sums
 
     def _hyper_table(self, device: torch.device) -> Tensor:
-        """The table of groups; a learning rate on `device` is copied into it there, every step."""
-        lrs = [group["lr"] for group in self.param_groups]
-        live = [isinstance(lr, Tensor) and lr.device == device for lr in lrs]
-        rows = [
-            (
-                0.0 if there else float(lr),
-                -1.0 if group["maximize"] else 1.0,
-                *self._hyper_row(group),
-            )
-            for lr, there, group in zip(lrs, live, self.param_groups, strict=True)
-        ]
+        rows = list(map(self._table_row, self.param_groups))
         if rows != self._hyper_rows or self._hyper.device != device:
             self._hyper = upload(torch.tensor(rows, dtype=torch.float64), device)
             self._hyper_rows = rows
-        for index in compress(range(len(lrs)), live):
-            self._hyper[index, 0].copy_(lrs[index])
         return self._hyper
+
+    def _table_row(self, group: dict[str, Any]) -> tuple[float, ...]:
+        decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
+        return (
+            0.0 if self._rate_address(group) else float(group["lr"]),
+            -1.0 if group["maximize"] else 1.0,
+            0.0 if decoupled else decay,
+            group["l1"],
+            decay if decoupled else 0.0,
+            *self._hyper_row(group),
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -317,6 +275,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{self._op}: lr must be at least 0, a float or a 0-dim tensor, got {lr}"
             )
+        self._check_not_negative(group, ("weight_decay", "l1"))
 
     def _check_not_negative(self, group: dict[str, Any], names: tuple[str, ...]) -> None:
         for name in names:
@@ -327,15 +286,43 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"{self._op}: betas must lie in [0, 1), got {group['betas']}")
 
-    def _check_dtype(self, x: Tensor) -> None:
-        if x.dtype != torch.float32:
+    def _check_param(self, p: Tensor) -> None:
+        if p.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(
-                f"{self._op}: parameters must be float32, got {x.dtype}; convert the model with "
-                ".float(), and lower the precision of its arithmetic by torch.autocast"
+                f"{self._op}: parameters must be float32 or bfloat16, got {p.dtype}; convert the "
+                "model with .float() or .bfloat16()"
             )
+        if self._options["state_dtype"] == torch.uint8 and hasattr(p, "to_local"):
+            raise TypeError(
+                f"{self._op}: state_dtype must be float32 or bfloat16 for distributed tensors, got "
+                "torch.uint8, whose scales could not be resharded"
+            )
+        check_memory(self._op, local(p), local(p).device)
+
+    def _before_load(self, _optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        for group in saved["param_groups"]:
+            if missing := self.defaults.keys() - _OURS - group.keys():
+                raise ValueError(
+                    f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
+                    "load what the same rule saved"
+                )
+            for name in filter(group.get, self.refused):
+                raise ValueError(
+                    f"{self._op}: {name} must be off, got a state saved with it; start afresh"
+                )
+        state = {
+            number: {k: _AsSaved(x) if isinstance(x, Tensor) else x for k, x in own.items()}
+            for number, own in saved["state"].items()
+        }
+        return saved | {"state": state}
 
 
-def _rows(places: list[tuple]) -> Iterator[tuple]:
-    """By parameter: the names of its state, its group, and the addresses of its tensors."""
-    for names, groups, columns in places:
-        yield from zip(repeat(names), groups, *columns, strict=False)
+_OURS = {"maximize", "l1", "decoupled_weight_decay"}
+"""Keys of groups that a state may lack."""
+
+
+@dataclass(frozen=True)
+class _AsSaved:
+    """A tensor that torch.optim does not recognize, and hence leaves as it is."""
+
+    saved: Tensor

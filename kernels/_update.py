@@ -1,16 +1,22 @@
 """The update of every optimizer here: one launch for its coefficients, and one for its elements.
 
 A rule is two functions of Triton. The first turns hyper-parameters and step counts, which live on
-the device, into a few coefficients per tensor; the second turns elements of a gradient, parameter
-and state, with those coefficients, into new ones. What surrounds them is written here, once:
+the device, into a few coefficients per tensor; the second turns elements of a gradient and of the
+state, with those coefficients, into how far the parameter moves down, and new state. What surrounds
+them is written here, once. For gradient g, parameter p and the rule's step u:
 
-    prepare   take the norm, count the step, ask the rule for its coefficients
-    update    walk the chunks of all tensors, and apply the rule to each block
+    g := sign · clip · g + l2 · p + l1 · sign(p)
+    p := p - (lr · decay · p + u)
+    ema := ema + (1 - ema_decay) · (p - ema)
 
-The gradient that a rule sees is negated to maximise, and is times the clip coefficient of
-grad_norm.py. A norm that is not finite makes both launches leave everything as it was.
+where sign is -1 to maximise, clip comes from grad_norm.py, and weight decay is either l2 or
+decoupled. A norm that is not finite makes both launches leave everything as it was.
+
+Tensors of one model may be stored in several formats (_precision.py): the kernel has a branch for
+each, so that there is one launch however they are mixed.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,28 +24,72 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _multi_tensor
-from ._multi_tensor import GRAD, GROUP, THREADS, Tables, load, locate, store
+from . import _multi_tensor, _precision
+from ._multi_tensor import (
+    FIRST,
+    FORMAT,
+    GRAD,
+    GROUP,
+    LR,
+    NUMBER,
+    SIZE,
+    STEP,
+    THREADS,
+    Tables,
+    load,
+    locate,
+    store,
+)
+from ._precision import (
+    ABSENT,
+    BFLOAT16,
+    FLOAT32,
+    MASTER,
+    SPLIT,
+    Format,
+    decode,
+    encode,
+    hash_bits,
+    join,
+    random_bits,
+    split,
+    to_bfloat16,
+)
 from .grad_norm import P, clip_coefficient, is_finite, total_norm
 
 BLOCK = 1024  # elements of each tensor that a program holds at a time: 16 bytes per thread
+Q = tl.constexpr(_precision.Q)
 
-# Addresses in the tensor table after GRAD; that of what a tensor does not have is 0.
-PARAM = tl.constexpr(5)
-STEP = tl.constexpr(6)
-STATE = tl.constexpr(7)
+# Columns of the table of tensors: the address of the parameter, of its master or its other bits, of
+# its mean, then of the states, then of their scales.
+PARAM = tl.constexpr(GRAD.value + 1)
+EXTRA = tl.constexpr(GRAD.value + 2)
+EMA = tl.constexpr(GRAD.value + 3)
+STATE = tl.constexpr(GRAD.value + 4)
 
 # First columns of the table of parameter groups, float64; a rule adds its own.
-LR = tl.constexpr(0)
+RATE = tl.constexpr(0)
 SIGN = tl.constexpr(1)
-HYPER = tl.constexpr(2)
+L2 = tl.constexpr(2)
+L1 = tl.constexpr(3)
+DECAY = tl.constexpr(4)
+HYPER = tl.constexpr(5)
+
+# First columns of the coefficients of a tensor, float32 but for the key, which is uint32.
+BASE = tl.constexpr(5)  # clip and sign, l2, l1, decay, key
+
+# Columns of the sums of squares over a chunk.
+GRADS = tl.constexpr(0)
+UPDATES = tl.constexpr(1)
+WEIGHTS = tl.constexpr(2)
+SUMS = tl.constexpr(3)
 
 
 class Rule(NamedTuple):
     """An update rule, in Triton.
 
-    `prepare(hyper_ptr_N, t_N)` returns `coefs` coefficients for steps t_N; `update(g, p, state,
-    coefs, HELD)` returns p and state. Bit i of HELD says whether the tensors have state i at all:
+    `prepare(lr_N, hyper_ptr_N, t_N)` returns `coefs` coefficients for steps t_N; `update(g, state,
+    coefs, HELD)` returns u and state. Bit i of HELD says whether the tensors have state i at all:
     without it `state[i]` is no tile, and what is returned for it is not stored.
     """
 
@@ -48,11 +98,15 @@ class Rule(NamedTuple):
     coefs: int
 
 
-class Part(NamedTuple):
-    """The chunks [K, 2] of those tensors of a table that have the state of the bits of `held`."""
+class Options(NamedTuple):
+    """What else an update does."""
 
-    held: int
-    chunks: Tensor
+    l1: bool = False
+    """Some group has a penalty l1."""
+    zero: bool = False
+    """Gradients are zeroed."""
+    ema_weight: float = 0.0
+    """1 - ema_decay."""
 
 
 def _name_after_rule(specialization) -> str:
@@ -77,92 +131,299 @@ def _optimizer_prepare_kernel(
         offs_N = first + tl.arange(0, BLOCK_N)
         mask_N = offs_N < n_tensors
         row_ptr_N = tensors_ptr + offs_N * COLUMNS
-        address_N = tl.load(row_ptr_N + STEP, mask=mask_N, other=0)
-        step_ptr_N = address_N.to(tl.pointer_type(tl.float32))
-        t_N = tl.load(step_ptr_N, mask=address_N != 0, other=0.0) + 1
-        tl.store(step_ptr_N, t_N, mask=address_N != 0)
+        step_N = tl.load(row_ptr_N + STEP, mask=mask_N, other=0)
+        step_ptr_N = step_N.to(tl.pointer_type(tl.float32))
+        t_N = tl.load(step_ptr_N, mask=step_N != 0, other=0.0) + 1
+        tl.store(step_ptr_N, t_N, mask=step_N != 0)
         hyper_ptr_N = hyper_ptr + tl.load(row_ptr_N + GROUP, mask=mask_N, other=0) * HYPERS
-        coef_ptr_N = coefs_ptr + offs_N * (1 + COEFS)
+        rate_N = tl.load(row_ptr_N + LR, mask=mask_N, other=0)
+        rate_ptr_N = rate_N.to(tl.pointer_type(tl.float32))
+        lr_N = tl.load(rate_ptr_N, mask=rate_N != 0, other=0.0).to(tl.float64)
+        lr_N = tl.where(rate_N != 0, lr_N, tl.load(hyper_ptr_N + RATE))
+        seed_N = tl.load(row_ptr_N + NUMBER, mask=mask_N, other=0).to(tl.uint32)
+        key_N = hash_bits(seed_N ^ hash_bits(t_N.to(tl.uint32)))
+        coef_ptr_N = coefs_ptr + offs_N * (BASE + COEFS)
         scale_N = tl.load(hyper_ptr_N + SIGN).to(tl.float32) * clip
+        decay_N = lr_N * tl.load(hyper_ptr_N + DECAY)
         tl.store(coef_ptr_N, scale_N, mask=mask_N)
+        tl.store(coef_ptr_N + 1, tl.load(hyper_ptr_N + L2).to(tl.float32), mask=mask_N)
+        tl.store(coef_ptr_N + 2, tl.load(hyper_ptr_N + L1).to(tl.float32), mask=mask_N)
+        tl.store(coef_ptr_N + 3, decay_N.to(tl.float32), mask=mask_N)
+        tl.store(coef_ptr_N + 4, key_N.to(tl.float32, bitcast=True), mask=mask_N)
         # In float64, which one program can afford: in float32 1 - beta^t loses four digits.
-        coefs = RULE(hyper_ptr_N, t_N.to(tl.float64))
+        coefs = RULE(lr_N, hyper_ptr_N, t_N.to(tl.float64))
         for i in tl.static_range(COEFS):
-            tl.store(coef_ptr_N + 1 + i, coefs[i].to(tl.float32), mask=mask_N)
+            tl.store(coef_ptr_N + BASE + i, coefs[i].to(tl.float32), mask=mask_N)
 
 
 @triton.jit(repr=_name_after_rule)
 def _optimizer_update_kernel(
-    tensors_ptr, chunks_ptr, coefs_ptr, norm_ptr,
-    RULE: tl.constexpr, COEFS: tl.constexpr, STATES: tl.constexpr, HELD: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    tensors_ptr, chunks_ptr, coefs_ptr, norm_ptr, sums_ptr, ema_weight,
+    RULE: tl.constexpr, COEFS: tl.constexpr, STATES: tl.constexpr, FORMATS: tl.constexpr,
+    L1: tl.constexpr, ZERO: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if norm_ptr is not None:
-        norm = tl.load(norm_ptr)
-        if not is_finite(norm):
-            return
     chunk = tl.program_id(0).to(tl.int64)
     tensor, start, full, end = locate(tensors_ptr, chunks_ptr, chunk, COLUMNS, CHUNK, BLOCK)
     row_ptr = tensors_ptr + tensor * COLUMNS
-    addresses = (tl.load(row_ptr + GRAD), tl.load(row_ptr + PARAM))
-    for i in tl.static_range(STATES):
-        addresses += (tl.load(row_ptr + STATE + i),)
-    coef_ptr = coefs_ptr + tensor * (1 + COEFS)
-    scale = tl.load(coef_ptr)
-    coefs = ()
-    for i in tl.static_range(COEFS):
-        coefs += (tl.load(coef_ptr + 1 + i),)
-    for first in range(start, full, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        _update_block(addresses, scale, coefs, offs, end, RULE, STATES, HELD, True)
+    code = tl.load(row_ptr + FORMAT)
+    apply = True
+    if norm_ptr is not None:
+        apply = is_finite(tl.load(norm_ptr))
+    if apply:
+        places = ()
+        for i in tl.static_range(COLUMNS - GRAD):
+            places += (tl.load(row_ptr + GRAD + i),)
+        coef_ptr = coefs_ptr + tensor * (BASE + COEFS)
+        coefs = ()
+        for i in tl.static_range(BASE + COEFS):
+            coefs += (tl.load(coef_ptr + i),)
+        for i in tl.static_range(len(FORMATS)):
+            if code == FORMATS[i]:
+                g, u, w = _update_chunk(
+                    places, coefs, ema_weight, start, full, end, RULE, STATES, FORMATS[i], L1,
+                    ZERO, sums_ptr is not None, BLOCK,
+                )  # fmt: skip
+                if sums_ptr is not None:
+                    if norm_ptr is None:
+                        tl.store(sums_ptr + chunk * SUMS + GRADS, g)
+                    tl.store(sums_ptr + chunk * SUMS + UPDATES, u)
+                    tl.store(sums_ptr + chunk * SUMS + WEIGHTS, w)
+    else:
+        if sums_ptr is not None:
+            tl.store(sums_ptr + chunk * SUMS + UPDATES, 0.0)
+        if ZERO:
+            address = tl.load(row_ptr + GRAD)
+            for i in tl.static_range(len(FORMATS)):
+                if code == FORMATS[i]:
+                    for first in range(start, end, BLOCK):
+                        offs = first + tl.arange(0, BLOCK)
+                        zero = tl.zeros((BLOCK,), dtype=tl.float32)
+                        _store_grad(address, offs, zero, end, FORMATS[i], False)
+
+
+@triton.jit
+def _update_chunk(
+    places, coefs, ema_weight, start, full, end, RULE: tl.constexpr, STATES: tl.constexpr,
+    FORMAT: tl.constexpr, L1: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     # One element per thread keeps neighbours together where accesses are 4 bytes wide.
+    g = tl.zeros((THREADS,), dtype=tl.float32)
+    u, w = g, g
     for first in range(full, end, THREADS):
-        offs = first + tl.arange(0, THREADS)
-        _update_block(addresses, scale, coefs, offs, end, RULE, STATES, HELD, False)
+        g, u, w = _update_block(
+            places, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, ZERO, SUM,
+            THREADS, False,
+        )  # fmt: skip
+    g_sum, u_sum, w_sum = 0.0, 0.0, 0.0
+    if SUM:
+        g_sum, u_sum, w_sum = tl.sum(g), tl.sum(u), tl.sum(w)
+    g = tl.zeros((BLOCK,), dtype=tl.float32)
+    u, w = g, g
+    for first in range(start, full, BLOCK):
+        g, u, w = _update_block(
+            places, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, ZERO, SUM,
+            BLOCK, True,
+        )  # fmt: skip
+    if SUM:
+        g_sum, u_sum, w_sum = g_sum + tl.sum(g), u_sum + tl.sum(u), w_sum + tl.sum(w)
+    return g_sum, u_sum, w_sum
 
 
 @triton.jit
 def _update_block(
-    addresses, scale, coefs, offs, end,
-    RULE: tl.constexpr, STATES: tl.constexpr, HELD: tl.constexpr, FULL: tl.constexpr,
+    places, coefs, ema_weight, first, end, g_squares, u_squares, w_squares, RULE: tl.constexpr,
+    STATES: tl.constexpr, FORMAT: tl.constexpr, L1: tl.constexpr, ZERO: tl.constexpr,
+    SUM: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    g = load(addresses[0], offs, end, tl.float32, FULL) * scale
-    p = load(addresses[1], offs, end, tl.float32, FULL)
+    offs = first + tl.arange(0, N)
+    g = _load_grad(places[0], offs, end, FORMAT, FULL)
+    p = _load_param(places[1], places[2], offs, end, FORMAT, FULL)
+    if SUM:
+        g_squares += g * g
+    if ZERO:
+        _store_grad(places[0], offs, tl.zeros((N,), dtype=tl.float32), end, FORMAT, FULL)
+    g = g * coefs[0] + coefs[1] * p
+    if L1:
+        g += tl.where(p > 0, coefs[2], tl.where(p < 0, -coefs[2], 0.0))
+    key = coefs[4].to(tl.uint32, bitcast=True)
+    bits = hash_bits(offs.to(tl.uint32) ^ key)
     state = ()
     for i in tl.static_range(STATES):
-        if HELD >> i & 1:
-            state += (load(addresses[2 + i], offs, end, tl.float32, FULL),)
-        else:
-            state += (0.0,)
-    p, state = RULE(g, p, state, coefs, HELD)
-    store(addresses[1], offs, p, end, tl.float32, FULL)
+        state += (
+            _load_state(
+                places[4 + i], places[4 + STATES + i], first, offs, end,
+                FORMAT >> (4 + 3 * i) & 7, N, FULL,
+            ),
+        )  # fmt: skip
+    u, state = RULE(g, state, coefs[5:], FORMAT)
+    u += coefs[3] * p
+    p -= u
+    if SUM:
+        inside = offs < end
+        u_squares += tl.where(inside, u * u, 0.0)
+        w_squares += tl.where(inside, p * p, 0.0)
+    _store_param(places[1], places[2], offs, p, bits, end, FORMAT, FULL)
+    if FORMAT >> 3 & 1:
+        mean = load(places[3], offs, end, tl.float32, FULL)
+        store(places[3], offs, mean + ema_weight * (p - mean), end, tl.float32, FULL)
     for i in tl.static_range(STATES):
-        if HELD >> i & 1:
-            store(addresses[2 + i], offs, state[i], end, tl.float32, FULL)
+        _store_state(
+            places[4 + i], places[4 + STATES + i], first, offs, state[i], bits, end,
+            FORMAT >> (4 + 3 * i) & 7, i + 1, N, FULL,
+        )  # fmt: skip
+    return g_squares, u_squares, w_squares
+
+
+@triton.jit
+def held(FORMAT: tl.constexpr, i: tl.constexpr):
+    """Whether the tensors of a format have state `i`."""
+    return FORMAT >> (4 + 3 * i) & 7 != ABSENT
+
+
+@triton.jit
+def _load_grad(address, offs, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
+    if FORMAT & 1:
+        g = load(address, offs, end, tl.bfloat16, FULL).to(tl.float32)
+    else:
+        g = load(address, offs, end, tl.float32, FULL)
+    return g
+
+
+@triton.jit
+def _store_grad(address, offs, g, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
+    if FORMAT & 1:
+        store(address, offs, g, end, tl.bfloat16, FULL)
+    else:
+        store(address, offs, g, end, tl.float32, FULL)
+
+
+@triton.jit
+def _load_param(address, extra, offs, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
+    KIND: tl.constexpr = FORMAT >> 1 & 3
+    if KIND == FLOAT32:
+        p = load(address, offs, end, tl.float32, FULL)
+    elif KIND == MASTER:
+        p = load(extra, offs, end, tl.float32, FULL)
+    elif KIND == SPLIT:
+        low = load(extra, offs, end, tl.int16, FULL)
+        p = join(load(address, offs, end, tl.bfloat16, FULL), low)
+    else:
+        p = load(address, offs, end, tl.bfloat16, FULL).to(tl.float32)
+    return p
+
+
+@triton.jit
+def _store_param(address, extra, offs, p, bits, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
+    KIND: tl.constexpr = FORMAT >> 1 & 3
+    if KIND == FLOAT32:
+        store(address, offs, p, end, tl.float32, FULL)
+    elif KIND == MASTER:
+        store(extra, offs, p, end, tl.float32, FULL)
+        store(address, offs, p, end, tl.bfloat16, FULL)
+    elif KIND == SPLIT:
+        high, low = split(p)
+        store(address, offs, high, end, tl.bfloat16, FULL)
+        store(extra, offs, low, end, tl.int16, FULL)
+    else:
+        store(address, offs, to_bfloat16(p, random_bits(bits, 0)), end, tl.bfloat16, FULL)
+
+
+@triton.jit
+def _load_state(
+    address, scales, first, offs, end, KIND: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr
+):
+    if KIND == ABSENT:
+        x = 0.0
+    elif KIND == FLOAT32:
+        x = load(address, offs, end, tl.float32, FULL)
+    elif KIND == BFLOAT16:
+        x = load(address, offs, end, tl.bfloat16, FULL).to(tl.float32)
+    else:
+        code = tl.reshape(load(address, offs, end, tl.uint8, FULL), (N // Q, Q))
+        offs_B = first // Q + tl.arange(0, N // Q)
+        scale_ptr_B = scales.to(tl.pointer_type(tl.float32)) + offs_B
+        scale_B = tl.load(scale_ptr_B, mask=offs_B * Q < end, other=0.0)
+        x = tl.reshape(decode(code, scale_B[:, None], KIND), (N,))
+    return x
+
+
+@triton.jit
+def _store_state(
+    address, scales, first, offs, x, bits, end, KIND: tl.constexpr, STREAM: tl.constexpr,
+    N: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    if KIND == FLOAT32:
+        store(address, offs, x, end, tl.float32, FULL)
+    elif KIND == BFLOAT16:
+        store(address, offs, to_bfloat16(x, random_bits(bits, STREAM)), end, tl.bfloat16, FULL)
+    elif KIND != ABSENT:
+        if not FULL:
+            x = tl.where(offs < end, x, 0.0)
+        random = tl.reshape(random_bits(bits, STREAM), (N // Q, Q))
+        code, scale_B = encode(tl.reshape(x, (N // Q, Q)), random, KIND)
+        store(address, offs, tl.reshape(code, (N,)), end, tl.uint8, FULL)
+        offs_B = first // Q + tl.arange(0, N // Q)
+        scale_ptr_B = scales.to(tl.pointer_type(tl.float32)) + offs_B
+        tl.store(scale_ptr_B, scale_B, mask=offs_B * Q < end)
+
+
+@triton.jit
+def _norms_kernel(
+    tensors_ptr, sums_ptr, norms_ptr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    size = tl.load(tensors_ptr + n * COLUMNS + SIZE)
+    first = tl.load(tensors_ptr + n * COLUMNS + FIRST)
+    count = tl.maximum((size + CHUNK - 1) // CHUNK, 1)
+    for i in tl.static_range(SUMS):
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, count, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            total += tl.load(sums_ptr + (first + offs) * SUMS + i, mask=offs < count, other=0.0)
+        tl.store(norms_ptr + n * SUMS + i, tl.sum(total))
 
 
 def launch_update(
     rule: Rule,
     tables: Tables,
-    parts: list[Part],
+    formats: Sequence[Format],
     hyper: Tensor,
     partials_P: Tensor | None,
     norm: Tensor | None,
     skipped: Tensor,
     max_norm: float,
+    sums: Tensor | None,
+    options: Options,
 ) -> None:
-    """Launch one step of `rule`; with `norm`, which it fills, only if that turns out finite."""
+    """Launch one step of `rule`; with `norm`, which it fills, only if that turns out finite.
+
+    `sums` [K, 3], if given, receives the squares of gradients, updates and weights by chunk; with
+    `norm`, those of the gradients are there already.
+    """
     n_tensors, columns = tables.tensors.shape
-    coefs = torch.empty(n_tensors, 1 + rule.coefs, device=hyper.device)
+    coefs = torch.empty(n_tensors, BASE.value + rule.coefs, device=hyper.device)
     n_partials = 0 if partials_P is None else len(partials_P)
     _optimizer_prepare_kernel[(1,)](
         tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials,
         RULE=rule.prepare, COEFS=rule.coefs, COLUMNS=columns, HYPERS=hyper.shape[1],
         BLOCK_N=128, BLOCK_P=P,
     )  # fmt: skip
-    for held, chunks in parts:
-        _optimizer_update_kernel[(len(chunks),)](
-            tables.tensors, chunks, coefs, norm,
-            RULE=rule.update, COEFS=rule.coefs, STATES=columns - STATE.value, HELD=held,
-            COLUMNS=columns, CHUNK=_multi_tensor.CHUNK, BLOCK=BLOCK, num_warps=THREADS.value // 32,
-        )  # fmt: skip
+    _optimizer_update_kernel[(len(tables.chunks),)](
+        *tables, coefs, norm, sums, options.ema_weight,
+        RULE=rule.update, COEFS=rule.coefs, STATES=(columns - STATE.value) // 2,
+        FORMATS=tuple(map(int, formats)), L1=options.l1, ZERO=options.zero, COLUMNS=columns,
+        CHUNK=_multi_tensor.CHUNK, BLOCK=BLOCK, num_warps=THREADS.value // 32,
+    )  # fmt: skip
+
+
+def launch_norms(tables: Tables, sums: Tensor) -> Tensor:
+    """Launch the sums of `sums` [K, 3] over the chunks of each tensor: `[N, 3]`, float32."""
+    n_tensors, columns = tables.tensors.shape
+    norms = sums.new_empty(n_tensors, SUMS.value)
+    _norms_kernel[(n_tensors,)](
+        tables.tensors, sums, norms, COLUMNS=columns, CHUNK=_multi_tensor.CHUNK, BLOCK=1024
+    )
+    return norms

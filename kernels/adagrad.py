@@ -1,58 +1,49 @@
-"""Adagrad, with weight decay inside the gradient (L2).
+"""Adagrad.
 
-For step t, gradient g (negated to maximise; times the clip coefficient of grad_norm.py):
+For step t and gradient g, in which clipping and L2 decay are already:
 
-    g := g + decay · p
     s := s + g²
-    p := p - lr / (1 + (t - 1) · lr_decay) · g / (sqrt(s) + eps)
+    u  = lr / (1 + (t - 1) · lr_decay) · g / (sqrt(s) + eps)
+
+and the parameter moves down by u.
 
 Duchi, Hazan & Singer, "Adaptive Subgradient Methods", 2011. https://jmlr.org/papers/v12/duchi11a
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._optimizer import MultiTensorOptimizer
-from ._update import HYPER, LR, Rule
+from ._options import StepOptions
+from ._update import HYPER, Rule
 
 # Columns of the table of parameter groups.
-WEIGHT_DECAY = tl.constexpr(HYPER.value)
-EPS = tl.constexpr(HYPER.value + 1)
-LR_DECAY = tl.constexpr(HYPER.value + 2)
+EPS = tl.constexpr(HYPER.value)
+LR_DECAY = tl.constexpr(HYPER.value + 1)
 
 
 def adagrad_reference(
-    p: Tensor,
-    g: Tensor,
-    s: Tensor,
-    t: float,
-    *,
-    lr: float,
-    lr_decay: float,
-    weight_decay: float,
-    eps: float,
-) -> None:
-    """The update rule in plain PyTorch, for one tensor: `p` and `s` change in place."""
-    g = g.add(p, alpha=weight_decay) if weight_decay else g
+    g: Tensor, s: Tensor, t: float, *, lr: float, lr_decay: float, eps: float
+) -> Tensor:
+    """The update rule in plain PyTorch: u; `s` changes in place."""
     s.addcmul_(g, g)
-    p.addcdiv_(g, s.sqrt().add_(eps), value=-lr / (1 + (t - 1) * lr_decay))
+    return (g / s.sqrt().add_(eps)).mul_(lr / (1 + (t - 1) * lr_decay))
 
 
 @triton.jit
-def _adagrad_prepare(hyper_ptr_N, t_N):
-    step_size_N = tl.load(hyper_ptr_N + LR) / (1 + (t_N - 1) * tl.load(hyper_ptr_N + LR_DECAY))
-    return tl.load(hyper_ptr_N + WEIGHT_DECAY), tl.load(hyper_ptr_N + EPS), step_size_N
+def _adagrad_prepare(lr_N, hyper_ptr_N, t_N):
+    step_size_N = lr_N / (1 + (t_N - 1) * tl.load(hyper_ptr_N + LR_DECAY))
+    return tl.load(hyper_ptr_N + EPS), step_size_N
 
 
 @triton.jit
-def _adagrad_update(g, p, state, coefs, HELD: tl.constexpr):
-    decay, eps, step_size = coefs
-    g += decay * p
+def _adagrad_update(g, state, coefs, FORMAT: tl.constexpr):
+    eps, step_size = coefs
     s = state[0] + g * g
-    return p - step_size * g / (tl.sqrt(s) + eps), (s,)
+    return step_size * g / (tl.sqrt(s) + eps), (s,)
 
 
 class Adagrad(MultiTensorOptimizer):
@@ -70,7 +61,7 @@ class Adagrad(MultiTensorOptimizer):
         initial_accumulator_value: of the sum of squares; unlike torch's it may differ by group.
         eps: added to the root of the sum of squares.
         maximize: climb instead of descending.
-        max_grad_norm: the largest global norm an update sees; None does not compute the norm.
+        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -79,8 +70,9 @@ class Adagrad(MultiTensorOptimizer):
         TypeError, ValueError: as `AdamW`.
     """
 
-    rule = Rule(_adagrad_prepare, _adagrad_update, coefs=3)
+    rule = Rule(_adagrad_prepare, _adagrad_update, coefs=2)
     states = ("sum",)
+    squares = ("sum",)
 
     def __init__(
         self,
@@ -92,13 +84,13 @@ class Adagrad(MultiTensorOptimizer):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
-        max_grad_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.Optimizer.add_param_group` does, and make its state."""
@@ -112,16 +104,15 @@ class Adagrad(MultiTensorOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        names = ("lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+        names = ("lr_decay", "initial_accumulator_value", "eps")
         self._check_not_negative(group, names)
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        return group["weight_decay"], group["eps"], group["lr_decay"]
+        return group["eps"], group["lr_decay"]
 
-    def _update_reference(
-        self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]
-    ) -> None:
-        adagrad_reference(
-            p, g, state["sum"], state["step"].item(), lr=float(group["lr"]),
-            lr_decay=group["lr_decay"], weight_decay=group["weight_decay"], eps=group["eps"],
-        )  # fmt: skip
+    def _rule_reference(
+        self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
+    ) -> Tensor:
+        return adagrad_reference(
+            g, states[0], t, lr=group["lr"], lr_decay=group["lr_decay"], eps=group["eps"]
+        )

@@ -1,6 +1,6 @@
-"""AdamW: Adam with decoupled weight decay, and global-norm clipping inside the update.
+"""AdamW: Adam with decoupled weight decay.
 
-For step t, gradient g (negated to maximise; times the clip coefficient of grad_norm.py):
+For step t and gradient g, in which clipping is already:
 
     m := m + (1 - beta1) · (g - m)
     v := beta2 · v + (1 - beta2) · g²
@@ -14,46 +14,12 @@ Kingma & Ba, "Adam", 2014. https://arxiv.org/abs/1412.6980
 Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2017. https://arxiv.org/abs/1711.05101
 """
 
-from typing import Any
+from typing import Unpack
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._update import LR, Rule
-from .adam import WEIGHT_DECAY, Adam, adam_coefs, adam_step
-
-
-def adamw_reference(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    t: float,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """The update rule in plain PyTorch, for one tensor: `p`, `m` and `v` change in place."""
-    beta1, beta2 = betas
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    root = (v / (1 - beta2**t)).sqrt_().add_(eps)
-    p.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr / (1 - beta1**t))
-
-
-@triton.jit
-def _adamw_prepare(hyper_ptr_N, t_N):
-    decay_N = tl.load(hyper_ptr_N + LR) * tl.load(hyper_ptr_N + WEIGHT_DECAY)
-    return adam_coefs(hyper_ptr_N, t_N, decay_N)
-
-
-@triton.jit
-def _adamw_update(g, p, state, coefs, HELD: tl.constexpr):
-    step, state = adam_step(g, state, coefs)
-    return p - (coefs[0] * p + step), state
+from ._options import StepOptions
+from .adam import Adam
 
 
 class AdamW(Adam):
@@ -90,8 +56,7 @@ class AdamW(Adam):
             once", or parameters "must be dense" or "must hold their own memory".
     """
 
-    rule = Rule(_adamw_prepare, _adamw_update, coefs=7)
-    refused = ("amsgrad",)
+    decoupled = True
 
     def __init__(
         self,
@@ -102,17 +67,6 @@ class AdamW(Adam):
         weight_decay: float = 0.01,
         *,
         maximize: bool = False,
-        max_grad_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, maximize=maximize, max_grad_norm=max_grad_norm
-        )
-
-    def _update_reference(
-        self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]
-    ) -> None:
-        adamw_reference(
-            p, g, state["exp_avg"], state["exp_avg_sq"], state["step"].item(),
-            lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )  # fmt: skip
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, **options)

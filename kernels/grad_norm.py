@@ -12,6 +12,7 @@ https://arxiv.org/abs/1211.5063
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from ._multi_tensor import (
     FLOAT16,
     FLOAT32,
     GRAD,
+    REPLICAS,
     THREADS,
     Tables,
     check_memory,
@@ -34,16 +36,28 @@ from ._multi_tensor import (
 )
 from ._multi_tensor import tables as tables_of
 from ._runtime import uses_triton
+from ._shards import are_distributed, local, mesh_of, replicas, sum_over_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 P = 512  # programs that share the gradients, not the number of multiprocessors
 BLOCK = 4096  # elements that one of them sums at a time, 64 bytes per thread in float32
 CLIP_BLOCK = 2048  # and that it scales at a time: 16 bytes per thread in bfloat16
 
 
-def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
-    """The definition of the norm in plain PyTorch: a 0-dim float32 tensor."""
+def squares_reference(grads: Sequence[Tensor]) -> Tensor:
+    """The definition of the sums of squares in plain PyTorch: `[N]` for N gradients, float32."""
     # Not vector_norm, which on a CPU adds one by one: off by 8e-5 at 4M elements, this by 6e-8.
-    return torch.stack([g.float().square().sum() for g in grads]).sum().sqrt()
+    return torch.stack([g.float().square().sum() for g in grads])
+
+
+def norm_reference(squares_N: Tensor, replicas: Sequence[int], mesh: "DeviceMesh | None") -> Tensor:
+    """The definition of the norm, of gradients of which `replicas` ranks hold a copy each."""
+    total = (squares_N / torch.tensor(replicas).to(squares_N)).sum()
+    if mesh is not None:
+        sum_over_ranks(total, mesh)
+    return total.sqrt()
 
 
 def clip_coefficient_reference(norm: Tensor, max_norm: float) -> Tensor:
@@ -85,22 +99,26 @@ def _sum_of_squares(address, start, full, end, DTYPE: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _grad_norm_partials_kernel(
-    tensors_ptr, chunks_ptr, partials_ptr, n_chunks,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    tensors_ptr, chunks_ptr, partials_ptr, sums_ptr, n_chunks,
+    COLUMNS: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
     partial = 0.0
     for chunk in range(p, n_chunks, tl.num_programs(0)):
         tensor, start, full, end = locate(tensors_ptr, chunks_ptr, chunk, COLUMNS, CHUNK, BLOCK)
-        dtype = tl.load(tensors_ptr + tensor * COLUMNS + DTYPE)
-        address = tl.load(tensors_ptr + tensor * COLUMNS + GRAD)
+        row_ptr = tensors_ptr + tensor * COLUMNS
+        dtype = tl.load(row_ptr + DTYPE)
+        address = tl.load(row_ptr + GRAD)
         # A scalar leaves each branch: tiles would have to agree on a layout, at a cost.
         if dtype == FLOAT32:
-            partial += _sum_of_squares(address, start, full, end, tl.float32, BLOCK)
+            squares = _sum_of_squares(address, start, full, end, tl.float32, BLOCK)
         elif dtype == FLOAT16:
-            partial += _sum_of_squares(address, start, full, end, tl.float16, BLOCK)
+            squares = _sum_of_squares(address, start, full, end, tl.float16, BLOCK)
         else:
-            partial += _sum_of_squares(address, start, full, end, tl.bfloat16, BLOCK)
+            squares = _sum_of_squares(address, start, full, end, tl.bfloat16, BLOCK)
+        if sums_ptr is not None:
+            tl.store(sums_ptr + chunk * SUMS, squares)
+        partial += squares / tl.load(row_ptr + REPLICAS).to(tl.float32)
     tl.store(partials_ptr + p, partial)
 
 
@@ -140,23 +158,38 @@ def _grad_norm_clip_kernel(
             _scale(address, coef, start, full, end, tl.bfloat16, BLOCK)
 
 
-def launch_partials(tables: Tables) -> Tensor:
-    """Launch the sums of squares over the gradients of `tables`: `[P or fewer]`, float32."""
+def launch_partials(
+    tables: Tables, sums: Tensor | None = None, mesh: "DeviceMesh | None" = None
+) -> Tensor:
+    """Launch the sums of squares over the gradients of `tables`: `[P or fewer]`, float32.
+
+    Column 0 of `sums` [K, C], if given, receives those of every chunk. With `mesh` the result is
+    the sum over its ranks.
+    """
     n_chunks = len(tables.chunks)
-    programs = min(P, n_chunks)
+    programs = P if mesh is not None else min(P, n_chunks)
     partials_P = torch.empty(programs, dtype=torch.float32, device=tables.tensors.device)
     _grad_norm_partials_kernel[(programs,)](
-        *tables, partials_P, n_chunks,
-        COLUMNS=tables.tensors.shape[1], CHUNK=_multi_tensor.CHUNK, BLOCK=BLOCK,
-        num_warps=THREADS.value // 32,
+        *tables, partials_P, sums, n_chunks,
+        COLUMNS=tables.tensors.shape[1], SUMS=0 if sums is None else sums.shape[1],
+        CHUNK=_multi_tensor.CHUNK, BLOCK=BLOCK, num_warps=THREADS.value // 32,
     )  # fmt: skip
+    if mesh is not None:
+        sum_over_ranks(partials_P, mesh)
     return partials_P
 
 
-def _launch_clip(grads: list[Tensor], max_norm: float) -> Tensor:
-    rows = tuple([(g.numel(), DTYPES[g.dtype], 0, g.data_ptr()) for g in grads])
+def _launch_clip(
+    grads: list[Tensor], counts: list[int], mesh: "DeviceMesh | None", max_norm: float
+) -> Tensor:
+    rows = tuple(
+        [
+            (g.numel(), DTYPES[g.dtype], count, 0, 0, 0, 0, 0, g.data_ptr())
+            for g, count in zip(grads, counts, strict=True)
+        ]
+    )
     tables = tables_of(rows, _multi_tensor.CHUNK, grads[0].device)
-    partials_P = launch_partials(tables)
+    partials_P = launch_partials(tables, mesh=mesh)
     norm = partials_P.new_empty(())
     n_chunks = len(tables.chunks)
     _grad_norm_clip_kernel[(len(partials_P),)](
@@ -203,11 +236,15 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.tensor(0.0)
+    op = "clip_grad_norm_"
+    mesh = mesh_of(op, grads) if are_distributed(grads) else None
+    counts = [1 if mesh is None else replicas(op, g, mesh) for g in grads]
+    grads = list(map(local, grads))
     _check(grads)
     if uses_triton(grads[0]):
         with torch.cuda.device_of(grads[0]):
-            return _launch_clip(grads, max_norm)
-    norm = grad_norm_reference(grads)
+            return _launch_clip(grads, counts, mesh, max_norm)
+    norm = norm_reference(squares_reference(grads), counts, mesh)
     coef = clip_coefficient_reference(norm, max_norm)
     for g in grads:
         g.mul_(coef)

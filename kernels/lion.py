@@ -1,61 +1,49 @@
 """Lion: the sign of a momentum, with decoupled weight decay.
 
-For gradient g (negated to maximise; times the clip coefficient of grad_norm.py):
+For gradient g, in which clipping is already:
 
-    u := sign(m + (1 - beta1) · (g - m))
-    p := p - lr · decay · p - lr · u
+    u  = lr · sign(m + (1 - beta1) · (g - m))
+    p := p - lr · decay · p - u
     m := m + (1 - beta2) · (g - m)
 
 Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023. https://arxiv.org/abs/2302.06675
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._optimizer import MultiTensorOptimizer
-from ._update import HYPER, LR, Rule
+from ._options import StepOptions
+from ._update import HYPER, Rule
 
 # Columns of the table of parameter groups.
-WEIGHT_DECAY = tl.constexpr(HYPER.value)
-ONE_MINUS_BETA1 = tl.constexpr(HYPER.value + 1)
-ONE_MINUS_BETA2 = tl.constexpr(HYPER.value + 2)
+ONE_MINUS_BETA1 = tl.constexpr(HYPER.value)
+ONE_MINUS_BETA2 = tl.constexpr(HYPER.value + 1)
 
 
-def lion_reference(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-) -> None:
-    """The update rule in plain PyTorch, for one tensor: `p` and `m` change in place."""
+def lion_reference(g: Tensor, m: Tensor, *, lr: float, betas: tuple[float, float]) -> Tensor:
+    """The update rule in plain PyTorch: u; `m` changes in place."""
     beta1, beta2 = betas
-    u = m.lerp(g, 1 - beta1).sign_()
-    p.mul_(1 - lr * weight_decay).add_(u, alpha=-lr)
+    u = m.lerp(g, 1 - beta1).sign_().mul_(lr)
     m.lerp_(g, 1 - beta2)
+    return u
 
 
 @triton.jit
-def _lion_prepare(hyper_ptr_N, t_N):
-    lr_N = tl.load(hyper_ptr_N + LR)
-    decay_N = lr_N * tl.load(hyper_ptr_N + WEIGHT_DECAY)
-    weight1_N = tl.load(hyper_ptr_N + ONE_MINUS_BETA1)
-    return decay_N, weight1_N, tl.load(hyper_ptr_N + ONE_MINUS_BETA2), lr_N
+def _lion_prepare(lr_N, hyper_ptr_N, t_N):
+    return tl.load(hyper_ptr_N + ONE_MINUS_BETA1), tl.load(hyper_ptr_N + ONE_MINUS_BETA2), lr_N
 
 
 @triton.jit
-def _lion_update(g, p, state, coefs, HELD: tl.constexpr):
-    decay, weight1, weight2, lr = coefs
+def _lion_update(g, state, coefs, FORMAT: tl.constexpr):
+    weight1, weight2, lr = coefs
     m = state[0]
     u = m + weight1 * (g - m)
     # Zero moves nothing, and nor does NaN, as with torch.sign.
-    step = tl.where(u > 0, lr, tl.where(u < 0, -lr, 0.0))
-    return p - (decay * p + step), (m + weight2 * (g - m),)
+    return tl.where(u > 0, lr, tl.where(u < 0, -lr, 0.0)), (m + weight2 * (g - m),)
 
 
 class Lion(MultiTensorOptimizer):
@@ -70,7 +58,7 @@ class Lion(MultiTensorOptimizer):
         betas: decay rates of the momentum that a step sees and of the one that is kept, in [0, 1).
         weight_decay: decay of a parameter per step, in units of `lr`.
         maximize: climb instead of descending.
-        max_grad_norm: the largest global norm an update sees; None does not compute the norm.
+        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -79,8 +67,9 @@ class Lion(MultiTensorOptimizer):
         TypeError, ValueError: as `AdamW`.
     """
 
-    rule = Rule(_lion_prepare, _lion_update, coefs=4)
+    rule = Rule(_lion_prepare, _lion_update, coefs=3)
     states = ("exp_avg",)
+    decoupled = True
 
     def __init__(
         self,
@@ -90,10 +79,10 @@ class Lion(MultiTensorOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        max_grad_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"maximize": maximize}, max_grad_norm)
+        super().__init__(params, defaults | {"maximize": maximize}, options)
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.states
@@ -101,16 +90,12 @@ class Lion(MultiTensorOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         self._check_betas(group)
-        self._check_not_negative(group, ("weight_decay",))
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
-        return group["weight_decay"], 1 - beta1, 1 - beta2
+        return 1 - beta1, 1 - beta2
 
-    def _update_reference(
-        self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]
-    ) -> None:
-        lion_reference(
-            p, g, state["exp_avg"],
-            lr=float(group["lr"]), betas=group["betas"], weight_decay=group["weight_decay"],
-        )  # fmt: skip
+    def _rule_reference(
+        self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
+    ) -> Tensor:
+        return lion_reference(g, states[0], lr=group["lr"], betas=group["betas"])

@@ -1,13 +1,14 @@
-"""RMSprop, plain or centered, with momentum and weight decay inside the gradient (L2).
+"""RMSprop, plain or centered, with momentum.
 
-For gradient g (negated to maximise; times the clip coefficient of grad_norm.py):
+For gradient g, in which clipping and L2 decay are already:
 
-    g := g + decay · p
     v := alpha · v + (1 - alpha) · g²
     a := a + (1 - alpha) · (g - a)                                  if centered, else a = 0
-    u := g / (sqrt(max(v - a², 0)) + eps)
-    b := momentum · b + u,  p := p - lr · b                         with momentum
-    p := p - lr · u                                                 without
+    d  = g / (sqrt(max(v - a², 0)) + eps)
+    b := momentum · b + d                                           with momentum, else b = d
+    u  = lr · b
+
+and the parameter moves down by u.
 
 Rounding can make v - a² negative, where gradients hardly change: torch.optim returns NaN there.
 
@@ -15,25 +16,25 @@ Tieleman & Hinton, "Lecture 6.5: RMSProp", 2012.
 Graves, "Generating Sequences With Recurrent Neural Networks", 2013. https://arxiv.org/abs/1308.0850
 """
 
-from typing import Any
+from typing import Any, Unpack
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._optimizer import MultiTensorOptimizer
-from ._update import HYPER, LR, Rule
+from ._options import StepOptions
+from ._update import HYPER, Rule, held
 
 # Columns of the table of parameter groups.
-WEIGHT_DECAY = tl.constexpr(HYPER.value)
-EPS = tl.constexpr(HYPER.value + 1)
-MOMENTUM = tl.constexpr(HYPER.value + 2)
-ALPHA = tl.constexpr(HYPER.value + 3)
-ONE_MINUS_ALPHA = tl.constexpr(HYPER.value + 4)
+EPS = tl.constexpr(HYPER.value)
+MOMENTUM = tl.constexpr(HYPER.value + 1)
+ALPHA = tl.constexpr(HYPER.value + 2)
+ONE_MINUS_ALPHA = tl.constexpr(HYPER.value + 3)
 
 
 def rmsprop_reference(
-    p: Tensor,
     g: Tensor,
     v: Tensor,
     a: Tensor | None,
@@ -42,11 +43,9 @@ def rmsprop_reference(
     lr: float,
     alpha: float,
     eps: float,
-    weight_decay: float,
     momentum: float,
-) -> None:
-    """The update rule in plain PyTorch, for one tensor: all but `g` change in place."""
-    g = g.add(p, alpha=weight_decay) if weight_decay else g
+) -> Tensor:
+    """The update rule in plain PyTorch: u; `v`, `a` and `b` change in place."""
     v.mul_(alpha).addcmul_(g, g, value=1 - alpha)
     variance = v
     if a is not None:
@@ -54,46 +53,41 @@ def rmsprop_reference(
         variance = v.addcmul(a, a, value=-1).clamp_(min=0.0)
     root = variance.sqrt().add_(eps)
     if b is None:
-        p.addcdiv_(g, root, value=-lr)
-    else:
-        p.add_(b.mul_(momentum).addcdiv_(g, root), alpha=-lr)
+        return (g / root).mul_(lr)
+    return b.mul_(momentum).addcdiv_(g, root) * lr
 
 
 @triton.jit
-def _rmsprop_prepare(hyper_ptr_N, t_N):
-    decay_N = tl.load(hyper_ptr_N + WEIGHT_DECAY)
+def _rmsprop_prepare(lr_N, hyper_ptr_N, t_N):
     eps_N = tl.load(hyper_ptr_N + EPS)
     momentum_N = tl.load(hyper_ptr_N + MOMENTUM)
     alpha_N = tl.load(hyper_ptr_N + ALPHA)
-    weight_N = tl.load(hyper_ptr_N + ONE_MINUS_ALPHA)
-    return decay_N, alpha_N, weight_N, eps_N, momentum_N, tl.load(hyper_ptr_N + LR)
+    return alpha_N, tl.load(hyper_ptr_N + ONE_MINUS_ALPHA), eps_N, momentum_N, lr_N
 
 
 @triton.jit
-def _rmsprop_update(g, p, state, coefs, HELD: tl.constexpr):
-    decay, alpha, weight, eps, momentum, lr = coefs
+def _rmsprop_update(g, state, coefs, FORMAT: tl.constexpr):
+    alpha, weight, eps, momentum, lr = coefs
     v, a, b = state
-    g += decay * p
     v = alpha * v + weight * g * g
     variance = v
-    # Bits of HELD by the order of `RMSprop.states`: a is kept if centered, b with momentum.
-    if HELD >> 1 & 1:
+    # In the order of `RMSprop.states`: a is held if centered, b with momentum.
+    if held(FORMAT, 1):
         a += weight * (g - a)
         variance = v - a * a
         variance = tl.where(variance < 0, 0.0, variance)
     u = g / (tl.sqrt(variance) + eps)
-    if HELD >> 2 & 1:
+    if held(FORMAT, 2):
         b = momentum * b + u
         u = b
-    return p - lr * u, (v, a, b)
+    return lr * u, (v, a, b)
 
 
 class RMSprop(MultiTensorOptimizer):
     """Update every parameter by RMSprop in one launch, clipping the global gradient norm too.
 
     Arguments, groups and state are those of `torch.optim.RMSprop`, and each loads the other's
-    `state_dict`; what `AdamW` says of launches, clipping and skipped steps holds here too. Groups
-    that differ in their kinds of state take a launch each.
+    `state_dict`; what `AdamW` says of launches, clipping and skipped steps holds here too.
 
     Args:
         params: parameters or groups, as for `AdamW`.
@@ -104,7 +98,7 @@ class RMSprop(MultiTensorOptimizer):
         momentum: decay rate of the running sum of updates; 0 keeps none.
         centered: divide by the root of the variance of gradients, not of their second moment.
         maximize: climb instead of descending.
-        max_grad_norm: the largest global norm an update sees; None does not compute the norm.
+        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -113,8 +107,9 @@ class RMSprop(MultiTensorOptimizer):
         TypeError, ValueError: as `AdamW`.
     """
 
-    rule = Rule(_rmsprop_prepare, _rmsprop_update, coefs=6)
+    rule = Rule(_rmsprop_prepare, _rmsprop_update, coefs=5)
     states = ("square_avg", "grad_avg", "momentum_buffer")
+    squares = ("square_avg",)
 
     def __init__(
         self,
@@ -127,13 +122,13 @@ class RMSprop(MultiTensorOptimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
-        max_grad_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered,
             "weight_decay": weight_decay, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, options)
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         centered = ("grad_avg",) if group["centered"] else ()
@@ -142,18 +137,22 @@ class RMSprop(MultiTensorOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        self._check_not_negative(group, ("alpha", "eps", "weight_decay", "momentum"))
+        self._check_not_negative(group, ("alpha", "eps", "momentum"))
+        if group["centered"] and self._options["state_dtype"] == torch.uint8:
+            raise ValueError(
+                "RMSprop: centered must be off in 8 bits, got both: the variance is a difference, of "
+                "which 8 bits leave nothing"
+            )
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
         alpha = group["alpha"]
-        return group["weight_decay"], group["eps"], group["momentum"], alpha, 1 - alpha
+        return group["eps"], group["momentum"], alpha, 1 - alpha
 
-    def _update_reference(
-        self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]
-    ) -> None:
-        rmsprop_reference(
-            p, g, state["square_avg"], state["grad_avg"] if group["centered"] else None,
-            state["momentum_buffer"] if group["momentum"] else None,
-            lr=float(group["lr"]), alpha=group["alpha"], eps=group["eps"],
-            weight_decay=group["weight_decay"], momentum=group["momentum"],
+    def _rule_reference(
+        self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
+    ) -> Tensor:
+        v, a, b = states
+        return rmsprop_reference(
+            g, v, a, b, lr=group["lr"], alpha=group["alpha"], eps=group["eps"],
+            momentum=group["momentum"],
         )  # fmt: skip

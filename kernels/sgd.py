@@ -1,34 +1,32 @@
-"""Stochastic gradient descent, with momentum and weight decay inside the gradient (L2).
+"""Stochastic gradient descent, with momentum.
 
-For gradient g (negated to maximise; times the clip coefficient of grad_norm.py):
+For gradient g, in which clipping and L2 decay are already:
 
-    g := g + decay · p
     b := momentum · b + (1 - dampening) · g,  in the first step b := g
-    p := p - lr · b,  or with Nesterov's momentum  p := p - lr · (g + momentum · b)
+    u  = lr · b,  or with Nesterov's momentum  u = lr · (g + momentum · b)
 
-Without momentum there is no b, and p := p - lr · g. Groups with and without it take a launch each.
+and the parameter moves down by u. Without momentum there is no b, and u = lr · g.
 
 Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._optimizer import MultiTensorOptimizer
-from ._update import HYPER, LR, Rule
+from ._options import StepOptions
+from ._update import HYPER, Rule, held
 
 # Columns of the table of parameter groups.
-WEIGHT_DECAY = tl.constexpr(HYPER.value)
-MOMENTUM = tl.constexpr(HYPER.value + 1)
-DAMPENING = tl.constexpr(HYPER.value + 2)
-NESTEROV = tl.constexpr(HYPER.value + 3)
+MOMENTUM = tl.constexpr(HYPER.value)
+DAMPENING = tl.constexpr(HYPER.value + 1)
+NESTEROV = tl.constexpr(HYPER.value + 2)
 
 
 def sgd_reference(
-    p: Tensor,
     g: Tensor,
     b: Tensor | None,
     t: float,
@@ -36,36 +34,31 @@ def sgd_reference(
     lr: float,
     momentum: float,
     dampening: float,
-    weight_decay: float,
     nesterov: bool,
-) -> None:
-    """The update rule in plain PyTorch, for one tensor: `p` and `b` change in place."""
-    g = g.add(p, alpha=weight_decay) if weight_decay else g
+) -> Tensor:
+    """The update rule in plain PyTorch: u; `b` changes in place."""
     if b is not None:
         b.mul_(momentum).add_(g, alpha=1 - dampening if t > 1 else 1.0)
         g = g.add(b, alpha=momentum) if nesterov else b
-    p.add_(g, alpha=-lr)
+    return g * lr
 
 
 @triton.jit
-def _sgd_prepare(hyper_ptr_N, t_N):
+def _sgd_prepare(lr_N, hyper_ptr_N, t_N):
     weight_N = tl.where(t_N > 1, 1 - tl.load(hyper_ptr_N + DAMPENING), 1.0)
     momentum_N = tl.load(hyper_ptr_N + MOMENTUM)
     nesterov_N = tl.load(hyper_ptr_N + NESTEROV)
-    ahead_N = tl.where(nesterov_N != 0, momentum_N, 1.0)
-    decay_N = tl.load(hyper_ptr_N + WEIGHT_DECAY)
-    return decay_N, momentum_N, weight_N, nesterov_N, ahead_N, tl.load(hyper_ptr_N + LR)
+    return momentum_N, weight_N, nesterov_N, tl.where(nesterov_N != 0, momentum_N, 1.0), lr_N
 
 
 @triton.jit
-def _sgd_update(g, p, state, coefs, HELD: tl.constexpr):
-    decay, momentum, weight, nesterov, ahead, lr = coefs
+def _sgd_update(g, state, coefs, FORMAT: tl.constexpr):
+    momentum, weight, nesterov, ahead, lr = coefs
     b = state[0]
-    g += decay * p
-    if HELD:
+    if held(FORMAT, 0):
         b = momentum * b + weight * g
         g = nesterov * g + ahead * b
-    return p - lr * g, (b,)
+    return lr * g, (b,)
 
 
 class SGD(MultiTensorOptimizer):
@@ -82,7 +75,7 @@ class SGD(MultiTensorOptimizer):
         weight_decay: how much of a parameter is added to its gradient.
         nesterov: look one step of the momentum ahead.
         maximize: climb instead of descending.
-        max_grad_norm: the largest global norm an update sees; None does not compute the norm.
+        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -92,7 +85,7 @@ class SGD(MultiTensorOptimizer):
             no dampening".
     """
 
-    rule = Rule(_sgd_prepare, _sgd_update, coefs=6)
+    rule = Rule(_sgd_prepare, _sgd_update, coefs=5)
     states = ("momentum_buffer",)
 
     def __init__(
@@ -105,39 +98,44 @@ class SGD(MultiTensorOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        max_grad_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, options)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `torch.optim.SGD.state_dict` returns; it waits for the device.
 
-        Momentum that no step has reached yet, all of them skipped, is None.
+        Momentum that no step has reached yet, all of them skipped, is None. Steps are counted only
+        where random bits depend on them.
         """
         saved = super().state_dict()
-        for number, state in saved["state"].items():
-            b = state.get("momentum_buffer") if state.get("step") else None
-            saved["state"][number] = {"momentum_buffer": b}
+        groups = ((p, group) for group in self.param_groups for p in group["params"])
+        for number, (p, group) in enumerate(groups):
+            if number in saved["state"]:
+                state = saved["state"][number]
+                b = state.get("momentum_buffer") if state.get("step") else None
+                saved["state"][number] = state | {"momentum_buffer": b}
+                if not self._storage.draws(p, self._names(group)):
+                    saved["state"][number].pop("step", None)
         return saved
 
-    def _adopt(self, p: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> None:
+    def _adopted(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         # Torch counts no steps. All that matters here is whether there was one.
-        if state.get("momentum_buffer", p) is None:
-            state.clear()
-            return
-        state.setdefault("step", 1.0)
-        super()._adopt(p, names, state)
+        if state.get("momentum_buffer") is None:
+            state = {name: x for name, x in state.items() if name != "momentum_buffer"}
+            return self._storage.adopted(self._op, p, (), state)
+        return super()._adopted(p, group, {"step": 1.0} | state)
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("step", "momentum_buffer") if group["momentum"] else ()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        self._check_not_negative(group, ("momentum", "weight_decay"))
+        self._check_not_negative(group, ("momentum",))
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise ValueError(
                 "SGD: nesterov must have momentum and no dampening, got "
@@ -145,14 +143,12 @@ class SGD(MultiTensorOptimizer):
             )
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        return group["weight_decay"], group["momentum"], group["dampening"], group["nesterov"]
+        return group["momentum"], group["dampening"], group["nesterov"]
 
-    def _update_reference(
-        self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]
-    ) -> None:
-        held = bool(group["momentum"])
-        sgd_reference(
-            p, g, state["momentum_buffer"] if held else None, state["step"].item() if held else 0,
-            lr=float(group["lr"]), momentum=group["momentum"], dampening=group["dampening"],
-            weight_decay=group["weight_decay"], nesterov=group["nesterov"],
+    def _rule_reference(
+        self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
+    ) -> Tensor:
+        return sgd_reference(
+            g, states[0], t, lr=group["lr"], momentum=group["momentum"],
+            dampening=group["dampening"], nesterov=group["nesterov"],
         )  # fmt: skip

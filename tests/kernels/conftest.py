@@ -1,7 +1,5 @@
 """Fixtures of kernels that find their tensors by address."""
 
-from itertools import chain
-
 import pytest
 import torch
 
@@ -26,14 +24,16 @@ def pointer_tables(monkeypatch):
 
     step, clip = _optimizer.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
 
-    def allowed_step(self, alike):
-        columns = chain.from_iterable(part.columns for part in alike)
-        with strict_interpreter.allow(*chain.from_iterable(columns)):
-            step(self, alike)
+    def allowed_step(self, found):
+        kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
+        rates = [group["lr"] for group in self.param_groups]
+        rates = [lr for lr in rates if isinstance(lr, torch.Tensor)]
+        with strict_interpreter.allow(*found.grads, *kept, *rates):
+            step(self, found)
 
-    def allowed_clip(grads, max_norm):
+    def allowed_clip(grads, *args):
         with strict_interpreter.allow(*grads):
-            return clip(grads, max_norm)
+            return clip(grads, *args)
 
     monkeypatch.setattr(_optimizer.MultiTensorOptimizer, "_step_kernels", allowed_step)
     monkeypatch.setattr(grad_norm, "_launch_clip", allowed_clip)

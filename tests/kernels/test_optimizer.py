@@ -190,8 +190,8 @@ ARGUMENTS = [
     (([W], 0.1, (0.9, 0.9), -1.0), ValueError, "eps must be at least 0"),
     (([W], 0.1, (0.9, 0.9), 0.1, float("nan")), ValueError, "weight_decay must be at least 0"),
     (([],), ValueError, "empty parameter list"),
-    (([nn.Parameter(torch.ones(2).bfloat16())],), TypeError, "must be float32, got torch.bfloat16"),
-    (([nn.Parameter(torch.ones(2).double())],), TypeError, "must be float32, got torch.float64"),
+    (([nn.Parameter(torch.ones(2).half())],), TypeError, "float32 or bfloat16, got torch.float16"),
+    (([nn.Parameter(torch.ones(2).double())],), TypeError, "float32 or bfloat16, got torch.float6"),
     (([nn.Parameter(torch.ones(8)[::2])],), ValueError, "must be dense"),
     (([nn.Parameter(torch.ones(8, device="meta"))],), ValueError, "must hold their own memory"),
     (([{"params": [W]}, {"params": [W]}],), ValueError, "more than one parameter group"),
@@ -226,9 +226,9 @@ def test_rejects_sparse_gradients(path, device):
 def test_rejects_a_dtype_that_changed_later(path, device):
     p = nn.Parameter(torch.ones(2, device=device))
     optimizer = AdamW([p])
-    p.data = p.data.bfloat16()
+    p.data = p.data.half()
     p.grad = torch.ones_like(p)
-    with pytest.raises(TypeError, match=r"must be float32, got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"must be float32 or bfloat16, got torch\.float16"):
         optimizer.step()
 
 

@@ -210,20 +210,20 @@ def test_groups_keep_their_own_options(ours, max_grad_norm, path, device):
     assert_no_worse(mine, theirs, exact)
 
 
-def test_every_kind_of_state_takes_a_launch(monkeypatch, device):
-    kernel, held = _update._optimizer_update_kernel, []
+def test_every_kind_of_state_is_updated_in_one_launch(monkeypatch, device):
+    launches = []
 
     class Spy:
         def __getitem__(self, grid):
-            return lambda *args, HELD, **options: held.append(HELD)
+            return lambda *args, FORMATS, **options: launches.append(FORMATS)
 
     monkeypatch.setattr(_update, "_optimizer_update_kernel", Spy())
     ps = parameters([(7,), *SHAPES], device)
     gradients(ps, seed=1)
     own = zip(ps, GROUPS[RMSprop], strict=True)
     RMSprop([{"params": [p], **options} for p, options in own]).step()
-    assert sorted(held) == [0b001, 0b011, 0b101, 0b111]
-    assert kernel is not _update._optimizer_update_kernel
+    assert len(launches) == 1
+    assert len(set(launches[0])) == 4
 
 
 @pytest.mark.parametrize(
@@ -325,14 +325,14 @@ def test_rejects_arguments(ours, options, message):
 @pytest.mark.parametrize("ours", THEIRS)
 def test_takes_the_arguments_of_torch(ours):
     theirs = THEIRS[ours]([W]).param_groups[0]
-    for name, value in ours([W]).param_groups[0].items():
-        assert theirs[name] == value if name != "params" else True
+    mine = ours([W]).param_groups[0]
+    for name in mine.keys() - {"params", "l1", "decoupled_weight_decay"}:
+        assert theirs[name] == mine[name]
 
 
-@pytest.mark.parametrize("name", ["amsgrad", "decoupled_weight_decay"])
-def test_rejects_options_that_it_does_not_have(name):
-    state = torch.optim.Adam([W], **{name: True}).state_dict()
-    with pytest.raises(ValueError, match=f"Adam: {name} must be off"):
+def test_rejects_options_that_it_does_not_have():
+    state = torch.optim.Adam([W], amsgrad=True).state_dict()
+    with pytest.raises(ValueError, match="Adam: amsgrad must be off"):
         Adam([W]).load_state_dict(state)
 
 

@@ -1,0 +1,206 @@
+"""The tensors of one optimizer's steps: found, checked and listed once, while they stand still.
+
+Gradients move from step to step, parameters and state hardly ever. What a step does on the host is
+therefore to ask every tensor for its address, by functions that loop in C: a loop over the
+parameters of GPT-2 in Python would take several times as long.
+"""
+
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _multi_tensor
+from ._multi_tensor import DTYPES, Tables, check_memory, in_order_of, tables
+from ._precision import Format, hash_bits_reference
+from ._shards import are_distributed, local, mesh_of, replicas
+from ._states import EXTRAS, Item, Storage
+
+Group = dict[str, Any]
+States = dict[Tensor, dict[str, Any]]
+
+
+class Tensors:
+    """Parameters that have a gradient, with their gradients and state.
+
+    Attributes:
+        params: the parameters.
+        items: what is kept of each of them.
+        grads: their gradients, in the order of memory of the parameters.
+        mesh: of the distributed ones, or None.
+    """
+
+    def __init__(self, op: str, storage: Storage, seed: int):
+        self.params: list[Tensor] = []
+        self.items: list[Item] = []
+        self.grads: list[Tensor] = []
+        self.mesh = None
+        self._op, self._storage, self._seed = op, storage, seed
+        self._held: tuple = ()
+        self._grads: tuple = ()
+        self._keys: list[int] = []
+        self._rates: list[int] = []
+        self._places: list[list[int]] = []
+        self._tables: tuple[Tables, list[Format]] | None = None
+
+    def find(
+        self,
+        groups: list[Group],
+        names: list[tuple[str, ...]],
+        rates: list[int],
+        states: States,
+        start: Callable[[Tensor, Group], None],
+    ) -> bool:
+        """Look for the tensors of a step; return whether there are any.
+
+        By group, `names` are the states of the rule, and `rates` the addresses of learning rates
+        on the device or 0; `start` makes the state that a parameter lacks.
+        """
+        counts, ps = [], []
+        for group in groups:
+            ps += [p for p in group["params"] if p.grad is not None]
+            counts.append(len(ps))
+        if not ps:
+            return False
+        distributed = are_distributed(ps)
+        held = self._held_by(ps, states, distributed)
+        if (names, rates, counts, held) != self._held:
+            self._list(groups, names, ps, states, start)
+            self._rates = [rates[item.group] for item in self.items]
+            self._held = names, rates, counts, self._held_by(ps, states, distributed)
+        self._find_grads(ps, distributed)
+        return True
+
+    def _held_by(self, ps: list[Tensor], states: States, distributed: bool) -> list[int]:
+        xs = [*ps, *chain.from_iterable(map(dict.values, map(states.__getitem__, ps)))]
+        try:
+            return list(map(Tensor.data_ptr, map(local, xs) if distributed else xs))
+        except TypeError as error:
+            raise TypeError(
+                f"{self._op}: the state must hold tensors only; keep what else there is elsewhere"
+            ) from error
+
+    def _list(
+        self,
+        groups: list[Group],
+        names: list[tuple[str, ...]],
+        ps: list[Tensor],
+        states: States,
+        start: Callable[[Tensor, Group], None],
+    ) -> None:
+        self.mesh = mesh_of(self._op, ps) if are_distributed(ps) else None
+        wanted, self.params, self.items = {*map(id, ps)}, ps, []
+        number = 0
+        for index, (group, own) in enumerate(zip(groups, names, strict=True)):
+            for p in group["params"]:
+                if id(p) in wanted:
+                    start(p, group)
+                    self.items.append(self._item(p, index, number, own, states[p]))
+                    self._check(self.items[-1])
+                number += 1
+        self._keys = list(map(self.key, self.items))
+        self._places = [
+            [0 if x is None else x.data_ptr() for x in item.tensors()] for item in self.items
+        ]
+        self._grads, self._tables = (), None
+
+    def _item(
+        self, p: Tensor, group: int, number: int, own: tuple[str, ...], state: dict[str, Any]
+    ) -> Item:
+        storage = self._storage
+        xs = {name: local(x) for name, x in state.items()}
+        own = tuple(name for name in own if name != "step")
+        wanted = storage.names(p, own)
+        states = [xs.get(name) if name in own else None for name in storage.states]
+        scales = [
+            xs.get(f"{name}_scale") if f"{name}_scale" in wanted else None
+            for name in storage.states
+        ]
+        param = storage.param(p)
+        return Item(
+            local(p), group, number,
+            1 if self.mesh is None else replicas(self._op, p, self.mesh),
+            param, storage.kinds(p, own), xs.get("step"), xs.get(EXTRAS.get(param, "")),
+            xs.get("ema") if storage.ema else None, tuple(states), tuple(scales),
+        )  # fmt: skip
+
+    def _find_grads(self, ps: list[Tensor], distributed: bool) -> None:
+        gs = list(map(attrgetter("grad"), ps))
+        if distributed:
+            gs, ps = list(map(local, gs)), [item.p for item in self.items]
+        if {*map(attrgetter("layout"), gs)} != {torch.strided} or (
+            list(map(Tensor.stride, gs)) != list(map(Tensor.stride, ps))
+        ):
+            gs = [in_order_of(self._op, p, g) for p, g in zip(ps, gs, strict=True)]
+        grads = list(map(Tensor.data_ptr, gs)), list(map(attrgetter("dtype"), gs))
+        self.grads = gs
+        if grads != self._grads:
+            for item, g in zip(self.items, gs, strict=True):
+                check_memory(self._op, g, self.device)
+                self._check_grad(item.p, g)
+            self._grads, self._tables = grads, None
+
+    def copied_grads(self) -> list[Tensor]:
+        """The gradients of which a step has read a copy."""
+        pairs = zip(self.params, self.grads, strict=True)
+        return [p.grad for p, g in pairs if local(p.grad) is not g]
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of them lie."""
+        return self.items[0].p.device
+
+    def key(self, item: Item) -> int:
+        """What the random bits of a parameter are seeded with, in every step."""
+        return int(hash_bits_reference(torch.tensor(self._seed + item.number) & 0xFFFFFFFF))
+
+    def tables(self) -> tuple[Tables, list[Format]]:
+        """The tables of all tensors, and the formats that FORMAT numbers; uploaded if they moved.
+
+        Raises:
+            ValueError: two tensors lie at one address.
+        """
+        if self._tables is None:
+            formats = list(map(Item.format, self.items, self.grads))
+            codes = list(map(int, formats))
+            rows = [
+                (
+                    item.p.numel(), DTYPES[g.dtype], item.replicas, item.group, code, key,
+                    rate, 0 if item.step is None else item.step.data_ptr(), g.data_ptr(), *places,
+                )
+                for item, g, code, key, rate, places in zip(
+                    self.items, self.grads, codes, self._keys, self._rates, self._places,
+                    strict=True,
+                )
+            ]  # fmt: skip
+            by_code = dict(sorted(zip(codes, formats, strict=True)))
+            uploaded = tables(tuple(rows), _multi_tensor.CHUNK, self.device)
+            self._tables = uploaded, list(by_code.values())
+        return self._tables
+
+    def _check(self, item: Item) -> None:
+        for x in item.tensors():
+            if x is not None:
+                check_memory(self._op, x, self.device)
+        for x in (item.extra, item.ema, *item.states):
+            if x is not None and (x.shape != item.p.shape or x.stride() != item.p.stride()):
+                raise ValueError(
+                    f"{self._op}: a moment must have the shape {list(item.p.shape)} of its "
+                    f"parameter and its strides {item.p.stride()}, got {list(x.shape)} and "
+                    f"{x.stride()}; load moments by load_state_dict"
+                )
+
+    def _check_grad(self, p: Tensor, g: Tensor) -> None:
+        if g.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(
+                f"{self._op}: gradients must be float32 or bfloat16, got {g.dtype}; convert the "
+                "parameters, or set their grad_dtype"
+            )
+        if g.shape != p.shape:
+            raise ValueError(
+                f"{self._op}: a gradient must have the shape {list(p.shape)} of its parameter, "
+                f"got {list(g.shape)}; make a new optimizer for a model of new shapes"
+            )
