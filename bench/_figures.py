@@ -176,7 +176,8 @@ def make_row(op: str, target: str, case: Case, compiled: Compiled, code: Code) -
     problems = find_problems(row, device, compiled, code, case)
     if variants is None:
         problems.append("a loop of the program is not in the machine code")
-    if case.wide and not case.limits.get(compiled.name, Limit()).single:
+    wide = case.wide and target not in case.narrow_on
+    if wide and not case.limits.get(compiled.name, Limit()).single:
         narrow = (kind for kind, (found, expected) in widths.items() if (found or 0) < expected)
         problems += [f"narrow {kind}s" for kind in narrow]
     return replace(row, problems=tuple(problems))

@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._multi_tensor import check_memory, upload
+from ._multi_tensor import Tables, check_memory, upload
 from ._options import Norms, StepOptions, checked
 from ._runtime import uses_triton
 from ._shards import local, sum_over_ranks
 from ._states import Storage
 from ._tensors import Tensors
-from ._update import GRADS, SUMS, UPDATES, Options, Rule, launch_norms, launch_update
+from ._update import (
+    GRADS,
+    PENALTY1,
+    PENALTY2,
+    SUMS,
+    UPDATES,
+    Options,
+    Rule,
+    launch_norms,
+    launch_update,
+)
 from ._update_reference import key_reference, update_reference
 from .grad_norm import (
     clip_coefficient_reference,
@@ -92,6 +102,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._hyper_rows: list[tuple[float, ...]] = []
         self._hyper = torch.empty(0)
         self._sums: Tensor | None = None
+        self._summed: Tables | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.Optimizer.add_param_group` does, and check what is in it."""
@@ -179,8 +190,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if self._sums is None:
             return None
         squares_N = self._sums
-        if uses_triton(found.items[0].p):
-            squares_N = launch_norms(found.tables()[0], self._sums)
+        if self._summed is not None:
+            with torch.cuda.device_of(squares_N):
+                squares_N = launch_norms(self._summed, squares_N)
         if found.mesh is not None:
             replicas_N = torch.tensor([item.replicas for item in found.items])
             squares_N = squares_N / replicas_N[:, None].to(squares_N)
@@ -233,6 +245,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         options = self._options
         tables, formats = found.tables()
         partials_P, norm, sums = None, None, self._sums_of(found, len(tables.chunks))
+        self._summed = tables
         if self.max_grad_norm is not None:
             partials_P = launch_partials(tables, sums, found.mesh)
             norm = self.grad_norm = partials_P.new_empty(())
@@ -240,13 +253,14 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             self.rule, tables, formats, self._hyper_table(found.device), partials_P, norm,
             self.skipped, self.max_grad_norm or 0.0, sums,
             Options(
-                any(group["l1"] for group in self.param_groups), options["zero_grads"],
-                1 - (options["ema_decay"] or 0.0),
+                l1=any(row[PENALTY1.value] for row in self._hyper_rows),
+                l2=any(row[PENALTY2.value] for row in self._hyper_rows),
+                zero=options["zero_grads"], ema_weight=1 - (options["ema_decay"] or 0.0),
             ),
         )  # fmt: skip
 
     def _sums_of(self, found: Tensors, count: int) -> Tensor | None:
-        """Sums of squares [count, 3], where norms are recorded; a skipped step keeps the weights'."""
+        """Sums of squares `[count, 3]`, where norms are recorded."""
         if self._options["record_norms"] and (self._sums is None or len(self._sums) != count):
             self._sums = torch.zeros(count, SUMS.value, device=found.device)
         return self._sums

@@ -63,6 +63,12 @@ class Format(NamedTuple):
         return code | sum(kind << 4 + 3 * i for i, kind in enumerate(self.states))
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether nothing has more than 16 bits: then 8 elements are one access of 128."""
+        narrow = self.param == STOCHASTIC.value and self.bf16_grad and not self.ema
+        return narrow and FLOAT32.value not in self.states
+
+    @property
     def is_stochastic(self) -> bool:
         """Whether a step draws random bits."""
         return self.param == STOCHASTIC.value or any(kind > ABSENT.value for kind in self.states)
@@ -77,37 +83,45 @@ def hash_bits(x):
 
 
 @triton.jit
-def random_bits(hashed, i: tl.constexpr):
-    """The 16 bits of stream `i` of four, as uint32, from the hash of an element."""
-    if i >= 2:
-        hashed = hash_bits(hashed ^ 0x9E3779B9)
-    return hashed >> 16 if i % 2 else hashed & 0xFFFF
+def element_bits(offs, key):
+    """The random bits, uint32, of the elements `offs` of a tensor whose `key` is mixed already."""
+    x = tl.mul(offs.to(tl.uint32) ^ key, 0x7FEB352D, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 15), 0x846CA68B, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_bits(bits, STREAM: tl.constexpr):
+    """16 of the random bits of an element: four streams, two of them complements of the others."""
+    if STREAM >= 2:
+        bits ^= 0xFFFFFFFF
+    return bits >> 16 if STREAM % 2 else bits & 0xFFFF
 
 
 @triton.jit
 def to_bfloat16(x, bits):
     """Round float32 down or up to bfloat16, as 16 random `bits` decide."""
-    raw = x.to(tl.uint32, bitcast=True)
-    # The carry of a NaN could run into its sign.
-    high = tl.where(x == x, tl.add(raw, bits, sanitize_overflow=False) >> 16, 0x7FC0)
-    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    # The smaller of two: else the carry of a NaN could run into its sign.
+    raw = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
+    high = tl.add(raw, bits, sanitize_overflow=False) & 0xFFFF0000
+    return high.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit
 def split(x):
-    """Split float32 into bfloat16, rounded to nearest, and the 16 bits that make up for that."""
-    raw = x.to(tl.uint32, bitcast=True)
-    high = tl.where(x == x, tl.add(raw, 0x8000, sanitize_overflow=False) >> 16, 0x7FC0)
-    low = (raw & 0xFFFF).to(tl.uint16)
-    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low.to(tl.int16, bitcast=True)
+    """Split float32 into bfloat16, rounded to nearest, and the 16 bits that `join` needs."""
+    raw = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
+    raw = tl.add(raw, 0x8000, sanitize_overflow=False)
+    high = (raw & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return high, raw.to(tl.uint16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
 def join(high, low):
     """The float32 that `split` split."""
     raw = high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    low = low.to(tl.int32).to(tl.uint32, bitcast=True)
-    return tl.add(raw, low, sanitize_overflow=False).to(tl.float32, bitcast=True)
+    raw |= low.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return tl.sub(raw, 0x8000, sanitize_overflow=False).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -130,11 +144,13 @@ def encode(x, bits, KIND: tl.constexpr):
     y = size * inverse[:, None]
     root = tl.sqrt(y) if KIND == SIGNED else tl.sqrt(tl.sqrt(y))
     c = tl.floor(root)
-    low, high = c * c, (c + 1) * (c + 1)
-    if KIND == UNSIGNED:
-        low, high = low * low, high * high
-    u = (bits.to(tl.float32) + 0.5) * (1 / 65536)
-    c = tl.where(u * (high - low) < y - low, c + 1, c)
+    # Up with a probability of (y - low) / (high - low): on the mean, the value is exact.
+    if KIND == SIGNED:
+        low, width = c * c, 2 * c + 1
+    else:
+        low, width = c * c * (c * c), ((4 * c + 6) * c + 4) * c + 1
+    u = ((bits << 7) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
+    c = tl.where(u * width < y - low + width, c + 1, c)
     if KIND == SIGNED:
         c = tl.minimum(c, 127.0)
         c = tl.where(x < 0, 128 - c, 128 + c)
@@ -150,29 +166,35 @@ def hash_bits_reference(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def random_bits_reference(hashed: Tensor, i: int) -> Tensor:
+def element_bits_reference(offs: Tensor, key: int) -> Tensor:
+    """The definition of `element_bits`, on int64."""
+    x = (offs & 0xFFFFFFFF ^ key) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def random_bits_reference(bits: Tensor, stream: int) -> Tensor:
     """The definition of `random_bits`."""
-    if i >= 2:
-        hashed = hash_bits_reference(hashed ^ 0x9E3779B9)
-    return hashed >> 16 if i % 2 else hashed & 0xFFFF
+    bits = bits ^ 0xFFFFFFFF if stream >= 2 else bits
+    return bits >> stream % 2 * 16 & 0xFFFF
 
 
 def to_bfloat16_reference(x: Tensor, bits: Tensor) -> Tensor:
     """The definition of `to_bfloat16`."""
-    rounded = (x.view(torch.int32) + bits.int() & ~0xFFFF).view(torch.float32)
-    return torch.where(x.isnan(), x, rounded).bfloat16()
+    raw = x.view(torch.int32).clamp(max=0x7FFF0000)
+    return (raw + bits.int() & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def split_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of `split`: bfloat16 and int16."""
-    low = x.view(torch.int16)[..., 0::2]  # little-endian, as every machine that PyTorch runs on
-    rounded = (x.view(torch.int32) + 0x8000 & ~0xFFFF).view(torch.float32)
-    return torch.where(x.isnan(), x, rounded).bfloat16(), low
+    raw = x.view(torch.int32).clamp(max=0x7FFF0000) + 0x8000
+    return (raw & ~0xFFFF).view(torch.float32).bfloat16(), raw.to(torch.int16)
 
 
 def join_reference(high: Tensor, low: Tensor) -> Tensor:
     """The definition of `join`."""
-    return (high.float().view(torch.int32) + low.int()).view(torch.float32)
+    raw = high.float().view(torch.int32) | (low.int() & 0xFFFF)
+    return (raw - 0x8000).view(torch.float32)
 
 
 def decode_reference(code: Tensor, scale_B: Tensor, kind: int) -> Tensor:
@@ -193,7 +215,7 @@ def encode_reference(x: Tensor, bits: Tensor, kind: int) -> tuple[Tensor, Tensor
     c = (y.sqrt() if signed else y.sqrt().sqrt()).floor()
     power = 2 if signed else 4
     low, high = c**power, (c + 1) ** power
-    c += (bits.float() + 0.5) / 65536 * (high - low) < y - low
+    c += (1 + bits.float() / 65536) * (high - low) < y - low + (high - low)
     if signed:
         code = 128 + c.clamp(max=127) * torch.where(x < 0, -1, 1)
     else:

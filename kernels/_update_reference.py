@@ -17,6 +17,7 @@ from ._precision import (
     SPLIT,
     Q,
     decode_reference,
+    element_bits_reference,
     encode_reference,
     hash_bits_reference,
     join_reference,
@@ -85,8 +86,7 @@ def key_reference(seed: int, t: int) -> int:
 
 
 def _hashed(key: int, first: int, n: int, device: torch.device) -> Tensor:
-    offs = torch.arange(first, first + n, device=device) & 0xFFFFFFFF
-    return hash_bits_reference(offs ^ key)
+    return element_bits_reference(torch.arange(first, first + n, device=device), key)
 
 
 def _load_param(item: Item, part: slice) -> Tensor:

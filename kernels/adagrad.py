@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
-from ._update import HYPER, Rule
+from ._update import HYPER, Rule, divide
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -43,7 +43,7 @@ def _adagrad_prepare(lr_N, hyper_ptr_N, t_N):
 def _adagrad_update(g, state, coefs, FORMAT: tl.constexpr):
     eps, step_size = coefs
     s = state[0] + g * g
-    return step_size * g / (tl.sqrt(s) + eps), (s,)
+    return divide(step_size * g, tl.sqrt(s) + eps), (s,)
 
 
 class Adagrad(MultiTensorOptimizer):

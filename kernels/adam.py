@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
-from ._update import HYPER, Rule
+from ._update import HYPER, Rule, divide
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -66,7 +66,7 @@ def _adam_update(g, state, coefs, FORMAT: tl.constexpr):
     weight1, weight2, beta2, eps, step_size, rsqrt = coefs
     m += weight1 * (g - m)
     v = beta2 * v + weight2 * g * g
-    return step_size * m / (tl.sqrt(v) * rsqrt + eps), (m, v)
+    return divide(step_size * m, tl.sqrt(v) * rsqrt + eps), (m, v)
 
 
 class Adam(MultiTensorOptimizer):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
-from ._update import HYPER, Rule, held
+from ._update import HYPER, Rule, divide, held
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -76,7 +76,7 @@ def _rmsprop_update(g, state, coefs, FORMAT: tl.constexpr):
         a += weight * (g - a)
         variance = v - a * a
         variance = tl.where(variance < 0, 0.0, variance)
-    u = g / (tl.sqrt(variance) + eps)
+    u = divide(g, tl.sqrt(variance) + eps)
     if held(FORMAT, 2):
         b = momentum * b + u
         u = b
@@ -140,8 +140,8 @@ class RMSprop(MultiTensorOptimizer):
         self._check_not_negative(group, ("alpha", "eps", "momentum"))
         if group["centered"] and self._options["state_dtype"] == torch.uint8:
             raise ValueError(
-                "RMSprop: centered must be off in 8 bits, got both: the variance is a difference, of "
-                "which 8 bits leave nothing"
+                "RMSprop: centered must be off with state_dtype=torch.uint8, got both; the "
+                "variance is a difference, of which 8 bits leave nothing"
             )
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
