@@ -50,7 +50,6 @@ class Tables(NamedTuple):
     chunks: Tensor
 
 
-@lru_cache(maxsize=8)
 def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) -> Tables:
     """Upload `rows`, one per tensor, all columns but FIRST and ALIGNED, and the chunks of those.
 
@@ -59,6 +58,13 @@ def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) 
     Raises:
         ValueError: two tensors lie at one address.
     """
+    # What is uploaded inside a CUDA graph is there at its replays only.
+    make = _tables.__wrapped__ if is_capturing() else _tables
+    return make(rows, chunk, device)
+
+
+@lru_cache(maxsize=8)
+def _tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) -> Tables:
     addresses = [x for row in rows if row[SIZE.value] for x in row[FIRST.value :] if x]
     if len(set(addresses)) < len(addresses):
         raise ValueError(
@@ -85,9 +91,23 @@ def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[T
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """Copy `x` to `device` without waiting for it.
 
-    A copy takes fresh pinned memory, which PyTorch keeps until the device has read it.
+    A copy takes fresh pinned memory, which PyTorch keeps until the device has read it; a CUDA graph
+    reads it at every replay.
     """
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    if device.type != "cuda":
+        return x
+    pinned = x.pin_memory()
+    if is_capturing():
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+_captured: list[Tensor] = []
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph records what is launched."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_memory(op: str, x: Tensor, device: torch.device) -> None:

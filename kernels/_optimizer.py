@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._multi_tensor import Tables, check_memory, upload
+from ._multi_tensor import Tables, check_memory, is_capturing, upload
 from ._options import Norms, StepOptions, checked
 from ._runtime import uses_triton
 from ._shards import local, sum_over_ranks
@@ -178,6 +178,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 unread = [p.grad for p in found.params] if self._options["zero_grads"] else []
             for g in unread:
                 g.zero_()
+            found.release()
         return loss
 
     def norms(self) -> Norms | None:
@@ -249,12 +250,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if self.max_grad_norm is not None:
             partials_P = launch_partials(tables, sums, found.mesh)
             norm = self.grad_norm = partials_P.new_empty(())
+        rows = list(map(self._table_row, self.param_groups))
         launch_update(
-            self.rule, tables, formats, self._hyper_table(found.device), partials_P, norm,
+            self.rule, tables, formats, self._hyper_table(rows, found.device), partials_P, norm,
             self.skipped, self.max_grad_norm or 0.0, sums,
             Options(
-                l1=any(row[PENALTY1.value] for row in self._hyper_rows),
-                l2=any(row[PENALTY2.value] for row in self._hyper_rows),
+                l1=any(row[PENALTY1.value] for row in rows),
+                l2=any(row[PENALTY2.value] for row in rows),
                 zero=options["zero_grads"], ema_weight=1 - (options["ema_decay"] or 0.0),
             ),
         )  # fmt: skip
@@ -265,12 +267,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             self._sums = torch.zeros(count, SUMS.value, device=found.device)
         return self._sums
 
-    def _hyper_table(self, device: torch.device) -> Tensor:
-        rows = list(map(self._table_row, self.param_groups))
-        if rows != self._hyper_rows or self._hyper.device != device:
-            self._hyper = upload(torch.tensor(rows, dtype=torch.float64), device)
-            self._hyper_rows = rows
-        return self._hyper
+    def _hyper_table(self, rows: list[tuple[float, ...]], device: torch.device) -> Tensor:
+        if rows == self._hyper_rows and self._hyper.device == device:
+            return self._hyper
+        made = upload(torch.tensor(rows, dtype=torch.float64), device)
+        if not is_capturing():
+            self._hyper, self._hyper_rows = made, rows
+        return made
 
     def _table_row(self, group: dict[str, Any]) -> tuple[float, ...]:
         decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]

@@ -6,18 +6,28 @@ parameters of GPT-2 in Python would take several times as long.
 """
 
 from collections.abc import Callable
-from itertools import chain
-from operator import attrgetter
+from functools import partial
+from itertools import chain, compress, filterfalse, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _multi_tensor
-from ._multi_tensor import DTYPES, Tables, check_memory, in_order_of, tables
+from ._multi_tensor import (
+    DTYPES,
+    Tables,
+    check_memory,
+    in_order_of,
+    is_capturing,
+    tables,
+)
 from ._precision import Format, hash_bits_reference
 from ._shards import are_distributed, local, mesh_of, replicas
 from ._states import EXTRAS, Item, Storage
+
+REMEMBERED = 8  # sets of addresses: gradients mostly return to where they were some steps ago
 
 Group = dict[str, Any]
 States = dict[Tensor, dict[str, Any]]
@@ -40,11 +50,11 @@ class Tensors:
         self.mesh = None
         self._op, self._storage, self._seed = op, storage, seed
         self._held: tuple = ()
-        self._grads: tuple = ()
+        self._place: tuple = ()
         self._keys: list[int] = []
         self._rates: list[int] = []
         self._places: list[list[int]] = []
-        self._tables: tuple[Tables, list[Format]] | None = None
+        self._tables: dict[tuple, tuple[Tables, list[Format]]] = {}
 
     def find(
         self,
@@ -59,23 +69,33 @@ class Tensors:
         By group, `names` are the states of the rule, and `rates` the addresses of learning rates
         on the device or 0; `start` makes the state that a parameter lacks.
         """
-        counts, ps = [], []
+        counts, ps, gs = [], [], []
         for group in groups:
-            ps += [p for p in group["params"] if p.grad is not None]
+            here = list(map(attrgetter("grad"), group["params"]))
+            ps += compress(group["params"], map(is_not, here, repeat(None)))
+            gs += filterfalse(partial(is_, None), here)
             counts.append(len(ps))
         if not ps:
             return False
         distributed = are_distributed(ps)
         held = self._held_by(ps, states, distributed)
         if (names, rates, counts, held) != self._held:
+            if is_capturing():
+                raise RuntimeError(
+                    f"{self._op}: a CUDA graph must capture a step like the one before it, got "
+                    "parameters or state that are new; take a step outside the graph first"
+                )
             self._list(groups, names, ps, states, start)
             self._rates = [rates[item.group] for item in self.items]
             self._held = names, rates, counts, self._held_by(ps, states, distributed)
-        self._find_grads(ps, distributed)
+        if distributed:
+            gs, ps = list(map(local, gs)), [item.p for item in self.items]
+        self._find_grads(ps, gs)
         return True
 
     def _held_by(self, ps: list[Tensor], states: States, distributed: bool) -> list[int]:
-        xs = [*ps, *chain.from_iterable(map(dict.values, map(states.__getitem__, ps)))]
+        # All the state there is: to look up that of `ps` would take a third of the time.
+        xs = [*ps, *chain.from_iterable(map(dict.values, states.values()))]
         try:
             return list(map(Tensor.data_ptr, map(local, xs) if distributed else xs))
         except TypeError as error:
@@ -105,7 +125,7 @@ class Tensors:
         self._places = [
             [0 if x is None else x.data_ptr() for x in item.tensors()] for item in self.items
         ]
-        self._grads, self._tables = (), None
+        self._tables.clear()
 
     def _item(
         self, p: Tensor, group: int, number: int, own: tuple[str, ...], state: dict[str, Any]
@@ -127,21 +147,19 @@ class Tensors:
             xs.get("ema") if storage.ema else None, tuple(states), tuple(scales),
         )  # fmt: skip
 
-    def _find_grads(self, ps: list[Tensor], distributed: bool) -> None:
-        gs = list(map(attrgetter("grad"), ps))
-        if distributed:
-            gs, ps = list(map(local, gs)), [item.p for item in self.items]
-        if {*map(attrgetter("layout"), gs)} != {torch.strided} or (
-            list(map(Tensor.stride, gs)) != list(map(Tensor.stride, ps))
-        ):
+    def _find_grads(self, ps: list[Tensor], gs: list[Tensor]) -> None:
+        if not _are_alike(ps, gs):
             gs = [in_order_of(self._op, p, g) for p, g in zip(ps, gs, strict=True)]
-        grads = list(map(Tensor.data_ptr, gs)), list(map(attrgetter("dtype"), gs))
         self.grads = gs
-        if grads != self._grads:
+        self._place = tuple(map(Tensor.data_ptr, gs)), tuple(map(attrgetter("dtype"), gs))
+        if self._place not in self._tables:
             for item, g in zip(self.items, gs, strict=True):
                 check_memory(self._op, g, self.device)
                 self._check_grad(item.p, g)
-            self._grads, self._tables = grads, None
+
+    def release(self) -> None:
+        """Let go of the gradients, which `zero_grad` would not free otherwise."""
+        self.grads = []
 
     def copied_grads(self) -> list[Tensor]:
         """The gradients of which a step has read a copy."""
@@ -158,28 +176,34 @@ class Tensors:
         return int(hash_bits_reference(torch.tensor(self._seed + item.number) & 0xFFFFFFFF))
 
     def tables(self) -> tuple[Tables, list[Format]]:
-        """The tables of all tensors, and the formats that FORMAT numbers; uploaded if they moved.
+        """The tables of all tensors, and the formats that there are; uploaded if they moved.
 
         Raises:
             ValueError: two tensors lie at one address.
         """
-        if self._tables is None:
-            formats = list(map(Item.format, self.items, self.grads))
-            codes = list(map(int, formats))
-            rows = [
-                (
-                    item.p.numel(), DTYPES[g.dtype], item.replicas, item.group, code, key,
-                    rate, 0 if item.step is None else item.step.data_ptr(), g.data_ptr(), *places,
-                )
-                for item, g, code, key, rate, places in zip(
-                    self.items, self.grads, codes, self._keys, self._rates, self._places,
-                    strict=True,
-                )
-            ]  # fmt: skip
-            by_code = dict(sorted(zip(codes, formats, strict=True)))
-            uploaded = tables(tuple(rows), _multi_tensor.CHUNK, self.device)
-            self._tables = uploaded, list(by_code.values())
-        return self._tables
+        if self._place in self._tables:
+            return self._tables[self._place]
+        made = self._make_tables()
+        if not is_capturing():
+            if len(self._tables) == REMEMBERED:
+                self._tables.clear()
+            self._tables[self._place] = made
+        return made
+
+    def _make_tables(self) -> tuple[Tables, list[Format]]:
+        formats = list(map(Item.format, self.items, self.grads))
+        codes = list(map(int, formats))
+        rows = [
+            (
+                item.p.numel(), DTYPES[g.dtype], item.replicas, item.group, code, key, rate,
+                0 if item.step is None else item.step.data_ptr(), g.data_ptr(), *places,
+            )
+            for item, g, code, key, rate, places in zip(
+                self.items, self.grads, codes, self._keys, self._rates, self._places, strict=True
+            )
+        ]  # fmt: skip
+        by_code = dict(sorted(zip(codes, formats, strict=True)))
+        return tables(tuple(rows), _multi_tensor.CHUNK, self.device), list(by_code.values())
 
     def _check(self, item: Item) -> None:
         for x in item.tensors():
@@ -204,3 +228,11 @@ class Tensors:
                 f"{self._op}: a gradient must have the shape {list(p.shape)} of its parameter, "
                 f"got {list(g.shape)}; make a new optimizer for a model of new shapes"
             )
+
+
+def _are_alike(ps: list[Tensor], gs: list[Tensor]) -> bool:
+    """Whether every gradient holds its elements in the order in which its parameter does."""
+    if {*map(attrgetter("layout"), gs)} != {torch.strided}:
+        return False
+    contiguous = all(map(Tensor.is_contiguous, gs)) and all(map(Tensor.is_contiguous, ps))
+    return contiguous or list(map(Tensor.stride, gs)) == list(map(Tensor.stride, ps))
