@@ -30,7 +30,7 @@ from ._update import (
     launch_norms,
     launch_update,
 )
-from ._update_reference import key_reference, update_reference
+from ._update_reference import Move, key_reference, update_reference
 from .grad_norm import (
     clip_coefficient_reference,
     launch_partials,
@@ -75,9 +75,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _rule_reference(
-        self, group: dict[str, Any], t: float, g: Tensor, states: list[Tensor | None]
-    ) -> Tensor:
-        """The rule in plain PyTorch: how far a parameter moves down; `states` change in place."""
+        self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
+    ) -> Move:
+        """The rule in plain PyTorch; `states`, None where there is none, change in place."""
         raise NotImplementedError
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -215,7 +215,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return lr.data_ptr()
 
     def _step_reference(self, found: Tensors) -> None:
-        coef, sums = None, self._sums_of(found, len(found.items))
+        coef, sums = 1.0, self._sums_of(found, len(found.items))
         if self.max_grad_norm is not None:
             squares_N = squares_reference(found.grads)
             counts = [item.replicas for item in found.items]
@@ -225,7 +225,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 if sums is not None:
                     sums[:, GRADS.value], sums[:, UPDATES.value] = squares_N, 0
                 return
-            coef = clip_coefficient_reference(norm, self.max_grad_norm)
+            coef = clip_coefficient_reference(norm, self.max_grad_norm).item()
         for i, (item, g) in enumerate(zip(found.items, found.grads, strict=True)):
             group = self.param_groups[item.group]
             t = 0.0 if item.step is None else item.step.add_(1).item()
@@ -234,7 +234,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             decoupled = group["decoupled_weight_decay"]
             update_reference(
                 item, g, partial(self._rule_reference, group | {"lr": lr}, t),
-                scale=sign if coef is None else sign * coef,
+                scale=sign * coef,
                 l2=0.0 if decoupled else decay, l1=group["l1"],
                 decay=lr * decay if decoupled else 0.0,
                 ema_weight=1 - (self._options["ema_decay"] or 0.0),

@@ -159,8 +159,8 @@ def encode(x, bits, KIND: tl.constexpr):
     return c.to(tl.int32).to(tl.uint8), scale
 
 
-def hash_bits_reference(x: Tensor) -> Tensor:
-    """The definition of `hash_bits`, on int64 in [0, 2^32)."""
+def hash_bits_reference(x: int) -> int:
+    """The definition of `hash_bits`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)

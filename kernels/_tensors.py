@@ -173,7 +173,7 @@ class Tensors:
 
     def key(self, item: Item) -> int:
         """What the random bits of a parameter are seeded with, in every step."""
-        return int(hash_bits_reference(torch.tensor(self._seed + item.number) & 0xFFFFFFFF))
+        return hash_bits_reference(self._seed + item.number & 0xFFFFFFFF)
 
     def tables(self) -> tuple[Tables, list[Format]]:
         """The tables of all tensors, and the formats that there are; uploaded if they moved.

@@ -5,6 +5,7 @@ stays in a CPU's cache from the first of its operations to the last.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +28,26 @@ from ._precision import (
 )
 from ._states import Item, flat
 
-SLICE = 1 << 15  # elements, a multiple of Q; of float32, 128 KB
+SLICE = 1 << 18  # elements, a multiple of Q; of float32, 1 MB
 
-Step = Callable[[Tensor, list[Tensor | None]], Tensor]
-"""From a gradient and the states, which it changes in place, how far the parameter moves down."""
+
+class Move(NamedTuple):
+    """How far a parameter moves down: factor · numerator / denominator, or without the latter."""
+
+    factor: float
+    numerator: Tensor
+    denominator: Tensor | None = None
+
+    def subtract_from(self, p: Tensor) -> None:
+        """Move `p`, in place."""
+        if self.denominator is None:
+            p.sub_(self.numerator, alpha=self.factor)
+        else:
+            p.addcdiv_(self.numerator, self.denominator, value=-self.factor)
+
+
+Step = Callable[[Tensor, list[Tensor | None]], Move]
+"""From a gradient and the states, which it changes in place, the move of the parameter."""
 
 
 def update_reference(
@@ -38,7 +55,7 @@ def update_reference(
     g: Tensor,
     step: Step,
     *,
-    scale: float | Tensor,
+    scale: float,
     l2: float,
     l1: float,
     decay: float,
@@ -60,18 +77,19 @@ def update_reference(
         p = _load_param(item, part)
         states = [_load_state(item, i, part) for i in range(len(item.kinds))]
         raw = g_part
-        if not isinstance(scale, float) or scale != 1.0:
+        if scale != 1.0:
             g_part = g_part * scale
         if l2:
             g_part = g_part.add(p, alpha=l2)
         if l1:
             g_part = g_part.add(p.sign(), alpha=l1)
-        u = step(g_part, states)
+        move = step(g_part, states)
+        before = p if squares is None else p.clone()
         if decay:
-            u.add_(p, alpha=decay)
-        p.sub_(u)
+            p.mul_(1 - decay)
+        move.subtract_from(p)
         if squares is not None:
-            squares += torch.stack([x.square().sum() for x in (raw, u, p)])
+            squares += torch.stack([x.square().sum() for x in (raw, before - p, p)])
         _store_param(item, part, p, hashed)
         if item.ema is not None:
             flat(item.ema)[part].lerp_(p, ema_weight)
@@ -81,8 +99,7 @@ def update_reference(
 
 def key_reference(seed: int, t: int) -> int:
     """What the random bits of step `t` of a parameter are hashed with."""
-    mixed = hash_bits_reference(torch.tensor(t % (1 << 32)))
-    return int(hash_bits_reference(mixed ^ seed))
+    return hash_bits_reference(hash_bits_reference(t % (1 << 32)) ^ seed)
 
 
 def _hashed(key: int, first: int, n: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
 from ._update import HYPER, Rule, divide
+from ._update_reference import Move
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -27,10 +28,10 @@ LR_DECAY = tl.constexpr(HYPER.value + 1)
 
 def adagrad_reference(
     g: Tensor, s: Tensor, t: float, *, lr: float, lr_decay: float, eps: float
-) -> Tensor:
-    """The update rule in plain PyTorch: u; `s` changes in place."""
+) -> Move:
+    """The update rule in plain PyTorch; `s` changes in place."""
     s.addcmul_(g, g)
-    return (g / s.sqrt().add_(eps)).mul_(lr / (1 + (t - 1) * lr_decay))
+    return Move(lr / (1 + (t - 1) * lr_decay), g, s.sqrt().add_(eps))
 
 
 @triton.jit
@@ -112,7 +113,7 @@ class Adagrad(MultiTensorOptimizer):
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
-    ) -> Tensor:
+    ) -> Move:
         return adagrad_reference(
             g, states[0], t, lr=group["lr"], lr_decay=group["lr_decay"], eps=group["eps"]
         )

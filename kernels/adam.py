@@ -21,6 +21,7 @@ from torch import Tensor
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
 from ._update import HYPER, Rule, divide
+from ._update_reference import Move
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -40,13 +41,13 @@ def adam_reference(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-) -> Tensor:
-    """The update rule in plain PyTorch: u; `m` and `v` change in place."""
+) -> Move:
+    """The update rule in plain PyTorch; `m` and `v` change in place."""
     beta1, beta2 = betas
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     root = (v / (1 - beta2**t)).sqrt_().add_(eps)
-    return (m / root).mul_(lr / (1 - beta1**t))
+    return Move(lr / (1 - beta1**t), m, root)
 
 
 @triton.jit
@@ -128,6 +129,6 @@ class Adam(MultiTensorOptimizer):
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
-    ) -> Tensor:
+    ) -> Move:
         m, v = states
         return adam_reference(g, m, v, t, lr=group["lr"], betas=group["betas"], eps=group["eps"])

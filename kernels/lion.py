@@ -18,18 +18,19 @@ from torch import Tensor
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
 from ._update import HYPER, Rule
+from ._update_reference import Move
 
 # Columns of the table of parameter groups.
 ONE_MINUS_BETA1 = tl.constexpr(HYPER.value)
 ONE_MINUS_BETA2 = tl.constexpr(HYPER.value + 1)
 
 
-def lion_reference(g: Tensor, m: Tensor, *, lr: float, betas: tuple[float, float]) -> Tensor:
-    """The update rule in plain PyTorch: u; `m` changes in place."""
+def lion_reference(g: Tensor, m: Tensor, *, lr: float, betas: tuple[float, float]) -> Move:
+    """The update rule in plain PyTorch; `m` changes in place."""
     beta1, beta2 = betas
-    u = m.lerp(g, 1 - beta1).sign_().mul_(lr)
+    u = m.lerp(g, 1 - beta1).sign_()
     m.lerp_(g, 1 - beta2)
-    return u
+    return Move(lr, u)
 
 
 @triton.jit
@@ -97,5 +98,5 @@ class Lion(MultiTensorOptimizer):
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
-    ) -> Tensor:
+    ) -> Move:
         return lion_reference(g, states[0], lr=group["lr"], betas=group["betas"])

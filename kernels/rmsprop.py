@@ -26,6 +26,7 @@ from torch import Tensor
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
 from ._update import HYPER, Rule, divide, held
+from ._update_reference import Move
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -44,8 +45,8 @@ def rmsprop_reference(
     alpha: float,
     eps: float,
     momentum: float,
-) -> Tensor:
-    """The update rule in plain PyTorch: u; `v`, `a` and `b` change in place."""
+) -> Move:
+    """The update rule in plain PyTorch; `v`, `a` and `b` change in place."""
     v.mul_(alpha).addcmul_(g, g, value=1 - alpha)
     variance = v
     if a is not None:
@@ -53,8 +54,8 @@ def rmsprop_reference(
         variance = v.addcmul(a, a, value=-1).clamp_(min=0.0)
     root = variance.sqrt().add_(eps)
     if b is None:
-        return (g / root).mul_(lr)
-    return b.mul_(momentum).addcdiv_(g, root) * lr
+        return Move(lr, g, root)
+    return Move(lr, b.mul_(momentum).addcdiv_(g, root))
 
 
 @triton.jit
@@ -150,7 +151,7 @@ class RMSprop(MultiTensorOptimizer):
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
-    ) -> Tensor:
+    ) -> Move:
         v, a, b = states
         return rmsprop_reference(
             g, v, a, b, lr=group["lr"], alpha=group["alpha"], eps=group["eps"],

@@ -19,6 +19,7 @@ from torch import Tensor
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
 from ._update import HYPER, Rule, held
+from ._update_reference import Move
 
 # Columns of the table of parameter groups.
 MOMENTUM = tl.constexpr(HYPER.value)
@@ -35,12 +36,12 @@ def sgd_reference(
     momentum: float,
     dampening: float,
     nesterov: bool,
-) -> Tensor:
-    """The update rule in plain PyTorch: u; `b` changes in place."""
+) -> Move:
+    """The update rule in plain PyTorch; `b` changes in place."""
     if b is not None:
         b.mul_(momentum).add_(g, alpha=1 - dampening if t > 1 else 1.0)
         g = g.add(b, alpha=momentum) if nesterov else b
-    return g * lr
+    return Move(lr, g)
 
 
 @triton.jit
@@ -147,7 +148,7 @@ class SGD(MultiTensorOptimizer):
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
-    ) -> Tensor:
+    ) -> Move:
         return sgd_reference(
             g, states[0], t, lr=group["lr"], momentum=group["momentum"],
             dampening=group["dampening"], nesterov=group["nesterov"],
