@@ -2,17 +2,22 @@
 
 from typing import Literal
 
+import torch
 import tyro
 
 from kernels.explain import OPERATIONS, explain
 
 from .compare import DTYPES
 
+STATE_DTYPES = DTYPES | {"uint8": torch.uint8}
+
 
 def main(
     op: tyro.conf.Positional[str],
     shape: str,
     dtype: Literal["bf16", "fp32"] = "bf16",
+    master: Literal["float32", "split", "none"] = "float32",
+    state_dtype: Literal["fp32", "bf16", "uint8"] = "fp32",
     device: str | None = None,
 ) -> None:
     """Print the least bytes, operations and time of an operation, forward and backward.
@@ -20,13 +25,19 @@ def main(
     Args:
         op: an operation of kernels.explain.
         shape: its dimensions: T=32768,V=50304
-        dtype: bf16 or fp32.
+        dtype: bf16 or fp32; of an optimizer's weights and gradients.
+        master: what an optimizer keeps of bf16 weights; none is stochastic rounding.
+        state_dtype: of an optimizer's moments.
         device: part of a device's name, such as H200; the present GPU if left out.
     """
     try:
-        print(explain(op, **_dims(op, shape), dtype=DTYPES[dtype], device=device))
+        found = explain(
+            op, **_dims(op, shape), dtype=DTYPES[dtype], device=device,
+            master=None if master == "none" else master, state_dtype=STATE_DTYPES[state_dtype],
+        )  # fmt: skip
     except ValueError as problem:
         raise SystemExit(str(problem)) from None
+    print(found)
 
 
 def _dims(op: str, shape: str) -> dict[str, int]:

@@ -199,23 +199,37 @@ def _embedding(s: int, T: int, D: int, V: int) -> Passes:
     return (forward,), (backward,), (forward, backward)
 
 
-def _adamw(s: int, N: int) -> Passes:
-    """Gradient, weight and moments read, weight and moments written: 28 bytes per parameter.
+# Optimizers: states of a parameter, and operations per parameter. Rounding stochastically or to 8
+# bits is integer arithmetic, not counted.
+OPTIMIZERS = {
+    "adamw": (2, 14), "adamw_clipped": (2, 14), "adam": (2, 14), "sgd": (0, 4),
+    "sgd_momentum": (1, 6), "rmsprop": (1, 11), "adagrad": (1, 9), "lion": (1, 10),
+}  # fmt: skip
+MASTERS = ("float32", "split", None)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+STATE_BLOCK = 128  # elements of an 8-bit state that share a float32 scale
 
-    With 2-byte weights a float32 master copy is updated as well: 28 bytes too.
+
+def _optimizer(op: str, s: int, N: int, master: str | None, state_dtype: torch.dtype) -> Passes:
+    """Gradient read once, weight and states read and written once.
+
+    With a float32 master the rounded weight is written and not read; a split weight is read and
+    written together with its 16 bits more.
     """
-    step = (Work((28 if s <= 4 else 56) * N, 14 * N),)
+    states, operations = OPTIMIZERS[op]
+    state = N * state_dtype.itemsize
+    if state_dtype == torch.uint8:
+        state += 4 * -(-N // STATE_BLOCK)
+    kept = {"float32": 2 + 8, "split": 2 * 4} if s == 2 else {}
+    weight = kept.get(master, 2 * s)
+    step = (Work(N * (s + weight) + 2 * states * state, operations * N),)
+    if op == "adamw_clipped":  # the norm of all gradients is known before the first is used
+        step = _grad_norm(s, N)[0] + step
     return step, None, step
 
 
 def _grad_norm(s: int, N: int) -> Passes:
     step = (Work(N * s, 2 * N),)
-    return step, None, step
-
-
-def _adamw_clipped(s: int, N: int) -> Passes:
-    """The norm of all gradients is known before the first is used: they are read twice."""
-    step = _grad_norm(s, N)[0] + _adamw(s, N)[0]
     return step, None, step
 
 
@@ -225,11 +239,12 @@ OTHERS: dict[str, tuple[str, Callable[..., Passes]]] = {
     "mse_loss": ("N", _mse_loss),
     "info_nce": ("BD", _info_nce),
     "embedding": ("TDV", _embedding),
-    "adamw": ("N", _adamw),
-    "adamw_clipped": ("N", _adamw_clipped),
     "grad_norm": ("N", _grad_norm),
 }
-OPERATIONS = {op: entry[0] for op, entry in (STREAMS | OTHERS).items()}  # and their dimensions
+OPERATIONS = {  # and their dimensions
+    **{op: entry[0] for op, entry in (STREAMS | OTHERS).items()},
+    **dict.fromkeys(OPTIMIZERS, "N"),
+}
 
 
 def explain(
@@ -245,6 +260,8 @@ def explain(
     H: int | None = None,
     K: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    master: str | None = "float32",
+    state_dtype: torch.dtype = torch.float32,
     device: Device | str | None = None,
 ) -> Explanation:
     """Compute the least bytes, operations and time of an operation, forward and backward.
@@ -261,7 +278,11 @@ def explain(
         V: vocabulary.
         H: heads.
         K: width of a head.
-        dtype: of the tensors; for "adamw" of the weights, whose moments are float32.
+        dtype: of the tensors; for an optimizer of weights and gradients.
+        master: what an optimizer keeps of 2-byte weights: a "float32" copy, 16 more bits ("split"),
+            or None, for stochastic rounding. Wider weights need none.
+        state_dtype: of an optimizer's moments: float32, bfloat16, or uint8 for 8 bits in blocks of
+            128 with a float32 scale each.
         device: part of a name in `DEVICES` ("H200"), a `Device` with rates of your own, or None
             for the present CUDA device.
 
@@ -269,7 +290,8 @@ def explain(
         The bounds. `str()` of them is a table.
 
     Raises:
-        ValueError: an unknown operation or device, or dimensions other than the operation's own.
+        ValueError: an unknown operation, device, master or state_dtype, or dimensions other than
+            the operation's own.
     """
     given = {"B": B, "T": T, "M": M, "N": N, "D": D, "F": F, "V": V, "H": H, "K": K}
     dims = {letter: size for letter, size in given.items() if size is not None}
@@ -279,10 +301,21 @@ def explain(
         raise ValueError(
             f"explain: {op} needs {', '.join(OPERATIONS[op])}, each at least 1; got {dims or None}"
         )
+    if master not in MASTERS:
+        raise ValueError(f'explain: master must be "float32", "split" or None; got {master!r}')
+    if state_dtype not in STATE_DTYPES:
+        raise ValueError(
+            f"explain: state_dtype must be torch.float32, bfloat16 or uint8; got {state_dtype}"
+        )
     sizes = [dims[letter] for letter in OPERATIONS[op]]
     rates = device if isinstance(device, Device) else find_device(device)
     s = dtype.itemsize
-    passes = _stream(op, sizes, s) if op in STREAMS else OTHERS[op][1](s, *sizes)
+    if op in STREAMS:
+        passes = _stream(op, sizes, s)
+    elif op in OPTIMIZERS:
+        passes = _optimizer(op, s, *sizes, master, state_dtype)
+    else:
+        passes = OTHERS[op][1](s, *sizes)
     forward, backward, both = passes
     return Explanation(
         op=op,

@@ -60,23 +60,58 @@ def test_counts_bytes(op, dims, forward, backward, both):
         assert counted == (s * forward, s * backward, s * both)
 
 
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+
+
 @pytest.mark.parametrize(
-    ("op", "dtype", "bytes_each"),
+    ("op", "dtype", "master", "state_dtype", "bytes_each"),
     [
-        ("adamw", torch.float32, 28),
-        ("adamw", torch.bfloat16, 28),
-        ("adamw_clipped", torch.float32, 32),
-        ("adamw_clipped", torch.bfloat16, 30),
-        ("grad_norm", torch.bfloat16, 2),
+        ("adamw", F32, "float32", F32, 28),
+        ("adamw", F32, None, F32, 28),
+        ("adamw", F32, "split", BF16, 20),
+        ("adamw", BF16, "float32", F32, 28),
+        ("adamw", BF16, "split", F32, 26),
+        ("adamw", BF16, None, F32, 22),
+        ("adamw", BF16, None, BF16, 14),
+        ("adamw", BF16, None, U8, 10.125),
+        ("adamw", F32, None, U8, 16.125),
+        ("adamw_clipped", F32, None, F32, 32),
+        ("adamw_clipped", BF16, "float32", F32, 30),
+        ("adam", F32, None, F32, 28),
+        ("sgd", F32, None, F32, 12),
+        ("sgd_momentum", F32, None, F32, 20),
+        ("rmsprop", F32, None, F32, 20),
+        ("adagrad", F32, None, F32, 20),
+        ("lion", F32, None, F32, 20),
+        ("lion", BF16, "float32", F32, 20),
+        ("grad_norm", BF16, None, F32, 2),
     ],
 )
-def test_an_optimizer_has_one_pass(op, dtype, bytes_each):
-    found = explain(op, N=1000, dtype=dtype, device="B200")
+def test_an_optimizer_has_one_pass(op, dtype, master, state_dtype, bytes_each):
+    found = explain(op, N=12800, dtype=dtype, master=master, state_dtype=state_dtype, device="B200")
     assert found.backward is None
     assert found.forward == found.both
-    assert found.both.bytes == 1000 * bytes_each
+    assert found.both.bytes == 12800 * bytes_each
     assert "step" in str(found)
     assert "backward" not in str(found)
+
+
+def test_an_incomplete_block_of_8_bit_states_has_a_scale_too():
+    options = {"dtype": BF16, "master": None, "device": "B200"}
+    found = explain("adamw", N=129, state_dtype=U8, **options)
+    assert found.both.bytes == 6 * 129 + 2 * 2 * (129 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"master": "fp32"}, 'master must be "float32", "split" or None; got \'fp32\''),
+        ({"state_dtype": torch.int8}, "state_dtype must be .* got torch.int8"),
+    ],
+)
+def test_refuses_a_precision_that_no_optimizer_has(options, words):
+    with pytest.raises(ValueError, match=f"explain: {words}"):
+        explain("adamw", N=1, device="H200", **options)
 
 
 def test_phases_wait_for_one_another():
