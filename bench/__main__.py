@@ -9,6 +9,7 @@ import tyro
 VERBS = {
     "static": "static",  # what the kernels compile to, without a GPU
     "explain": "bounds",  # what no version of an operation can beat
+    "optimizer": "optimizer",  # their steps on the parameters of real models
     "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
 }
 """The module of each, whose `main` it is."""

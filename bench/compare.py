@@ -2,14 +2,14 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import tyro
@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 WIDTH = 170  # of tables that do not go to a terminal
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+PACKAGES = (
+    "torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy", "apex", "torchao",
+    "bitsandbytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,11 @@ class Settings:
     """What a run fixes for all its operations."""
 
     device: torch.device
-    dtype: torch.dtype
     rates: Device
     """Measured in this process: the bounds are bounds at these."""
     cache: int
     """Bytes of the last-level cache."""
+    dtype: torch.dtype = torch.bfloat16
     sizes: tuple[int, ...] = ()
     quick: bool = False
     compiled: bool = False
@@ -66,7 +69,7 @@ def installed(peers: dict[str, Loader]) -> tuple[dict[str, Loader], list[str]]:
 def contenders_of(operation: Operation, compiled: bool) -> dict[str, Loader]:
     """Everyone who is measured, ours first."""
     contenders = operation.ours | {"eager": lambda: operation.eager}
-    if compiled and "step" not in operation.passes:
+    if compiled:
         contenders["torch.compile"] = partial(_compile, operation.eager)
     return contenders | installed(operation.peers)[0]
 
@@ -79,30 +82,31 @@ def _compile(function: Callable) -> Callable:
 
 def measure(name: str, operation: Operation, settings: Settings) -> Iterator[Row]:
     """Measure every contender, at every shape, in every pass; what fails is a row that says so."""
-    dtype = operation.dtype or settings.dtype
-    make = Make(dtype, settings.device)
+    make = Make(settings.dtype, settings.device)
     errors: dict[str, dict[str, float]] = {}
     contenders = contenders_of(operation, settings.compiled)
     for shape, dims in operation.cases(settings.device, settings.sizes, settings.quick).items():
-        bounds = explain(name, **dims, dtype=dtype, device=settings.rates)
-        copies = _try(partial(_copies, operation, make, dims, settings.cache))
+        bounds = explain(
+            name, **cast(dict[str, Any], dims), dtype=settings.dtype, device=settings.rates
+        )
+        copies = attempt(partial(_copies, operation, make, dims, settings.cache))
         for contender, load in contenders.items():
-            function = _try(load)
+            function = attempt(load)
             if contender not in errors and callable(function):
                 errors[contender] = _errors(operation, make, contender, function)
-            for pass_name in operation.passes:
+            for pass_name in harness.PASSES:
                 if pass_name == "backward" and contender in operation.gradient_in_forward:
                     continue
                 row = Row(shape, dims, contender, pass_name)
-                bound = getattr(bounds, pass_name, None) or bounds.both
+                bound = getattr(bounds, pass_name)
                 yield _measured(row, function, copies, bound, errors.get(contender, {}), settings)
                 if settings.device.type == "cuda":
                     torch.cuda.empty_cache()
         del copies  # before those of the next shape are made
 
 
-def _try(make: Callable[[], T]) -> T | str:
-    """What `make` returns, or why it does not; not the exception, which would keep its tensors."""
+def attempt(make: Callable[[], T]) -> T | str:
+    """Return what `make` returns, or why it does not; an exception would keep its tensors."""
     try:
         return make()
     except Exception as problem:  # whatever it is, it is one contender's alone
@@ -122,7 +126,7 @@ def _measured(
         return replace(row, problem=copies)
     if isinstance(function, str):
         return replace(row, problem=function)
-    found = _try(partial(_timing_and_peak, function, copies, row.pass_name, settings))
+    found = attempt(partial(_timing_and_peak, function, copies, row.pass_name, settings))
     if isinstance(found, str):
         return replace(row, problem=found)
     timing, peak = found
@@ -156,10 +160,10 @@ def _errors(
     def errors() -> dict[str, float]:
         truth = operation.truth() if operation.truth else operation.eager
         inputs = operation.inputs(make, **operation.smallest)
-        exact = harness.outputs_of(truth, harness.widened(inputs), operation.passes)
-        return harness.errors(function, exact, inputs, operation.passes)
+        exact = harness.outputs_of(truth, harness.widened(inputs))
+        return harness.errors(function, exact, inputs)
 
-    found = _try(errors)
+    found = attempt(errors)
     return {} if isinstance(found, str) else found
 
 
@@ -170,36 +174,49 @@ def percent_of_bound(bound: Bound, milliseconds: float) -> float:
 
 def measure_all(names: list[str], settings: Settings, command: str) -> Iterator[Report]:
     """One report per operation, with a progress bar while it is made."""
+    for name in names:
+        operation = OPERATIONS[name]
+        cases = operation.cases(settings.device, settings.sizes, settings.quick)
+        per_case = len(contenders_of(operation, settings.compiled)) * len(harness.PASSES)
+        rows = watched(name, len(cases) * per_case, measure(name, operation, settings))
+        notes = _notes(operation, settings)
+        dtype = str(settings.dtype).removeprefix("torch.")
+        yield make_report(name, operation.axis, dtype, settings, command, notes, rows)
+
+
+def watched(name: str, total: int, rows: Iterator[Row]) -> tuple[Row, ...]:
+    """All of `rows`, with a progress bar while they are made."""
+    done = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for name in names:
-            operation = OPERATIONS[name]
-            cases = operation.cases(settings.device, settings.sizes, settings.quick)
-            per_case = len(contenders_of(operation, settings.compiled)) * len(operation.passes)
-            task = progress.add_task(name, total=len(cases) * per_case)
-            rows = []
-            for row in measure(name, operation, settings):
-                rows.append(row)
-                progress.update(task, advance=1, description=f"{name}: {row.contender}")
-            progress.remove_task(task)
-            yield _report(name, operation, settings, command, tuple(rows))
+        task = progress.add_task(name, total=total)
+        for row in rows:
+            done.append(row)
+            progress.update(task, advance=1, description=f"{name}: {row.contender}")
+    return tuple(done)
 
 
-def _report(
-    name: str, operation: Operation, settings: Settings, command: str, rows: tuple[Row, ...]
+def make_report(
+    op: str,
+    axis: str,
+    dtype: str,
+    settings: Settings,
+    command: str,
+    notes: Iterable[str],
+    rows: tuple[Row, ...],
 ) -> Report:
-    dtype = operation.dtype or settings.dtype
+    """The report of `rows`, which says where and with what they were measured."""
     rates = {key: rate for key, rate in asdict(settings.rates).items() if isinstance(rate, float)}
     return Report(
-        op=name,
-        axis=operation.axis,
-        dtype=str(dtype).removeprefix("torch."),
+        op=op,
+        axis=axis,
+        dtype=dtype,
         device=settings.rates.name,
         measured_on="CPU" if settings.device.type == "cpu" else "GPU",
         rates=rates,
         versions=_versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        notes=tuple(_notes(operation, settings)),
+        notes=tuple(notes),
         rows=rows,
     )
 
@@ -221,7 +238,7 @@ def _notes(operation: Operation, settings: Settings) -> Iterator[str]:
         yield "Ours runs in Triton's interpreter here: its times mean nothing."
     if settings.device.type == "cpu":
         yield "Peak memory is not measured on a CPU."
-    if "step" not in operation.passes and not settings.compiled:
+    if not settings.compiled:
         yield "torch.compile was left out (--compile measures it)."
     if missing := installed(operation.peers)[1]:
         yield f"Not installed: {', '.join(missing)}."
@@ -253,21 +270,35 @@ def main(
     names = list(OPERATIONS) if "all" in ops else list(ops)
     if unknown := sorted(set(names) - set(OPERATIONS)):
         raise SystemExit(f"bench: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    settings = replace(
+        settings_here(console, quick), dtype=DTYPES[dtype], sizes=sizes, compiled=compile
+    )
+    for done in measure_all(names, settings, command_line()):
+        show(done, console, save, plot)
+
+
+def settings_here(console: Console, quick: bool) -> Settings:
+    """Measure the rates of the GPU, or of the CPU where there is none, and say so."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = 0.02 if quick else 0.3
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     rates = harness.measured_device(device, seconds)
-    settings = Settings(
-        device, DTYPES[dtype], rates, harness.cache_bytes(device), sizes, quick, compile, seconds
-    )
     where = "CPU, not a GPU" if device.type == "cpu" else "GPU"
     console.print(f"Measured on a {where}: {rates.name}; {report.describe_rates(rates)}")
-    command = f"python -m bench {shlex.join(sys.argv[1:])}"
-    for done in measure_all(names, settings, command):
-        console.print(report.table(done), *done.notes, sep="\n")
-        if save:
-            report.save(done, done.path("json"))
-            console.print(f"Saved {done.path('json')}")
-        if plot:
-            report.plot(done, done.path("png"))
-            console.print(f"Drew {done.path('png')}")
+    return Settings(device, rates, harness.cache_bytes(device), quick=quick, seconds=seconds)
+
+
+def command_line() -> str:
+    """The command that this process was started with."""
+    return f"python -m bench {shlex.join(sys.argv[1:])}"
+
+
+def show(done: Report, console: Console, save: bool, plot: bool) -> None:
+    """Print a report; keep it and draw it where asked."""
+    console.print(report.table(done), *done.notes, sep="\n")
+    if save:
+        report.save(done, done.path("json"))
+        console.print(f"Saved {done.path('json')}")
+    if plot:
+        report.plot(done, done.path("png"))
+        console.print(f"Drew {done.path('png')}")

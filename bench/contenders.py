@@ -52,11 +52,6 @@ def quack_add_rms_norm() -> Callable:
     return lambda x, residual, w: rmsnorm(x, w, residual=residual)
 
 
-def fused_adamw() -> Callable:
-    """Load PyTorch's own fused AdamW."""
-    return partial(torch.optim.AdamW, fused=True)
-
-
 def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
     return F.rms_norm(x, w.shape, w, 1e-6)
 
@@ -105,35 +100,3 @@ EAGER: dict[str, Callable] = {
     "info_nce": _info_nce,
 }
 """What one writes without a library, by operation."""
-
-
-def adamw(load: Loader) -> Loader:
-    """Load an AdamW, as a function of parameters that returns its step."""
-
-    def step_of(*params: Tensor) -> Callable:
-        _set_gradients(params)
-        optimizer = load()(params, lr=1e-3, weight_decay=0.1)
-
-        def step() -> tuple[Tensor, ...]:
-            optimizer.step()
-            return tuple(p.detach() for p in params)
-
-        return step
-
-    return lambda: step_of
-
-
-def grad_norm(load: Loader) -> Loader:
-    """Load a clip_grad_norm_, as a function of parameters that returns a step without clipping."""
-
-    def step_of(*params: Tensor) -> Callable:
-        _set_gradients(params)
-        clip = load()
-        return lambda: clip(params, 1e9)
-
-    return lambda: step_of
-
-
-def _set_gradients(params: tuple[Tensor, ...]) -> None:
-    for p in params:
-        p.grad = 0.1 * p.detach()

@@ -59,12 +59,7 @@ def rotated(inputs: Sequence[Tensor], cache: int) -> list[list[Tensor]]:
 
 
 def calls_of(function: Callable, inputs: Sequence[Tensor], pass_name: str) -> Call:
-    """What is timed: one pass of `function` on `inputs`.
-
-    The pass "step" is the optimizers': there `function` returns the call.
-    """
-    if pass_name == "step":
-        return function(*inputs)
+    """What is timed: one pass of `function` on `inputs`."""
 
     def forward():
         with torch.no_grad():
@@ -198,10 +193,8 @@ def measured_device(device: torch.device, seconds: float) -> Device:
     )
 
 
-def outputs_of(function: Callable, inputs: Sequence[Tensor], passes: Sequence[str]) -> Outputs:
+def outputs_of(function: Callable, inputs: Sequence[Tensor]) -> Outputs:
     """What `function` makes of `inputs` in every pass, with the same gradients from above."""
-    if "step" in passes:
-        return {"step": list(_tuple(function(*inputs)()))}
     leaves = [x for x in inputs if x.requires_grad]
     ys = _tuple(function(*inputs))
     generator = torch.Generator().manual_seed(0)
@@ -222,12 +215,10 @@ def relative_rms(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(error(x, e) for x, e in zip(outputs, exact, strict=True))
 
 
-def errors(
-    function: Callable, exact: Outputs, inputs: Sequence[Tensor], passes: Sequence[str]
-) -> dict[str, float]:
+def errors(function: Callable, exact: Outputs, inputs: Sequence[Tensor]) -> dict[str, float]:
     """The relative RMS error of every pass of `function` against `exact`."""
     fresh = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-    ours = outputs_of(function, fresh, passes)
+    ours = outputs_of(function, fresh)
     return {name: relative_rms(ours[name], exact[name]) for name in ours}
 
 

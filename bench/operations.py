@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from . import contenders
 from .contenders import EAGER, Loader, liger, ours, quack
@@ -59,9 +58,6 @@ class Operation:
     """The dimension that every shape shares, its size on a GPU and on a CPU."""
     cpu_shapes: int | None = None
     """How many of the shapes are measured on a CPU: the first ones."""
-    passes: tuple[str, ...] = ("forward", "backward", "both")
-    dtype: torch.dtype | None = None
-    """The only one that ours takes, if it takes one only."""
 
     def cases(self, device: torch.device, sizes: tuple[int, ...], quick: bool) -> dict[str, Dims]:
         """The shapes to measure, by name."""
@@ -104,10 +100,6 @@ HEADS = {
     "Llama-3 8B": {"H": 32, "K": 128}, "Llama-3 70B": {"H": 64, "K": 128},
 }  # fmt: skip
 PAIRS = {"CLIP ViT-B/32": {"D": 512}, "CLIP ViT-L/14": {"D": 768}, "CLIP ViT-bigG": {"D": 1280}}
-PARAMETERS = {
-    "train.py small": {"N": 2_700_000}, "GPT-2 124M": {"N": 124_000_000},
-    "GPT-2 XL 1.5B": {"N": 1_558_000_000},
-}  # fmt: skip
 
 TOKENS = ("T", 32768, 128)
 MIB = 1 << 20
@@ -136,11 +128,6 @@ def _activation(name: str, inputs: int, peers: dict[str, Loader], **options) -> 
         lambda make, T, F: tuple(make(T, F) for _ in range(inputs)),
         {"ours": ours(name, **options)}, EAGER[name], peers, rows=TOKENS,
     )  # fmt: skip
-
-
-def _parameters(make: Make, N: int) -> tuple[Tensor, ...]:
-    """N parameters as a model has them: an embedding of a third, and 48 matrices."""
-    return tuple(make(size) for size in (N // 3, *[(N - N // 3) // 48] * 48))
 
 
 def _rope_inputs(make: Make, T: int, H: int, K: int) -> tuple[Tensor, ...]:
@@ -209,18 +196,5 @@ OPERATIONS: dict[str, Operation] = {
         PAIRS, "D", {"B": 64, "D": 64}, lambda make, B, D: (make(B, D), make(B, D)),
         {"ours": ours("info_nce")}, EAGER["info_nce"], gradient_in_forward=("ours",),
         rows=("B", 32768, 512),
-    ),
-    "adamw": Operation(
-        PARAMETERS, "N", {"N": 50_000}, _parameters,
-        {"ours": contenders.adamw(ours("AdamW", "adamw"))},
-        contenders.adamw(lambda: torch.optim.AdamW)(),
-        {"torch fused": contenders.adamw(contenders.fused_adamw)},
-        cpu_shapes=1, passes=("step",), dtype=torch.float32,
-    ),
-    "grad_norm": Operation(
-        PARAMETERS, "N", {"N": 50_000}, _parameters,
-        {"ours": contenders.grad_norm(ours("clip_grad_norm_", "grad_norm"))},
-        contenders.grad_norm(lambda: clip_grad_norm_)(),
-        cpu_shapes=1, passes=("step",),
     ),
 }  # fmt: skip

@@ -3,8 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 
 import matplotlib
@@ -17,9 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    "shape", "contender", "pass", "time (quartiles)", "rate", "% of bound", "peak memory", "error",
-)  # fmt: skip
+PANELS = 4  # of a plot, side by side
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,14 @@ class Row:
     resource: str | None = None
     """What bounds the operation."""
     percent_of_bound: float | None = None
+    percent_of_copy: float | None = None
+    """By the bytes that the contender moves itself, where they are known."""
+    state_bytes: int | None = None
+    """What an optimizer keeps from one step to the next."""
+    launches: int | None = None
+    """Kernels, copies and fills that a step asks the device for."""
+    host_microseconds: float | None = None
+    """Until the call returns, not until its work is done."""
     peak_bytes: int | None = None
     """The most that one call holds at a time above what it was given. None on a CPU."""
     error: float | None = None
@@ -86,34 +93,61 @@ def describe_rates(rates: Device) -> str:
     )
 
 
+def _rate(row: Row) -> str:
+    products = row.resource == "matrix products"
+    amount, unit = (row.flops, "FLOP/s") if products else (row.bytes, "B/s")
+    return quantity((amount or 0) / (row.milliseconds or inf) * 1e3, unit)
+
+
+def _time(row: Row) -> str:
+    low, middle, high = (
+        duration((x or 0) / 1e3) for x in (row.lower_quartile, row.milliseconds, row.upper_quartile)
+    )
+    return f"{middle} ({low} to {high})"
+
+
+def _per_parameter(amount: float | None, row: Row) -> str:
+    """Of an optimizer alone: others have no state."""
+    return "" if amount is None or row.state_bytes is None else f"{amount / row.dims['N']:.4g}"
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else f"{x:.3g}"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "time (quartiles)": _time,
+    "rate": _rate,
+    "bound, B/param": lambda row: _per_parameter(row.bytes, row),
+    "% of bound": lambda row: _percent(row.percent_of_bound),
+    "% of copy": lambda row: _percent(row.percent_of_copy),
+    "state, B/param": lambda row: _per_parameter(row.state_bytes, row),
+    "launches": lambda row: "" if row.launches is None else str(row.launches),
+    "host": lambda row: (
+        "" if row.host_microseconds is None else duration(row.host_microseconds / 1e6)
+    ),
+    "peak memory": lambda row: "" if row.peak_bytes is None else quantity(row.peak_bytes, "B"),
+    "error": lambda row: "" if row.error is None else f"{row.error:.1e}",
+}
+
+
 def table(report: Report) -> Table:
-    """The report as a table; a shape's name stands in its first line."""
-    result = Table(*COLUMNS, title=report.title, title_justify="left", box=box.SIMPLE)
+    """The report as a table: a shape's name in its first line, no column that would be empty."""
+    measured = [row for row in report.rows if row.milliseconds is not None]
+    columns = {name: cell for name, cell in COLUMNS.items() if any(map(cell, measured))}
+    headers = ("shape", "contender", "pass", *(columns or ["time (quartiles)"]))
+    result = Table(*headers, title=report.title, title_justify="left", box=box.SIMPLE)
     last = None
     for row in report.rows:
         if last is not None and row.shape != last:
             result.add_section()
         dims = " ".join(f"{letter}={size}" for letter, size in row.dims.items())
         shape = f"{row.shape} ({dims})" if row.shape != last else ""
-        result.add_row(shape, row.contender, row.pass_name, *_numbers(row))
+        known = row.milliseconds is not None
+        cells = (cell(row) for cell in columns.values()) if known else (row.problem or "",)
+        result.add_row(shape, row.contender, row.pass_name, *cells)
         last = row.shape
     return result
-
-
-def _numbers(row: Row) -> Iterable[str]:
-    if row.milliseconds is None or row.lower_quartile is None or row.upper_quartile is None:
-        return (row.problem or "",)
-    quartiles = f"{duration(row.lower_quartile / 1e3)} to {duration(row.upper_quartile / 1e3)}"
-    amount, unit = (
-        (row.flops, "FLOP/s") if row.resource == "matrix products" else (row.bytes, "B/s")
-    )
-    return (
-        f"{duration(row.milliseconds / 1e3)} ({quartiles})",
-        quantity((amount or 0) / row.milliseconds * 1e3, unit),
-        "" if row.percent_of_bound is None else f"{row.percent_of_bound:.3g}",
-        "" if row.peak_bytes is None else quantity(row.peak_bytes, "B"),
-        "" if row.error is None else f"{row.error:.1e}",
-    )
 
 
 def write(path: Path, content: bytes) -> None:
@@ -142,11 +176,14 @@ def plot(report: Report, path: Path) -> None:
     passes = list(dict.fromkeys(row.pass_name for row in rows))
     contenders = list(dict.fromkeys(row.contender for row in rows))
     sizes = sorted({row.dims[report.axis] for row in rows})
+    lines = max(-(-len(passes) // PANELS), 1)
+    across = max(min(len(passes), PANELS), 1)
     figure, axes = plt.subplots(
-        1, max(len(passes), 1), figsize=(max(7.5, 1 + 4 * len(passes)), 4.4), sharey=True,
+        lines, across, figsize=(max(7.5, 1 + 4 * across), 1 + 3.4 * lines), sharey=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    for panel, pass_name in zip(axes[0], passes, strict=False):
+    drawn = {}
+    for panel, pass_name in zip(axes.flat, passes, strict=False):
         for i, contender in enumerate(contenders):
             points = sorted(
                 (row.dims[report.axis], row.percent_of_bound)
@@ -154,22 +191,29 @@ def plot(report: Report, path: Path) -> None:
                 if (row.pass_name, row.contender) == (pass_name, contender)
             )
             if points:
-                panel.plot(*zip(*points, strict=True), f"C{i}o-", label=contender, markersize=4)
+                style = f"C{i % 10}{'os^'[i // 10 % 3]}-"
+                drawn[contender], *_ = panel.plot(*zip(*points, strict=True), style, markersize=4)
         panel.axhline(100, color="0.6", linewidth=1, linestyle="--")
         panel.set_xscale("log", base=2)
-        panel.set_xticks(sizes, [str(size) for size in sizes], rotation=35, ha="right")
+        panel.set_xticks(sizes, list(map(_tick, sizes)), rotation=35, ha="right")
         panel.minorticks_off()
         panel.set(title=pass_name, xlabel=f"{report.axis} (elements)")
         panel.grid(alpha=0.3)
+    for panel in axes.flat[len(passes) :]:
+        panel.set_axis_off()
     highest = max((row.percent_of_bound or 0 for row in rows), default=0)
-    axes[0][0].set(ylabel="% of the bound", ylim=(0, 1.05 * max(highest, 100)))
-    handles, labels = axes[0][-1].get_legend_handles_labels()
-    for panel in axes[0]:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles, labels = [*handles, handle], [*labels, label]
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(len(labels), 1))
+    for panel in axes[:, 0]:
+        panel.set(ylabel="% of the bound", ylim=(0, 1.05 * max(highest, 100)))
+    labels = [contender for contender in contenders if contender in drawn]
+    figure.legend(
+        [drawn[label] for label in labels], labels, loc="outside lower center",
+        ncols=max(min(len(labels), 2 * across), 1),
+    )  # fmt: skip
     figure.suptitle(report.title.replace(f", {report.device}", f"\n{report.device}"), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _tick(size: int) -> str:
+    return str(size) if size < 1e6 else quantity(size, "").strip()

@@ -22,7 +22,7 @@ from kernels.explain import Bound, Device
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 RATES = Device("a machine", "", copy=1e9, matrix_16=1e9, matrix_32=1e9, arithmetic=1e9)
-SETTINGS = compare.Settings(CPU, torch.float32, RATES, cache=0, quick=True, seconds=1e-6)
+SETTINGS = compare.Settings(CPU, RATES, 0, torch.float32, quick=True, seconds=1e-6)
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +264,7 @@ def test_every_operation_is_called_as_it_wants(name, dtype):
     operation = replace(OPERATIONS[name], peers={})
     rows = list(compare.measure(name, operation, replace(SETTINGS, dtype=dtype)))
     assert {row.contender for row in rows} == {*operation.ours, "eager"}
-    assert {row.pass_name for row in rows} == set(operation.passes)
+    assert {row.pass_name for row in rows} == set(harness.PASSES)
     for row in rows:
         assert row.problem is None, row.problem
         if row.contender in operation.ours:
@@ -298,12 +298,15 @@ def test_says_what_ours_is_on_a_cpu(reference, interpreter, words, monkeypatch):
 
 
 def report_of(operation: Operation, rows: tuple[report.Row, ...]) -> report.Report:
-    return compare._report("softmax", operation, SETTINGS, "python -m bench softmax", rows)
+    notes = compare._notes(operation, SETTINGS)
+    return compare.make_report(
+        "softmax", operation.axis, "float32", SETTINGS, "python -m bench softmax", notes, rows
+    )
 
 
 ROWS = (
     report.Row("a", {"M": 2, "N": 64}, "ours", "forward", 1.5, 1.25, 2.0, 3_000_000, 10, "memory",
-               80.0, 1 << 20, 1e-3),
+               80.0, peak_bytes=1 << 20, error=1e-3),
     report.Row("a", {"M": 2, "N": 64}, "eager", "forward", problem="out of memory"),
     report.Row("b", {"M": 2, "N": 4096}, "ours", "forward", 1.5, 1.25, 2.0, 10, 2_000_000_000,
                "matrix products", 180.0),
@@ -349,6 +352,8 @@ def test_the_table_has_units_and_says_cpu(capsys):
         "1.05 MB", "1.0e-03", "a (M=2 N=64)",
     ):  # fmt: skip
         assert words in text, text
+    for words in ("launches", "host", "state", "% of copy"):
+        assert words not in text, text
     gpu = replace(done, measured_on="GPU", device="NVIDIA H200")
     assert "CPU" not in gpu.title
     assert gpu.path("json") == report.RESULTS / "softmax-nvidia-h200.json"

@@ -1,0 +1,99 @@
+"""What a step costs the host: how many launches, and how long until the call returns.
+
+On a GPU both are those of real calls, which are not waited for. On a CPU our kernels are compiled
+for the GPU of `_stub_driver` and launched there, which runs nothing: the host's part is left.
+"""
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from triton import knobs
+
+from kernels import _runtime
+
+from ._stub_driver import StubDriver
+from .harness import Call
+
+CALLS = 30
+LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel|Memcpy|Memset|GraphLaunch)")
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """Of one call."""
+
+    launches: int | None
+    """Kernels, copies and fills that the device was asked for; None if they cannot be counted."""
+    microseconds: float
+    """The median."""
+
+
+def of_gpu_call(call: Call) -> HostCost:
+    """The cost of a call that launches on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    launches = count_launches(event.name for event in profile.events() or ())
+    return HostCost(launches, _microseconds(call, torch.cuda.synchronize))
+
+
+def count_launches(names: Iterable[str]) -> int:
+    """How many calls of CUDA among `names` hand work to the device."""
+    return sum(LAUNCH.match(name) is not None for name in names)
+
+
+def of_cpu_call(call: Call) -> HostCost:
+    """The time of a call that computes next to nothing, on a CPU."""
+    call()
+    return HostCost(None, _microseconds(call))
+
+
+def of_unexecuted_call(call: Call) -> HostCost | None:
+    """The cost of a call of our kernels on CPU tensors; None where they are not compiled."""
+    if knobs.runtime.interpret or _runtime.REFERENCE:
+        return None
+    with _unexecuted() as launches:
+        call()  # compiles
+        launches.clear()
+        call()
+        count = len(launches)
+        return HostCost(count, _microseconds(call))
+
+
+@contextmanager
+def _unexecuted() -> Iterator[list]:
+    """Send CPU tensors to kernels that are compiled and not run; give the list of launches."""
+    driver = _stub_driver()
+    triton.runtime.driver.set_active(driver)
+    before, _runtime.CPU_KERNELS = _runtime.CPU_KERNELS, True
+    try:
+        yield driver.launches
+    finally:
+        _runtime.CPU_KERNELS = before
+
+
+@cache
+def _stub_driver() -> StubDriver:
+    return StubDriver(90)
+
+
+def _microseconds(call: Call, wait: Callable[[], object] = lambda: None) -> float:
+    """The median of `CALLS` calls, each alone: until it returns, not until its work is done."""
+    taken = []
+    for _ in range(CALLS):
+        wait()
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    wait()
+    return statistics.median(taken) * 1e6
