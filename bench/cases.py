@@ -66,7 +66,7 @@ def _softmax(dtype: torch.dtype, N: int, M: int = T, function=softmax, **options
     }
     label = f"{function.__name__} {_label(dtype, M, N, **options)}"
     wide = N % 16 == 0
-    return Case(label, lambda: _train(partial(function, **options), x), wide, limits)
+    return Case(label, lambda: _train(partial(function, **options), x), wide, limits=limits)
 
 
 def _norm(dtype: torch.dtype, D: int, function=rms_norm, bias: bool = False) -> Case:
@@ -74,7 +74,7 @@ def _norm(dtype: torch.dtype, D: int, function=rms_norm, bias: bool = False) -> 
     vectors = [torch.empty(D, dtype=dtype) for _ in range(1 + bias)]
     label = _label(dtype, T, D, bias=bias or None)
     limits = _norm_limits(function, 2 * x.element_size(), 3 * x.element_size())
-    return Case(label, lambda: _train(function, x, *vectors), D % 16 == 0, limits)
+    return Case(label, lambda: _train(function, x, *vectors), D % 16 == 0, limits=limits)
 
 
 def _add_norm(dtype: torch.dtype, D: int, stream: torch.dtype, function=add_rms_norm) -> Case:
@@ -150,7 +150,7 @@ def _cross_entropy(dtype: torch.dtype, V: int, target: Tensor | None = None, **o
     label += ", class weights" if "weight" in options else ""
     plain = V % 16 == 0 and not (soft or named.keys() - {"inplace"})
     limits = _loss_limits(logits, soft, 16 if plain else math.inf)
-    return Case(label, lambda: _train(loss, logits), V % 16 == 0, limits)
+    return Case(label, lambda: _train(loss, logits), V % 16 == 0, limits=limits)
 
 
 def _linear_cross_entropy(dtype: torch.dtype, V: int, **options) -> Case:

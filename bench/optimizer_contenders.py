@@ -166,7 +166,9 @@ def exact_lion() -> Callable[[Parameters], Stepper]:
         @torch.no_grad()
         def step() -> None:
             for p, g, m in zip(params, gradients(params), moments, strict=True):
-                lion_reference(p, g, m, lr=LR, betas=LION_BETAS, weight_decay=WEIGHT_DECAY)
+                move = lion_reference(g, m, lr=LR, betas=LION_BETAS)
+                p.mul_(1 - LR * WEIGHT_DECAY)
+                move.subtract_from(p)
 
         return Stepper(step, lambda: moments)
 

@@ -30,7 +30,7 @@ from ._update import (
     launch_norms,
     launch_update,
 )
-from ._update_reference import Move, key_reference, update_reference
+from ._update_reference import Move, Terms, key_reference, update_reference
 from .grad_norm import (
     clip_coefficient_reference,
     launch_partials,
@@ -175,7 +175,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 unread = found.copied_grads() if self._options["zero_grads"] else []
             else:
                 self._step_reference(found)
-                unread = [p.grad for p in found.params] if self._options["zero_grads"] else []
+                unread = found.raw_grads() if self._options["zero_grads"] else []
             for g in unread:
                 g.zero_()
             found.release()
@@ -226,21 +226,22 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                     sums[:, GRADS.value], sums[:, UPDATES.value] = squares_N, 0
                 return
             coef = clip_coefficient_reference(norm, self.max_grad_norm).item()
+        groups = [group | {"lr": float(group["lr"])} for group in self.param_groups]
+        terms = [self._terms(group, coef) for group in groups]
         for i, (item, g) in enumerate(zip(found.items, found.grads, strict=True)):
-            group = self.param_groups[item.group]
             t = 0.0 if item.step is None else item.step.add_(1).item()
-            sign = -1.0 if group["maximize"] else 1.0
-            decay, lr = group["weight_decay"], float(group["lr"])
-            decoupled = group["decoupled_weight_decay"]
             update_reference(
-                item, g, partial(self._rule_reference, group | {"lr": lr}, t),
-                scale=sign * coef,
-                l2=0.0 if decoupled else decay, l1=group["l1"],
-                decay=lr * decay if decoupled else 0.0,
-                ema_weight=1 - (self._options["ema_decay"] or 0.0),
-                key=key_reference(found.key(item), int(t)),
-                squares=None if sums is None else sums[i].zero_(),
+                item, g, partial(self._rule_reference, groups[item.group], t), terms[item.group],
+                key_reference(found.key(item), int(t)) if item.draws else 0,
+                None if sums is None else sums[i].zero_(),
             )  # fmt: skip
+
+    def _terms(self, group: dict[str, Any], coef: float) -> Terms:
+        decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
+        return Terms(
+            -coef if group["maximize"] else coef, 0.0 if decoupled else decay, group["l1"],
+            group["lr"] * decay if decoupled else 0.0, 1 - (self._options["ema_decay"] or 0.0),
+        )  # fmt: skip
 
     def _step_kernels(self, found: Tensors) -> None:
         options = self._options

@@ -58,7 +58,7 @@ def checked(op: str, options: StepOptions) -> dict[str, Any]:
     """
     if unknown := sorted(options.keys() - _DEFAULTS.keys()):
         raise TypeError(f"{op}: options must be among {sorted(_DEFAULTS)}, got {unknown}")
-    every = _DEFAULTS | options
+    every: dict[str, Any] = _DEFAULTS | dict(options)
     norm, ema_decay, seed = (every[name] for name in ("max_grad_norm", "ema_decay", "seed"))
     if norm is not None and not norm > 0:
         raise ValueError(f"{op}: max_grad_norm must be positive, got {norm}; None does not clip")

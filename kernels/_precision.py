@@ -68,11 +68,6 @@ class Format(NamedTuple):
         narrow = self.param == STOCHASTIC.value and self.bf16_grad and not self.ema
         return narrow and FLOAT32.value not in self.states
 
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether a step draws random bits."""
-        return self.param == STOCHASTIC.value or any(kind > ABSENT.value for kind in self.states)
-
 
 @triton.jit
 def hash_bits(x):

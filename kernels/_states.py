@@ -49,11 +49,15 @@ class Item(NamedTuple):
     param: int
     """How the parameter is kept, and in `kinds` each state; numbers of `Format`."""
     kinds: tuple[int, ...]
+    draws: bool
+    """Whether a step draws random bits."""
     step: Tensor | None
-    extra: Tensor | None
+    extra: Any
+    """The master, or the remainder, or None."""
     ema: Tensor | None
-    states: tuple[Tensor | None, ...]
-    scales: tuple[Tensor | None, ...]
+    states: tuple[Any, ...]
+    """In the order of the rule's states, None for what it does not have here."""
+    scales: tuple[Any, ...]
 
     def format(self, g: Tensor) -> Format:
         """How this parameter is stored, with gradient `g`."""

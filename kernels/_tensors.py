@@ -143,8 +143,8 @@ class Tensors:
         return Item(
             local(p), group, number,
             1 if self.mesh is None else replicas(self._op, p, self.mesh),
-            param, storage.kinds(p, own), xs.get("step"), xs.get(EXTRAS.get(param, "")),
-            xs.get("ema") if storage.ema else None, tuple(states), tuple(scales),
+            param, storage.kinds(p, own), storage.draws(p, own), xs.get("step"),
+            xs.get(EXTRAS.get(param, "")), xs.get("ema") if storage.ema else None, tuple(states), tuple(scales),
         )  # fmt: skip
 
     def _find_grads(self, ps: list[Tensor], gs: list[Tensor]) -> None:
@@ -161,10 +161,14 @@ class Tensors:
         """Let go of the gradients, which `zero_grad` would not free otherwise."""
         self.grads = []
 
+    def raw_grads(self) -> list[Tensor]:
+        """The gradients as their parameters hold them."""
+        return list(map(attrgetter("grad"), self.params))
+
     def copied_grads(self) -> list[Tensor]:
         """The gradients of which a step has read a copy."""
-        pairs = zip(self.params, self.grads, strict=True)
-        return [p.grad for p, g in pairs if local(p.grad) is not g]
+        pairs = zip(self.raw_grads(), self.grads, strict=True)
+        return [g for g, read in pairs if local(g) is not read]
 
     @property
     def device(self) -> torch.device:

@@ -50,33 +50,33 @@ Step = Callable[[Tensor, list[Tensor | None]], Move]
 """From a gradient and the states, which it changes in place, the move of the parameter."""
 
 
+class Terms(NamedTuple):
+    """What a step does to all parameters of a group, besides the rule."""
+
+    scale: float
+    """Of gradients: the clip coefficient, negative to maximise."""
+    l2: float
+    l1: float
+    decay: float
+    """How much a parameter shrinks."""
+    ema_weight: float
+
+
 def update_reference(
-    item: Item,
-    g: Tensor,
-    step: Step,
-    *,
-    scale: float,
-    l2: float,
-    l1: float,
-    decay: float,
-    ema_weight: float,
-    key: int,
-    squares: Tensor | None,
+    item: Item, g: Tensor, step: Step, terms: Terms, key: int, squares: Tensor | None
 ) -> None:
     """Update one parameter and its state.
 
     `squares` [3], if given, receives the sums over the squares of its gradient, update and weight.
     """
-    stochastic = item.format(g).is_stochastic
-    flat_g = flat(g)
-    for first in range(0, len(flat_g), SLICE):
-        part = slice(first, first + SLICE)
-        g_part = flat_g[part].float()
-        n = len(g_part)
-        hashed = _hashed(key, first, n, g.device) if stochastic else g_part
+    n = g.numel()
+    scale, l2, l1, decay, ema_weight = terms
+    for first in range(0, n, SLICE):
+        part = slice(first, min(first + SLICE, n)) if n > SLICE or item.draws else None
+        raw = g_part = _cut(g, part).float()
+        bits = _bits(key, part, g.device) if item.draws and part else raw
         p = _load_param(item, part)
         states = [_load_state(item, i, part) for i in range(len(item.kinds))]
-        raw = g_part
         if scale != 1.0:
             g_part = g_part * scale
         if l2:
@@ -90,11 +90,11 @@ def update_reference(
         move.subtract_from(p)
         if squares is not None:
             squares += torch.stack([x.square().sum() for x in (raw, before - p, p)])
-        _store_param(item, part, p, hashed)
+        _store_param(item, part, p, bits)
         if item.ema is not None:
-            flat(item.ema)[part].lerp_(p, ema_weight)
+            _cut(item.ema, part).lerp_(p, ema_weight)
         for i, x in enumerate(states):
-            _store_state(item, i, part, x, hashed)
+            _store_state(item, i, part, x, bits)
 
 
 def key_reference(seed: int, t: int) -> int:
@@ -102,48 +102,56 @@ def key_reference(seed: int, t: int) -> int:
     return hash_bits_reference(hash_bits_reference(t % (1 << 32)) ^ seed)
 
 
-def _hashed(key: int, first: int, n: int, device: torch.device) -> Tensor:
-    return element_bits_reference(torch.arange(first, first + n, device=device), key)
+def _cut(x: Tensor, part: slice | None) -> Tensor:
+    """A part of the elements in the order of memory; without one all of them as they are."""
+    return x if part is None else flat(x)[part]
 
 
-def _load_param(item: Item, part: slice) -> Tensor:
-    p = flat(item.p)[part]
+def _bits(key: int, part: slice, device: torch.device) -> Tensor:
+    return element_bits_reference(torch.arange(part.start, part.stop, device=device), key)
+
+
+def _load_param(item: Item, part: slice | None) -> Tensor:
+    p = _cut(item.p, part)
+    if item.param == FLOAT32.value:
+        return p
     if item.param == MASTER.value:
-        return flat(item.extra)[part]
+        return _cut(item.extra, part)
     if item.param == SPLIT.value:
-        return join_reference(p, flat(item.extra)[part])
+        return join_reference(p, _cut(item.extra, part))
     return p.float()
 
 
-def _store_param(item: Item, part: slice, p: Tensor, hashed: Tensor) -> None:
-    kept = flat(item.p)[part]
+def _store_param(item: Item, part: slice | None, p: Tensor, bits: Tensor) -> None:
+    if item.param == FLOAT32.value:
+        return
+    kept = _cut(item.p, part)
     if item.param == MASTER.value:
         kept.copy_(p)
     elif item.param == SPLIT.value:
         high, low = split_reference(p)
         kept.copy_(high)
-        flat(item.extra)[part] = low
-    elif item.param != FLOAT32.value:
-        kept.copy_(to_bfloat16_reference(p, random_bits_reference(hashed, 0)))
+        _cut(item.extra, part).copy_(low)
+    else:
+        kept.copy_(to_bfloat16_reference(p, random_bits_reference(bits, 0)))
 
 
-def _load_state(item: Item, i: int, part: slice) -> Tensor | None:
+def _load_state(item: Item, i: int, part: slice | None) -> Tensor | None:
     kind = item.kinds[i]
     if kind == ABSENT.value:
         return None
-    x = flat(item.states[i])[part]
-    if kind in (FLOAT32.value, BFLOAT16.value):
+    x = _cut(item.states[i], part)
+    if part is None or kind in (FLOAT32.value, BFLOAT16.value):
         return x.float()
-    scale_B = item.scales[i][part.start // Q : -(-part.stop // Q)]
-    return decode_reference(x, scale_B, kind)
+    return decode_reference(x, item.scales[i][part.start // Q : -(-part.stop // Q)], kind)
 
 
-def _store_state(item: Item, i: int, part: slice, x: Tensor | None, hashed: Tensor) -> None:
+def _store_state(item: Item, i: int, part: slice | None, x: Tensor | None, bits: Tensor) -> None:
     kind = item.kinds[i]
-    if kind in (FLOAT32.value, ABSENT.value):
+    if part is None or x is None or kind == FLOAT32.value:
         return
-    kept = flat(item.states[i])[part]
-    bits = random_bits_reference(hashed, i + 1)
+    kept = _cut(item.states[i], part)
+    bits = random_bits_reference(bits, i + 1)
     if kind == BFLOAT16.value:
         kept.copy_(to_bfloat16_reference(x, bits))
         return
