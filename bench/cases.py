@@ -329,7 +329,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
             instructions=45,
         ),
     ],
-    "Adam": lambda: [_optimizer(Adam, 28)],
+    "Adam": lambda: [_optimizer(Adam, 28), _optimizer(Adam, 28, weight_decay=0.1)],
     "SGD": lambda: [_optimizer(SGD, 12), _optimizer(SGD, 20, momentum=0.9)],
     "RMSprop": lambda: [
         _optimizer(RMSprop, 20),

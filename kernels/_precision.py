@@ -64,9 +64,9 @@ class Format(NamedTuple):
 
     @property
     def is_narrow(self) -> bool:
-        """Whether nothing has more than 16 bits: then 8 elements are one access of 128."""
+        """Whether everything has 16 bits: then 8 elements are one access of 128."""
         narrow = self.param == STOCHASTIC.value and self.bf16_grad and not self.ema
-        return narrow and FLOAT32.value not in self.states
+        return narrow and {*self.states} <= {ABSENT.value, BFLOAT16.value}
 
 
 @triton.jit

@@ -281,10 +281,10 @@ def _update_block(
     return g_squares, u_squares, w_squares
 
 
-@triton.jit
-def held(FORMAT: tl.constexpr, i: tl.constexpr):
+@triton.constexpr_function
+def held(FORMAT, i):
     """Whether the tensors of a format have state `i`."""
-    return FORMAT >> (4 + 3 * i) & 7 != ABSENT
+    return FORMAT >> (4 + 3 * i) & 7 != ABSENT.value
 
 
 @triton.jit
