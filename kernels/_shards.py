@@ -6,13 +6,14 @@ by R, and the sum over all ranks is the square of the norm.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def are_distributed(tensors: Iterable[Tensor]) -> bool:
@@ -20,9 +21,16 @@ def are_distributed(tensors: Iterable[Tensor]) -> bool:
     return any(hasattr(kind, "to_local") for kind in {*map(type, tensors)})
 
 
+def _is_distributed(x: Any) -> "TypeGuard[DTensor]":
+    return hasattr(x, "to_local")
+
+
 def local(x: Any) -> Any:
-    """The shard of `x` on this rank, if it is a DTensor."""
-    return x.to_local() if hasattr(x, "to_local") else x
+    """The shard of `x` on this rank, if it is a DTensor, once it has arrived."""
+    if not _is_distributed(x):
+        return x
+    shard = x.to_local()
+    return getattr(shard, "wait", lambda: shard)()
 
 
 def mesh_of(op: str, tensors: Iterable[Tensor]) -> "DeviceMesh":
@@ -31,7 +39,7 @@ def mesh_of(op: str, tensors: Iterable[Tensor]) -> "DeviceMesh":
     Raises:
         ValueError: there are two.
     """
-    meshes = {x.device_mesh for x in tensors if hasattr(x, "to_local")}
+    meshes = {x.device_mesh for x in tensors if _is_distributed(x)}
     if len(meshes) > 1:
         raise ValueError(
             f"{op}: distributed tensors must share one device mesh, got {len(meshes)}; "
@@ -46,7 +54,7 @@ def replicas(op: str, x: Tensor, mesh: "DeviceMesh") -> int:
     Raises:
         ValueError: `x` is a sum that the ranks have not made yet.
     """
-    if not hasattr(x, "to_local"):
+    if not _is_distributed(x):
         return mesh.size()
     if any(placement.is_partial() for placement in x.placements):
         raise ValueError(
@@ -57,6 +65,34 @@ def replicas(op: str, x: Tensor, mesh: "DeviceMesh") -> int:
     for dim, placement in enumerate(x.placements):
         count *= mesh.size(dim) if placement.is_replicate() else 1
     return count
+
+
+def shard_index(x: Tensor) -> int:
+    """Which shard of `x` this rank holds: a number that ranks with the same elements share."""
+    index = 0
+    if _is_distributed(x):
+        for dim, placement in enumerate(x.placements):
+            if not placement.is_replicate():
+                index = index * x.device_mesh.size(dim) + x.device_mesh.get_local_rank(dim)
+    return index
+
+
+def check_alike(op: str, params: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
+    """Raise unless the ranks hold every gradient as they hold its parameter.
+
+    Raises:
+        ValueError: they do not, or hold a sum that they have not made yet.
+    """
+    for p, g in zip(params, grads, strict=True):
+        if (wanted := _layout(p)) != (got := _layout(g)):
+            raise ValueError(
+                f"{op}: a gradient must be sharded or replicated as its parameter is, {wanted}, "
+                f"got {got}; redistribute the gradient first"
+            )
+
+
+def _layout(x: Tensor) -> tuple | None:
+    return (x.placements, x.device_mesh) if _is_distributed(x) else None
 
 
 def sum_over_ranks(x: Tensor, mesh: "DeviceMesh") -> None:

@@ -46,6 +46,8 @@ class Item(NamedTuple):
     """Among all parameters of the optimizer."""
     replicas: int
     """How many ranks hold these elements."""
+    shard: int
+    """Which shard of the parameter they are."""
     param: int
     """How the parameter is kept, and in `kinds` each state; numbers of `Format`."""
     kinds: tuple[int, ...]
@@ -152,8 +154,8 @@ class Storage:
             state["step"] = step.to(p.device, torch.float32, copy=True)
         for name in [name for name in self.states if name in saved]:
             state |= self._adopted_state(op, p, name, saved[name], saved.get(f"{name}_scale"))
-        kept = {"master": torch.float32, "remainder": torch.int16, "ema": torch.float32}
-        for name in kept.keys() & saved.keys():
+        kept = {"master": torch.float32, "ema": torch.float32, "remainder": torch.int16}
+        for name in filter(saved.__contains__, kept):  # in one order on all ranks
             state[name] = in_order_of(op, p, saved[name].to(p.device, kept[name]))
         return state
 

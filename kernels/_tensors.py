@@ -24,7 +24,7 @@ from ._multi_tensor import (
     tables,
 )
 from ._precision import Format, hash_bits_reference
-from ._shards import are_distributed, local, mesh_of, replicas
+from ._shards import are_distributed, check_alike, local, mesh_of, replicas, shard_index
 from ._states import EXTRAS, Item, Storage
 
 REMEMBERED = 8  # sets of addresses: gradients mostly return to where they were some steps ago
@@ -89,6 +89,7 @@ class Tensors:
             self._rates = [rates[item.group] for item in self.items]
             self._held = names, rates, counts, self._held_by(ps, states, distributed)
         if distributed:
+            check_alike(self._op, ps, gs)
             gs, ps = list(map(local, gs)), [item.p for item in self.items]
         self._find_grads(ps, gs)
         return True
@@ -142,9 +143,10 @@ class Tensors:
         param = storage.param(p)
         return Item(
             local(p), group, number,
-            1 if self.mesh is None else replicas(self._op, p, self.mesh),
+            1 if self.mesh is None else replicas(self._op, p, self.mesh), shard_index(p),
             param, storage.kinds(p, own), storage.draws(p, own), xs.get("step"),
-            xs.get(EXTRAS.get(param, "")), xs.get("ema") if storage.ema else None, tuple(states), tuple(scales),
+            xs.get(EXTRAS.get(param, "")), xs.get("ema") if storage.ema else None,
+            tuple(states), tuple(scales),
         )  # fmt: skip
 
     def _find_grads(self, ps: list[Tensor], gs: list[Tensor]) -> None:
@@ -176,8 +178,9 @@ class Tensors:
         return self.items[0].p.device
 
     def key(self, item: Item) -> int:
-        """What the random bits of a parameter are seeded with, in every step."""
-        return hash_bits_reference(self._seed + item.number & 0xFFFFFFFF)
+        """What the random bits of a parameter's shard are seeded with, in every step."""
+        of_parameter = hash_bits_reference(self._seed + item.number & 0xFFFFFFFF)
+        return of_parameter ^ hash_bits_reference(item.shard)
 
     def tables(self) -> tuple[Tables, list[Format]]:
         """The tables of all tensors, and the formats that there are; uploaded if they moved.
@@ -214,7 +217,7 @@ class Tensors:
             if x is not None:
                 check_memory(self._op, x, self.device)
         for x in (item.extra, item.ema, *item.states):
-            if x is not None and (x.shape != item.p.shape or x.stride() != item.p.stride()):
+            if x is not None and (x.shape != item.p.shape or not _are_alike([item.p], [x])):
                 raise ValueError(
                     f"{self._op}: a moment must have the shape {list(item.p.shape)} of its "
                     f"parameter and its strides {item.p.stride()}, got {list(x.shape)} and "
@@ -235,7 +238,7 @@ class Tensors:
 
 
 def _are_alike(ps: list[Tensor], gs: list[Tensor]) -> bool:
-    """Whether every gradient holds its elements in the order in which its parameter does."""
+    """Whether each of `gs` holds its elements in the order in which its parameter does."""
     if {*map(attrgetter("layout"), gs)} != {torch.strided}:
         return False
     contiguous = all(map(Tensor.is_contiguous, gs)) and all(map(Tensor.is_contiguous, ps))
