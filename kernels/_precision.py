@@ -104,19 +104,22 @@ def to_bfloat16(x, bits):
 
 @triton.jit
 def split(x):
-    """Split float32 into bfloat16, rounded to nearest, and the 16 bits that `join` needs."""
+    """Split float32 into bfloat16, rounded to nearest, and the int16 that `join` adds to it.
+
+    A tie goes away from zero: to even, the remainder would take one value more than 16 bits have.
+    """
     raw = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
-    raw = tl.add(raw, 0x8000, sanitize_overflow=False)
-    high = (raw & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
-    return high, raw.to(tl.uint16).to(tl.int16, bitcast=True)
+    high = tl.add(raw, 0x8000, sanitize_overflow=False) & 0xFFFF0000
+    low = raw.to(tl.uint16).to(tl.int16, bitcast=True)
+    return high.to(tl.float32, bitcast=True).to(tl.bfloat16), low
 
 
 @triton.jit
 def join(high, low):
     """The float32 that `split` split."""
     raw = high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    raw |= low.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return tl.sub(raw, 0x8000, sanitize_overflow=False).to(tl.float32, bitcast=True)
+    low = low.to(tl.int32).to(tl.uint32, bitcast=True)
+    return tl.add(raw, low, sanitize_overflow=False).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -134,7 +137,9 @@ def decode(code, scale, KIND: tl.constexpr):
 def encode(x, bits, KIND: tl.constexpr):
     """The codes [B, Q] of float32 values [B, Q], and their scales [B]; `bits` decide rounding."""
     size = tl.abs(x)
-    scale = tl.max(size, axis=1) * (1 / 127**2 if KIND == SIGNED else 1 / 255**4)
+    # As integers, which are in the same order: a maximum of floats would pass over a NaN.
+    largest = tl.max(size.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+    scale = largest * (1 / 127**2 if KIND == SIGNED else 1 / 255**4)
     inverse = tl.where(scale >= SMALLEST, 1 / scale, 0.0)
     y = size * inverse[:, None]
     root = tl.sqrt(y) if KIND == SIGNED else tl.sqrt(tl.sqrt(y))
@@ -176,20 +181,23 @@ def random_bits_reference(bits: Tensor, stream: int) -> Tensor:
 
 def to_bfloat16_reference(x: Tensor, bits: Tensor) -> Tensor:
     """The definition of `to_bfloat16`."""
-    raw = x.view(torch.int32).clamp(max=0x7FFF0000)
-    return (raw + bits.int() & ~0xFFFF).view(torch.float32).bfloat16()
+    return (_raw(x) + bits.int() & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def split_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of `split`: bfloat16 and int16."""
-    raw = x.view(torch.int32).clamp(max=0x7FFF0000) + 0x8000
-    return (raw & ~0xFFFF).view(torch.float32).bfloat16(), raw.to(torch.int16)
+    raw = _raw(x)
+    return (raw + 0x8000 & ~0xFFFF).view(torch.float32).bfloat16(), raw.to(torch.int16)
+
+
+def _raw(x: Tensor) -> Tensor:
+    # A GPU's own NaN is positive; a CPU passes on that of a gradient, which may be all ones.
+    return torch.where(x.isnan(), 0x7FFF0000, x.view(torch.int32))
 
 
 def join_reference(high: Tensor, low: Tensor) -> Tensor:
     """The definition of `join`."""
-    raw = high.float().view(torch.int32) | (low.int() & 0xFFFF)
-    return (raw - 0x8000).view(torch.float32)
+    return (high.float().view(torch.int32) + low.int()).view(torch.float32)
 
 
 def decode_reference(code: Tensor, scale_B: Tensor, kind: int) -> Tensor:
@@ -208,11 +216,13 @@ def encode_reference(x: Tensor, bits: Tensor, kind: int) -> tuple[Tensor, Tensor
     inverse_B = torch.where(scale_B >= SMALLEST.value, 1 / scale_B, 0.0)
     y = size * inverse_B.repeat_interleave(Q)[: len(x)]
     c = (y.sqrt() if signed else y.sqrt().sqrt()).floor()
-    power = 2 if signed else 4
-    low, high = c**power, (c + 1) ** power
-    c += (1 + bits.float() / 65536) * (high - low) < y - low + (high - low)
     if signed:
-        code = 128 + c.clamp(max=127) * torch.where(x < 0, -1, 1)
+        low, width = c * c, 2 * c + 1
     else:
-        code = c.clamp(max=255).maximum((size > 0).float())
+        low, width = c.square().square(), ((4 * c + 6) * c + 4) * c + 1
+    c += (1 + bits.float() / 65536) * width < y - low + width
+    if signed:
+        code = 128 + c.fmin(c.new_tensor(127.0)) * torch.where(x < 0, -1, 1)
+    else:
+        code = c.fmax((size > 0).float()).clamp(max=255)
     return code.to(torch.uint8), scale_B

@@ -5,7 +5,7 @@ the parameter. Beside them may lie:
 
     step        the count of steps, float32, 0-dim
     master      the parameter in float32, or
-    remainder   the 16 bits that make a bfloat16 parameter a float32, int16
+    remainder   what float32 adds to a bfloat16 parameter, in units of its own last bit, int16
     ema         the exponential moving average of the parameter, float32
     NAME_scale  the scales of a state NAME in 8 bits: one for every Q elements in order of memory
 """
@@ -138,7 +138,7 @@ class Storage:
 
         Raises:
             ValueError: it lacks a state of the rule, holds one that the rule does not have, was
-                saved with another `master`, or for another shape.
+                saved with another `master`, for another shape, or without its scales.
         """
         names = self.names(p, held)
         scales = {f"{name}_scale" for name in self.states}
@@ -162,14 +162,22 @@ class Storage:
     def _adopted_state(
         self, op: str, p: Tensor, name: str, x: Tensor, scale: Tensor | None
     ) -> dict[str, Tensor]:
-        kind, x = self.kind(name, p), in_order_of(op, p, x.to(p.device))
+        kind, x = self.kind(name, p), x.to(p.device)
+        wanted = [-(-x.numel() // Q)] if x.dtype == torch.uint8 else None
+        if wanted != (got := None if scale is None else list(scale.shape)):
+            raise ValueError(
+                f"{op}: {name}_scale must have the shape {wanted} where {name} is {x.dtype}, got "
+                f"{got}; load both as they were saved"
+            )
         if scale is not None:
             scale = scale.to(p.device)
-            if kind in _EIGHT_BITS:
+            if kind in _EIGHT_BITS and x.shape == p.shape and x.stride() == p.stride():
                 return {name: x, f"{name}_scale": scale}
+            # In the order of memory in which it was saved: that is how scales belong to codes.
             saved = UNSIGNED if name in self.squares else SIGNED
             code, x = x, torch.empty_like(x, dtype=torch.float32)
             flat(x).copy_(decode_reference(flat(code), scale, saved.value))
+        x = in_order_of(op, p, x)
         if kind not in _EIGHT_BITS:
             return {name: x.to(torch.bfloat16 if kind == BFLOAT16.value else torch.float32)}
         halves = torch.full((x.numel(),), 1 << 15, device=x.device)
