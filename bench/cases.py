@@ -316,8 +316,8 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         _optimizer(AdamW, 14, dtype=BF16, master=None, state_dtype=BF16, instructions=45),
         _optimizer(AdamW, 20, state_dtype=BF16, instructions=45),
         # Two roots and a maximum over the block for each state: bound by memory all the same.
-        _optimizer(AdamW, 16.2, state_dtype=U8, instructions=105),
-        _optimizer(AdamW, 10.2, dtype=BF16, master=None, state_dtype=U8, instructions=105),
+        _optimizer(AdamW, 16.2, state_dtype=U8, instructions=110),
+        _optimizer(AdamW, 10.2, dtype=BF16, master=None, state_dtype=U8, instructions=110),
         _optimizer(
             AdamW,
             40,
