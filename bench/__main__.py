@@ -11,6 +11,7 @@ VERBS = {
     "explain": "bounds",  # what no version of an operation can beat
     "optimizer": "optimizer",  # their steps on the parameters of real models
     "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
+    "low_precision": "low_precision",  # what keeping less than float32 costs a training run
 }
 """The module of each, whose `main` it is."""
 

@@ -42,13 +42,13 @@ CASES = [
     for rule, options, ways in RULES
     for master, dtype in ways
 ]  # fmt: skip
-SIZES = [(F32, 0), (BF16, 0), (F32, 1), (BF16, 127), (F32, 4095), (BF16, 4096), (F32, 4097)]
+SIZES = [(F32, 0), (BF16, 0), (F32, 1), (BF16, 127), (F32, 4095), (BF16, 4096), (F32, 4200)]
 
 
 def mixed(device):
     """Parameters of both dtypes, the last two of which do not start at a multiple of 16 bytes."""
     ps = [torch.randn(n, device=device).to(dtype) for dtype, n in SIZES]
-    ps += [torch.randn(n, device=device).to(dtype)[1:] for dtype, n in ((F32, 130), (BF16, 4098))]
+    ps += [torch.randn(n, device=device).to(dtype)[1:] for dtype, n in ((F32, 130), (BF16, 4201))]
     return [nn.Parameter(p) for p in ps]
 
 
@@ -73,7 +73,7 @@ def loaded(optimizer, make):
 
 def widened(optimizer, p):
     """What a parameter and its state mean, in float32."""
-    state = {k: x for k, x in optimizer.state[p].items() if not k.endswith("_scale")}
+    state = {**optimizer.state[p]}
     for name, x in state.items():
         if x.dtype == U8:
             kind = _precision.UNSIGNED if name in optimizer.squares else _precision.SIGNED
@@ -278,10 +278,10 @@ def test_a_gradient_that_is_not_finite(bad, dtype, options, path, device):
     optimizer.max_grad_norm = None
     optimizer.step()
     wide = widened(optimizer, p)
-    for name in wide.keys() - {"step"}:
+    for name in [name for name in wide if wide[name].shape == p.shape]:
         finite = wide[name].isfinite()
         assert not finite[4150]
         own = optimizer.state[p].get(name)
-        # In 8 bits its block of 128 goes with it.
+        # In 8 bits its block goes with it.
         block = own is not None and own.dtype == U8
         assert (~finite).sum() == (4200 - 4096 if block else 1), name
