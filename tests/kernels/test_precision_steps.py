@@ -52,14 +52,14 @@ def mixed(device):
     return [nn.Parameter(p) for p in ps]
 
 
-def step(optimizer, seed, dtypes=(F32, BF16, BF16)):
+def step(optimizer, seed, dtypes=(F32, BF16, BF16), scale=1.0):
     """One step on random gradients, whose dtypes take turns."""
     generator = torch.Generator().manual_seed(seed)
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         dtype = dtypes[i % len(dtypes)]
         p.grad = None
         p.grad_dtype = dtype
-        p.grad = torch.randn(p.shape, generator=generator).to(p.device, dtype)
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.device, dtype)
     optimizer.step()
 
 
@@ -93,9 +93,10 @@ def test_kernel_is_the_reference(ours, options, monkeypatch, device):
     monkeypatch.setattr(_runtime, "REFERENCE", True)
     step(reference, seed=1)
     kernel = loaded(reference, make)
-    step(reference, seed=2)
+    # Small gradients, so that what lies beyond a tensor could be the largest of its last block.
+    step(reference, seed=2, scale=1e-3)
     monkeypatch.setattr(_runtime, "REFERENCE", False)
-    step(kernel, seed=2)
+    step(kernel, seed=2, scale=1e-3)
     pairs = zip(*(x.param_groups[0]["params"] for x in (kernel, reference)), strict=True)
     for p, q in pairs:
         assert kernel.state[p].keys() == reference.state[q].keys()
