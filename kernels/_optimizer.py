@@ -137,7 +137,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._op = type(self).__name__
         self._forget()
         for group in self.param_groups:
-            for name in _OURS:
+            for name in _OPTIONAL:
                 group.setdefault(name, self.defaults[name])
             self._check_group(group)
             for p in filter(self.state.get, group["params"]):
@@ -319,7 +319,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _before_load(self, _optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         for group in saved["param_groups"]:
-            if missing := self.defaults.keys() - _OURS - group.keys():
+            if missing := self.defaults.keys() - _OPTIONAL - group.keys():
                 raise ValueError(
                     f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
                     "load what the same rule saved"
@@ -335,8 +335,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return saved | {"state": state}
 
 
-_OURS = {"maximize", "l1", "decoupled_weight_decay"}
-"""Keys of groups that a state may lack."""
+_OPTIONAL = ("maximize", "l1", "decoupled_weight_decay", "differentiable")
+"""Keys of groups that a state may lack; torch.optim adds the last to the defaults by itself."""
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,10 @@ class Tensors:
 
     def key(self, item: Item) -> int:
         """What the random bits of a parameter's shard are seeded with, in every step."""
-        of_parameter = hash_bits_reference(self._seed + item.number & 0xFFFFFFFF)
-        return of_parameter ^ hash_bits_reference(item.shard)
+        key = self._seed
+        for part in (item.number, item.shard):
+            key = hash_bits_reference(hash_bits_reference(key) + part & 0xFFFFFFFF)
+        return key
 
     def tables(self) -> tuple[Tables, list[Format]]:
         """The tables of all tensors, and the formats that there are; uploaded if they moved.
