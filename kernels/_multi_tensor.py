@@ -20,11 +20,11 @@ from torch import Tensor
 CHUNK = 8192  # elements; a multiple of every kernel's BLOCK
 THREADS = tl.constexpr(256)  # of every program
 
-# Columns of `tensors`. An optimizer fills those from GROUP to STEP, clip_grad_norm_ with zeros.
+# Columns of `tensors`. An optimizer fills those from GROUP to STEP, grad_norm.py GROUP alone.
 SIZE = tl.constexpr(0)  # elements
 DTYPE = tl.constexpr(1)  # of the gradient: its number in DTYPES
 REPLICAS = tl.constexpr(2)  # how many ranks hold these elements
-GROUP = tl.constexpr(3)  # parameter group
+GROUP = tl.constexpr(3)  # parameter group, or layer
 FORMAT = tl.constexpr(4)  # how the tensors are stored, among the formats of a launch
 NUMBER = tl.constexpr(5)  # of the parameter in the optimizer
 LR = tl.constexpr(6)  # address of a learning rate that lives on the device, or 0

@@ -329,7 +329,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                     f"{self._op}: {name} must be off, got a state saved with it; start afresh"
                 )
         state = {
-            number: {k: _AsSaved(x) if isinstance(x, Tensor) else x for k, x in own.items()}
+            number: {name: _AsSaved(x) for name, x in own.items()}
             for number, own in saved["state"].items()
         }
         return saved | {"state": state}
@@ -341,6 +341,6 @@ _OPTIONAL = ("maximize", "l1", "decoupled_weight_decay", "differentiable")
 
 @dataclass(frozen=True)
 class _AsSaved:
-    """A tensor that torch.optim does not recognize, and hence leaves as it is."""
+    """What was saved, which torch.optim does not recognize and hence leaves as it is."""
 
-    saved: Tensor
+    saved: Any

@@ -1,17 +1,19 @@
-"""Global gradient norm, and clipping to it.
+"""Gradient norms, and clipping to them: of all gradients together, or layer by layer.
 
-    norm = sqrt(sum of g² over every element of every gradient)
+    norm = sqrt(sum of g² over every element of every gradient, or of every one in a layer)
     coef = min(1, max_norm / (norm + 1e-6))
     g   := coef · g
 
 P programs, as many on every GPU, each sum their chunks of the gradients in a fixed order; whoever
-needs the norm sums the P partials in a fixed order again. So the norm is the same on every run.
+needs the norm sums the P partials in a fixed order again. So the norm is the same on every run. For
+layers the sums of single chunks are kept, and one program per layer adds up its own, in order too.
 
 Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013.
 https://arxiv.org/abs/1211.5063
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +25,11 @@ from . import _multi_tensor
 from ._multi_tensor import (
     DTYPE,
     DTYPES,
+    FIRST,
     FLOAT16,
     FLOAT32,
     GRAD,
+    GROUP,
     REPLICAS,
     THREADS,
     Tables,
@@ -33,6 +37,7 @@ from ._multi_tensor import (
     load,
     locate,
     store,
+    upload,
 )
 from ._multi_tensor import tables as tables_of
 from ._runtime import uses_triton
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
 P = 512  # programs that share the gradients, not the number of multiprocessors
 BLOCK = 4096  # elements that one of them sums at a time, 64 bytes per thread in float32
 CLIP_BLOCK = 2048  # and that it scales at a time: 16 bytes per thread in bfloat16
+LAYER_BLOCK = 1024  # sums of chunks, or of layers, that one program reads at a time
 
 
 def squares_reference(grads: Sequence[Tensor]) -> Tensor:
@@ -54,10 +60,18 @@ def squares_reference(grads: Sequence[Tensor]) -> Tensor:
 
 def norm_reference(squares_N: Tensor, replicas: Sequence[int], mesh: "DeviceMesh | None") -> Tensor:
     """The definition of the norm, of gradients of which `replicas` ranks hold a copy each."""
-    total = (squares_N / torch.tensor(replicas).to(squares_N)).sum()
+    return norms_reference(squares_N, [len(squares_N)], replicas, mesh)[0]
+
+
+def norms_reference(
+    squares_N: Tensor, sizes: Sequence[int], replicas: Sequence[int], mesh: "DeviceMesh | None"
+) -> Tensor:
+    """The definition of the norms `[G]` of layers, of `sizes` gradients each."""
+    shares_N = squares_N / torch.tensor(replicas).to(squares_N)
+    total_G = torch.stack([share.sum() for share in shares_N.split(list(sizes))])
     if mesh is not None:
-        sum_over_ranks(total, mesh)
-    return total.sqrt()
+        sum_over_ranks(total_G, mesh)
+    return total_G.sqrt()
 
 
 def clip_coefficient_reference(norm: Tensor, max_norm: float) -> Tensor:
@@ -135,6 +149,18 @@ def _scale(address, coef, start, full, end, DTYPE: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def _scale_chunk(row_ptr, coef, start, full, end, BLOCK: tl.constexpr):
+    dtype = tl.load(row_ptr + DTYPE)
+    address = tl.load(row_ptr + GRAD)
+    if dtype == FLOAT32:
+        _scale(address, coef, start, full, end, tl.float32, BLOCK)
+    elif dtype == FLOAT16:
+        _scale(address, coef, start, full, end, tl.float16, BLOCK)
+    else:
+        _scale(address, coef, start, full, end, tl.bfloat16, BLOCK)
+
+
+@triton.jit
 def _grad_norm_clip_kernel(
     tensors_ptr, chunks_ptr, partials_ptr, norm_ptr, max_norm, n_chunks, n_partials,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -148,14 +174,49 @@ def _grad_norm_clip_kernel(
         return
     for chunk in range(p, n_chunks, tl.num_programs(0)):
         tensor, start, full, end = locate(tensors_ptr, chunks_ptr, chunk, COLUMNS, CHUNK, BLOCK)
-        dtype = tl.load(tensors_ptr + tensor * COLUMNS + DTYPE)
-        address = tl.load(tensors_ptr + tensor * COLUMNS + GRAD)
-        if dtype == FLOAT32:
-            _scale(address, coef, start, full, end, tl.float32, BLOCK)
-        elif dtype == FLOAT16:
-            _scale(address, coef, start, full, end, tl.float16, BLOCK)
-        else:
-            _scale(address, coef, start, full, end, tl.bfloat16, BLOCK)
+        _scale_chunk(tensors_ptr + tensor * COLUMNS, coef, start, full, end, BLOCK)
+
+
+@triton.jit
+def _grad_norms_layers_kernel(
+    tensors_ptr, chunks_ptr, sums_ptr, layers_ptr, squares_ptr, n_tensors, n_chunks,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    layer = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(layers_ptr + layer)
+    after = tl.load(layers_ptr + layer + 1)
+    first_ptr = tensors_ptr + FIRST
+    first = tl.load(first_ptr + tensor * COLUMNS, mask=tensor < n_tensors, other=n_chunks)
+    end = tl.load(first_ptr + after * COLUMNS, mask=after < n_tensors, other=n_chunks)
+    squares_K = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for start in range(first, end, BLOCK_K):
+        offs_K = start + tl.arange(0, BLOCK_K)
+        mask_K = offs_K < end
+        tensor_K = tl.load(chunks_ptr + 2 * offs_K, mask=mask_K, other=0).to(tl.int64)
+        replicas_ptr_K = tensors_ptr + tensor_K * COLUMNS + REPLICAS
+        replicas_K = tl.load(replicas_ptr_K, mask=mask_K, other=1).to(tl.float32)
+        squares_K += tl.load(sums_ptr + offs_K, mask=mask_K, other=0.0) / replicas_K
+    tl.store(squares_ptr + layer, tl.sum(squares_K))
+
+
+@triton.jit
+def _grad_norms_clip_kernel(
+    tensors_ptr, chunks_ptr, squares_ptr, norms_ptr, max_norm, n_chunks, n_layers,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64)
+    if p == 0:
+        for start in range(0, n_layers, BLOCK_G):
+            offs_G = start + tl.arange(0, BLOCK_G)
+            squares_G = tl.load(squares_ptr + offs_G, mask=offs_G < n_layers, other=0.0)
+            tl.store(norms_ptr + offs_G, tl.sqrt_rn(squares_G), mask=offs_G < n_layers)
+    for chunk in range(p, n_chunks, tl.num_programs(0)):
+        tensor, start, full, end = locate(tensors_ptr, chunks_ptr, chunk, COLUMNS, CHUNK, BLOCK)
+        row_ptr = tensors_ptr + tensor * COLUMNS
+        norm = tl.sqrt_rn(tl.load(squares_ptr + tl.load(row_ptr + GROUP)))
+        coef = clip_coefficient(norm, max_norm)
+        if coef != 1.0:
+            _scale_chunk(row_ptr, coef, start, full, end, BLOCK)
 
 
 def launch_partials(
@@ -179,16 +240,18 @@ def launch_partials(
     return partials_P
 
 
+def _tables(grads: list[Tensor], counts: list[int], layers: Iterable[int]) -> Tables:
+    rows = [
+        (g.numel(), DTYPES[g.dtype], count, layer, 0, 0, 0, 0, g.data_ptr())
+        for g, count, layer in zip(grads, counts, layers, strict=True)
+    ]
+    return tables_of(tuple(rows), _multi_tensor.CHUNK, grads[0].device)
+
+
 def _launch_clip(
     grads: list[Tensor], counts: list[int], mesh: "DeviceMesh | None", max_norm: float
 ) -> Tensor:
-    rows = tuple(
-        [
-            (g.numel(), DTYPES[g.dtype], count, 0, 0, 0, 0, 0, g.data_ptr())
-            for g, count in zip(grads, counts, strict=True)
-        ]
-    )
-    tables = tables_of(rows, _multi_tensor.CHUNK, grads[0].device)
+    tables = _tables(grads, counts, [0] * len(grads))
     partials_P = launch_partials(tables, mesh=mesh)
     norm = partials_P.new_empty(())
     n_chunks = len(tables.chunks)
@@ -201,14 +264,45 @@ def _launch_clip(
     return norm
 
 
-def _check(grads: list[Tensor]) -> None:
+def _launch_clip_layers(
+    grads: list[Tensor], sizes: list[int], counts: list[int], mesh: "DeviceMesh | None",
+    max_norm: float,
+) -> Tensor:  # fmt: skip
+    layers = chain.from_iterable([layer] * size for layer, size in enumerate(sizes))
+    tables = _tables(grads, counts, layers)
+    (n_tensors, columns), n_chunks = tables.tensors.shape, len(tables.chunks)
+    sums = torch.empty(n_chunks, 1, device=tables.tensors.device)
+    launch_partials(tables, sums)
+    squares_G = sums.new_empty(len(sizes))
+    _grad_norms_layers_kernel[(len(sizes),)](
+        *tables, sums, upload(torch.tensor([0, *accumulate(sizes)]), sums.device), squares_G,
+        n_tensors, n_chunks, COLUMNS=columns, BLOCK_K=LAYER_BLOCK,
+    )  # fmt: skip
+    if mesh is not None:
+        sum_over_ranks(squares_G, mesh)
+    norms_G = torch.empty_like(squares_G)
+    _grad_norms_clip_kernel[(min(P, n_chunks),)](
+        *tables, squares_G, norms_G, max_norm, n_chunks, len(sizes),
+        COLUMNS=columns, CHUNK=_multi_tensor.CHUNK, BLOCK=CLIP_BLOCK, BLOCK_G=LAYER_BLOCK,
+        num_warps=THREADS.value // 32,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(grads)
+    return norms_G
+
+
+def _found(op: str, grads: list[Tensor]) -> tuple[list[Tensor], list[int], "DeviceMesh | None"]:
+    """The shards of `grads` on this rank, how many ranks hold each, and the mesh; all checked."""
+    mesh = mesh_of(op, grads) if are_distributed(grads) else None
+    counts = [1 if mesh is None else replicas(op, g, mesh) for g in grads]
+    grads = list(map(local, grads))
     for g in grads:
         if g.dtype not in DTYPES:
             raise TypeError(
-                "clip_grad_norm_: gradients must be float32, float16 or bfloat16, "
-                f"got {g.dtype}; convert the parameters"
+                f"{op}: gradients must be float32, float16 or bfloat16, got {g.dtype}; "
+                "convert the parameters"
             )
-        check_memory("clip_grad_norm_", g, grads[0].device)
+        check_memory(op, g, grads[0].device)
+    return grads, counts, mesh
 
 
 @torch.no_grad()
@@ -232,15 +326,10 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         ValueError: gradients "must be dense", "must lie on one device", "must hold their own
             memory" or "must lie apart".
     """
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = _grads_of(parameters)
     if not grads:
         return torch.tensor(0.0)
-    op = "clip_grad_norm_"
-    mesh = mesh_of(op, grads) if are_distributed(grads) else None
-    counts = [1 if mesh is None else replicas(op, g, mesh) for g in grads]
-    grads = list(map(local, grads))
-    _check(grads)
+    grads, counts, mesh = _found("clip_grad_norm_", grads)
     if uses_triton(grads[0]):
         with torch.cuda.device_of(grads[0]):
             return _launch_clip(grads, counts, mesh, max_norm)
@@ -249,3 +338,44 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     for g in grads:
         g.mul_(coef)
     return norm
+
+
+@torch.no_grad()
+def clip_grad_norms_(layers: Iterable[Tensor | Iterable[Tensor]], max_norm: float) -> Tensor:
+    """Scale the gradients of every layer in place, each layer's to a norm of `max_norm` at most.
+
+    `clip_grad_norm_` of one layer after another, in three launches however many there are and
+    without reading back to the host. What is not finite in one layer does not reach another.
+
+    Args:
+        layers: G layers, each a tensor or an iterable of tensors, as `clip_grad_norm_` takes them:
+            `model.parameters()` clips every parameter by itself,
+            `[block.parameters() for block in model.blocks]` every block. No tensor is in two.
+        max_norm: the norm that each layer is to stay below.
+
+    Returns:
+        The norms before clipping, `[G]` float32 on the device of the gradients; 0 for a layer
+        without a gradient.
+
+    Raises:
+        TypeError, ValueError: as `clip_grad_norm_`.
+    """
+    by_layer = list(map(_grads_of, layers))
+    grads, sizes = list(chain.from_iterable(by_layer)), list(map(len, by_layer))
+    if not grads:
+        return torch.zeros(len(sizes))
+    grads, counts, mesh = _found("clip_grad_norms_", grads)
+    if uses_triton(grads[0]):
+        with torch.cuda.device_of(grads[0]):
+            return _launch_clip_layers(grads, sizes, counts, mesh, max_norm)
+    norm_G = norms_reference(squares_reference(grads), sizes, counts, mesh)
+    coef_G = clip_coefficient_reference(norm_G, max_norm)
+    coef_N = coef_G.repeat_interleave(torch.tensor(sizes, device=coef_G.device))
+    for g, coef in zip(grads, coef_N, strict=True):
+        g.mul_(coef)
+    return norm_G
+
+
+def _grads_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    return [p.grad for p in parameters if p.grad is not None]

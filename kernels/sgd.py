@@ -116,12 +116,16 @@ class SGD(MultiTensorOptimizer):
         saved = super().state_dict()
         groups = ((p, group) for group in self.param_groups for p in group["params"])
         for number, (p, group) in enumerate(groups):
-            if number in saved["state"]:
-                state = saved["state"][number]
+            if (state := saved["state"].pop(number, None)) is None:
+                continue
+            names = self._names(group)
+            if names or "momentum_buffer" in state:
                 b = state.get("momentum_buffer") if state.get("step") else None
-                saved["state"][number] = state | {"momentum_buffer": b}
-                if not self._storage.draws(p, self._names(group)):
-                    saved["state"][number].pop("step", None)
+                state = state | {"momentum_buffer": b}
+            if not self._storage.draws(p, names):
+                state = {name: x for name, x in state.items() if name != "step"}
+            if state:
+                saved["state"][number] = state
         return saved
 
     def _adopted(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ SMALLER = [
     (_multi_tensor, "CHUNK", 4096),
     (_update, "BLOCK", 2048),
     (grad_norm, "BLOCK", 2048),
+    (grad_norm, "LAYER_BLOCK", 4),
     (grad_norm, "P", 4),
 ]
 
@@ -22,7 +23,7 @@ def pointer_tables(monkeypatch):
         return
     import strict_interpreter
 
-    step, clip = _optimizer.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
+    step = _optimizer.MultiTensorOptimizer._step_kernels
 
     def allowed_step(self, found):
         kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
@@ -31,12 +32,16 @@ def pointer_tables(monkeypatch):
         with strict_interpreter.allow(*found.grads, *kept, *rates):
             step(self, found)
 
-    def allowed_clip(grads, *args):
-        with strict_interpreter.allow(*grads):
-            return clip(grads, *args)
+    def allowed(clip):
+        def allowed_clip(grads, *args):
+            with strict_interpreter.allow(*grads):
+                return clip(grads, *args)
+
+        return allowed_clip
 
     monkeypatch.setattr(_optimizer.MultiTensorOptimizer, "_step_kernels", allowed_step)
-    monkeypatch.setattr(grad_norm, "_launch_clip", allowed_clip)
+    for name in ("_launch_clip", "_launch_clip_layers"):
+        monkeypatch.setattr(grad_norm, name, allowed(getattr(grad_norm, name)))
 
 
 @pytest.fixture(params=["kernel", "reference"])

@@ -1,4 +1,7 @@
-"""clip_grad_norm_ is torch's with norm 2, summed in float32 whatever the gradients are kept in."""
+"""clip_grad_norm_ is torch's with norm 2, summed in float32 whatever the gradients are kept in.
+
+clip_grad_norms_ is that of one layer after another.
+"""
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from torch import nn
 from training import programs_in
 
 from kernels import grad_norm
-from kernels.grad_norm import clip_grad_norm_
+from kernels.grad_norm import clip_grad_norm_, clip_grad_norms_
 
 SIZES = [(0,), (1,), (3,), (127,), (4097,), (8, 16), (16385,)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -32,8 +35,29 @@ def with_gradient(g):
     return p
 
 
+def clip_layer(parameters, max_norm):
+    return clip_grad_norms_([parameters], max_norm)
+
+
 def exact_norm(ps):
     return torch.cat([p.grad.double().flatten() for p in ps]).norm()
+
+
+def assert_scaled(ps, before, coef):
+    """Every gradient is `coef` times what it was, rounded once."""
+    for p, g in zip(ps, before, strict=True):
+        expected = g.double() * coef
+        half_ulp = torch.finfo(g.dtype).eps * expected.abs() / 2 + torch.finfo(g.dtype).tiny
+        assert ((p.grad - expected).abs() <= 1.01 * half_ulp + 3e-7 * expected.abs()).all()
+
+
+def split_into_layers(ps):
+    """A parameter alone, lists and a generator; layers without a parameter, without a gradient."""
+    frozen = nn.Parameter(torch.ones(2, device=ps[0].device))
+    return [[], ps[:2], [frozen], ps[2], [ps[3], frozen, ps[4]], (p for p in ps[5:]), []]
+
+
+LAYERS = [[], [0, 1], [], [2], [3, 4], [5, 6, 7], []]  # indices of the parameters in each
 
 
 @pytest.mark.parametrize("dtypes", [*([d] for d in DTYPES), DTYPES], ids=str)
@@ -44,10 +68,49 @@ def test_scales_to_the_norm(max_norm, dtypes, path, device):
     returned = clip_grad_norm_(ps, max_norm)
     assert (returned.dtype, returned.shape) == (torch.float32, ())
     assert returned.item() == pytest.approx(norm.item(), rel=1e-6)
-    for p, g in zip(ps, before, strict=True):
-        expected = g.double() * (max_norm / (norm + 1e-6))
-        half_ulp = torch.finfo(g.dtype).eps * expected.abs() / 2 + torch.finfo(g.dtype).tiny
-        assert ((p.grad - expected).abs() <= 1.01 * half_ulp + 3e-7 * expected.abs()).all()
+    assert_scaled(ps, before, max_norm / (norm + 1e-6))
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], DTYPES], ids=str)
+@pytest.mark.parametrize("max_norm", [1e-3, 20.0])
+def test_scales_each_layer_to_its_own_norm(max_norm, dtypes, path, device):
+    ps = parameters(dtypes, device)
+    before = [p.grad.clone() for p in ps]
+    norms = [exact_norm([ps[i] for i in layer]).item() if layer else 0.0 for layer in LAYERS]
+    returned = clip_grad_norms_(split_into_layers(ps), max_norm)
+    assert (returned.dtype, returned.shape) == (torch.float32, (len(LAYERS),))
+    assert returned.tolist() == pytest.approx(norms, rel=1e-6)
+    assert max_norm < 1 or min(norms[3:6]) < max_norm < max(norms)
+    for layer, norm in zip(LAYERS, norms, strict=True):
+        members, own = [ps[i] for i in layer], [before[i] for i in layer]
+        if norm <= max_norm:
+            assert all(torch.equal(p.grad, g) for p, g in zip(members, own, strict=True))
+        else:
+            assert_scaled(members, own, max_norm / (norm + 1e-6))
+
+
+def test_one_layer_is_clipped_as_by_clip_grad_norm(path, device):
+    ps = parameters(DTYPES, device)
+    qs = [with_gradient(p.grad.clone()) for p in ps]
+    norm, norms = clip_grad_norm_(ps, 2.0), clip_grad_norms_([qs], 2.0)
+    assert norms.tolist() == pytest.approx([norm.item()], rel=1e-6)
+    for p, q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_layer_that_is_not_finite_leaves_the_others_alone(bad, path, device):
+    ps, qs = parameters([torch.float32], device), []
+    for p in ps:
+        qs.append(with_gradient(p.grad.clone()))
+    for rs in (ps, qs):
+        rs[3].grad[5] = bad
+    returned = clip_grad_norms_(split_into_layers(ps), 1.0)
+    assert returned.isfinite().tolist() == [True] * 4 + [False, True, True]
+    for layer in filter(None, LAYERS):
+        nn.utils.clip_grad_norm_([qs[i] for i in layer], 1.0)
+        for i in layer:
+            torch.testing.assert_close(ps[i].grad, qs[i].grad, equal_nan=True)
 
 
 def test_clips_as_torch_does(path, device):
@@ -91,26 +154,40 @@ def test_is_bitwise_repeatable(path, device):
         torch.manual_seed(0)
         ps = parameters(DTYPES, device)
         with programs_in(order):
-            results.append([clip_grad_norm_(ps, 1.0), *(p.grad for p in ps)])
+            norms = [clip_grad_norm_(ps, 1.0), clip_grad_norms_(split_into_layers(ps), 0.1)]
+        results.append([*norms, *(p.grad for p in ps)])
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 
 
-def test_takes_two_launches_of_a_fixed_grid(monkeypatch, device):
-    grids = []
+@pytest.fixture
+def grids(monkeypatch):
+    """The grid of every launch."""
+    launched = []
 
     class Recorder:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            grids.append(grid)
+            launched.append(grid)
             return self.kernel[grid]
 
-    for name in ("_grad_norm_partials_kernel", "_grad_norm_clip_kernel"):
+    for name in [name for name in vars(grad_norm) if name.endswith("_kernel")]:
         monkeypatch.setattr(grad_norm, name, Recorder(getattr(grad_norm, name)))
+    return launched
+
+
+def test_takes_two_launches_of_a_fixed_grid(grids, device):
     clip_grad_norm_(parameters(DTYPES, device), 1.0)
     assert grids == [(grad_norm.P,), (grad_norm.P,)]
+
+
+@pytest.mark.parametrize("count", [1, 4, 40])
+def test_takes_three_launches_for_any_number_of_layers(count, grids, device):
+    clip_grad_norms_([with_gradient(torch.ones(5, device=device)) for _ in range(count)], 1.0)
+    programs = min(grad_norm.P, count)
+    assert grids == [(programs,), (count,), (programs,)]
 
 
 def test_never_reads_back(monkeypatch, device):
@@ -118,12 +195,14 @@ def test_never_reads_back(monkeypatch, device):
     for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, None)
     clip_grad_norm_(ps, 1.0)
+    clip_grad_norms_([ps[:3], ps[3:]], 0.1)
 
 
-def test_counts_as_a_change_in_place(path, device):
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_layer])
+def test_counts_as_a_change_in_place(clip, path, device):
     p = with_gradient(torch.ones(4, device=device))
     version = p.grad._version
-    clip_grad_norm_(p, 0.1)
+    clip(p, 0.1)
     assert p.grad._version > version
 
 
@@ -135,6 +214,9 @@ def test_takes_what_torch_takes(path, device):
     assert clip_grad_norm_(ps[0], 1.0).item() == 0
     assert clip_grad_norm_([], 1.0).item() == 0
     assert clip_grad_norm_(ps[2], 1.0).item() == 0
+    assert clip_grad_norms_([], 1.0).shape == (0,)
+    assert clip_grad_norms_(ps[2:3], 1.0).tolist() == [0]
+    assert clip_grad_norms_((p for p in ps), 1e9)[4].item() == pytest.approx(exact_norm([ps[4]]))
 
 
 def test_memory_may_be_in_any_order(path, device):
@@ -162,9 +244,10 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("make", "error", "message"), ERRORS, ids=[e[2] for e in ERRORS])
-def test_rejects(make, error, message, path):
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_layer])
+def test_rejects(clip, make, error, message, path):
     with pytest.raises(error, match=message):
-        clip_grad_norm_(make(), 1.0)
+        clip(make(), 1.0)
 
 
 def test_rejects_shared_memory(device):
@@ -173,3 +256,5 @@ def test_rejects_shared_memory(device):
     q.grad = p.grad
     with pytest.raises(ValueError, match="must lie apart"):
         clip_grad_norm_([p, q], 1.0)
+    with pytest.raises(ValueError, match="must lie apart"):
+        clip_grad_norms_([p, q], 1.0)

@@ -1,4 +1,4 @@
-"""Faults of kernels/grad_norm.py: sums, the factor, races, dtypes."""
+"""Faults of kernels/grad_norm.py: sums, the factor, races, dtypes, layers."""
 
 from functools import partial
 
@@ -24,8 +24,8 @@ MUTANTS = [
     ),
     _mutant(
         what="float16 read as bfloat16",
-        original="elif dtype == FLOAT16:\n            partial",
-        replacement="elif dtype == FLOAT32:\n            partial",
+        original="elif dtype == FLOAT16:\n            squares",
+        replacement="elif dtype == FLOAT32:\n            squares",
     ),
     _mutant(
         what="the last element of a tail left out",
@@ -34,7 +34,57 @@ MUTANTS = [
     ),
     _mutant(
         what="the change not counted",
-        original="    torch.autograd.graph.increment_version(grads)\n",
-        replacement="",
+        original="    torch.autograd.graph.increment_version(grads)\n    return norm\n",
+        replacement="    return norm\n",
+    ),
+    _mutant(
+        what="a layer's change not counted",
+        original="    torch.autograd.graph.increment_version(grads)\n    return norms_G\n",
+        replacement="    return norms_G\n",
+    ),
+    _mutant(
+        what="float16 scaled as bfloat16",
+        original="elif dtype == FLOAT16:\n        _scale",
+        replacement="elif dtype == FLOAT32:\n        _scale",
+    ),
+    _mutant(
+        what="the tail not scaled",
+        original="for first in range(full, end, THREADS):",
+        replacement="for first in range(full, end - THREADS, THREADS):",
+    ),
+    _mutant(
+        what="one factor for all layers",
+        original="tl.load(squares_ptr + tl.load(row_ptr + GROUP))",
+        replacement="tl.load(squares_ptr + 5)",
+    ),
+    _mutant(
+        what="a layer without its last chunk",
+        original="mask_K = offs_K < end",
+        replacement="mask_K = offs_K < end - 1",
+    ),
+    _mutant(
+        what="a layer with the first tensor of the next",
+        original="tl.load(layers_ptr + layer + 1)",
+        replacement="tl.load(layers_ptr + layer + 1) + 1",
+    ),
+    _mutant(
+        what="only the first layers' norms returned",
+        original="for start in range(0, n_layers, BLOCK_G):",
+        replacement="for start in range(0, BLOCK_G, BLOCK_G):",
+    ),
+    _mutant(
+        what="small layers scaled up",
+        original="        coef = clip_coefficient(norm, max_norm)\n        if coef != 1.0:",
+        replacement="        coef = max_norm / (norm + 1e-6)\n        if coef != 1.0:",
+    ),
+    _mutant(
+        what="layers numbered without those that are empty",
+        original="for layer, size in enumerate(sizes))",
+        replacement="for layer, size in enumerate(filter(None, sizes)))",
+    ),
+    _mutant(
+        what="factors of the reference in the order of tensors",
+        original="coef_G.repeat_interleave(torch.tensor(sizes, device=coef_G.device))",
+        replacement="coef_G.repeat(len(grads))[: len(grads)]",
     ),
 ]
