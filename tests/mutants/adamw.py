@@ -16,8 +16,8 @@ MUTANTS = [
     ),
     _adam(
         what="eps inside the correction",
-        original="/ (tl.sqrt(v) * rsqrt + eps)",
-        replacement="/ ((tl.sqrt(v) + eps) * rsqrt)",
+        original="tl.sqrt(v) * rsqrt + eps)",
+        replacement="(tl.sqrt(v) + eps) * rsqrt)",
     ),
     _adam(
         what="bias correction in float32",
@@ -29,15 +29,20 @@ MUTANTS = [
         original="rsqrt + eps), (m, v)",
         replacement="rsqrt + eps), (0 * m, v)",
     ),
-    _adamw(
+    _update(
         what="weight decay with the wrong sign",
-        original="p - (coefs[0] * p + step)",
-        replacement="p - (step - coefs[0] * p)",
+        original="u += coefs[3] * p",
+        replacement="u -= coefs[3] * p",
+    ),
+    _update(
+        what="weight decay not in units of the learning rate",
+        original="decay_N = lr_N * tl.load",
+        replacement="decay_N = 0 * lr_N + tl.load",
     ),
     _adamw(
-        what="weight decay not in units of the learning rate",
-        original="tl.load(hyper_ptr_N + LR) * tl.load(hyper_ptr_N + WEIGHT_DECAY)",
-        replacement="tl.load(hyper_ptr_N + WEIGHT_DECAY)",
+        what="decay inside the gradient",
+        original="    decoupled = True\n",
+        replacement="",
     ),
     _update(
         what="every group gets the options of the first",
@@ -56,12 +61,12 @@ MUTANTS = [
     ),
     _update(
         what="a step that is not finite taken",
-        original="tl.load(norm_ptr)\n        if not is_finite(norm):\n            return",
-        replacement="tl.load(norm_ptr)",
+        original="tl.load(skipped_ptr) + 1)\n            return\n",
+        replacement="tl.load(skipped_ptr) + 1)\n",
     ),
     _update(
         what="steps not counted",
-        original="tl.store(step_ptr_N, t_N, mask=address_N != 0)",
-        replacement="tl.store(step_ptr_N, t_N - 1, mask=address_N != 0)",
+        original="tl.store(step_ptr_N, t_N, mask=step_N != 0)",
+        replacement="tl.store(step_ptr_N, t_N - 1, mask=step_N != 0)",
     ),
 ]

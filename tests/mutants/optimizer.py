@@ -1,40 +1,59 @@
-"""Faults of kernels/_optimizer.py: tables out of date, state not carried over."""
+"""Faults of _optimizer.py, _tensors.py and _states.py: tables out of date, state not kept."""
 
 from functools import partial
 
 from . import Mutant
 
-_mutant = partial(Mutant, file="kernels/_optimizer.py")
+_optimizer = partial(Mutant, file="kernels/_optimizer.py")
+_tensors = partial(Mutant, file="kernels/_tensors.py")
+_states = partial(Mutant, file="kernels/_states.py")
 
 MUTANTS = [
-    _mutant(
-        what="moved tensors not noticed",
-        original="if places != self._places:",
-        replacement="if not self._places:",
+    _tensors(
+        what="moved gradients not noticed",
+        original="if self._place in self._tables:\n            return self._tables[self._place]",
+        replacement="if self._tables:\n            return next(iter(self._tables.values()))",
     ),
-    _mutant(
-        what="tables not made again",
-        original="self._places, self._tables = places, None",
-        replacement="self._places = places",
+    _tensors(
+        what="moved parameters and moments not noticed",
+        original="if (names, rates, counts, held) != self._held:",
+        replacement="if (names, rates, counts) != self._held[:3]:",
     ),
-    _mutant(
+    _tensors(
+        what="parameters that joined not noticed",
+        original="counts.append(len(ps))",
+        replacement="counts.append(0)\n        ps = ps[: len(self.params) or None]\n"
+        "        gs = gs[: len(ps)]",
+    ),
+    _tensors(
         what="moved moments not checked",
-        original="if old[:1] == (names,) and old[3:] == new[3:]:",
-        replacement="if old[:1] == (names,):",
+        original="                    self._check(self.items[-1])\n",
+        replacement="",
     ),
-    _mutant(
+    _tensors(
+        what="gradients of another dtype not refused",
+        original="if g.dtype not in (torch.float32, torch.bfloat16):",
+        replacement="if not g.dtype.is_floating_point:",
+    ),
+    _optimizer(
         what="changed options not uploaded",
-        original="if rows != self._hyper_rows or",
-        replacement="if not self._hyper_rows or",
+        original="if rows == self._hyper_rows and",
+        replacement="if self._hyper_rows and",
     ),
-    _mutant(
+    _states(
         what="one step count for all parameters",
-        original='state["step"] = step.to(p.device, torch.float32, copy=True)',
-        replacement='state["step"] = step',
+        original="step.to(p.device, torch.float32, copy=True)",
+        replacement="step.to(p.device)",
     ),
-    _mutant(
+    _optimizer(
         what="options lost in a copy",
-        original="return super().__getstate__() | ours",
+        original="return super().__getstate__() | {name: getattr(self, name) for name in kept}",
         replacement="return super().__getstate__()",
+    ),
+    _optimizer(
+        what="the device asked for the norm",
+        original="            norm = self.grad_norm = partials_P.new_empty(())\n",
+        replacement="            norm = self.grad_norm = partials_P.new_empty(())\n"
+        "            partials_P.sum().item()\n",
     ),
 ]

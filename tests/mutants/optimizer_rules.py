@@ -10,18 +10,20 @@ _rmsprop = partial(Mutant, file="kernels/rmsprop.py")
 _adagrad = partial(Mutant, file="kernels/adagrad.py")
 _lion = partial(Mutant, file="kernels/lion.py")
 _update = partial(Mutant, file="kernels/_update.py")
+_reference = partial(Mutant, file="kernels/_update_reference.py")
+_states = partial(Mutant, file="kernels/_states.py")
 _optimizer = partial(Mutant, file="kernels/_optimizer.py")
 
 MUTANTS = [
-    _adam(
+    _update(
         what="Adam without decay",
-        original="    g += coefs[0] * p\n",
-        replacement="",
+        original="        g += coefs[1] * p\n",
+        replacement="        g += 0 * p\n",
     ),
     _adam(
-        what="a state of decoupled decay accepted",
-        original='refused = ("amsgrad", "decoupled_weight_decay")',
-        replacement='refused = ("amsgrad",)',
+        what="a state of AMSGrad accepted",
+        original='refused = ("amsgrad",)',
+        replacement="refused = ()",
     ),
     _sgd(
         what="the first gradient dampened",
@@ -38,10 +40,10 @@ MUTANTS = [
         original="tl.where(nesterov_N != 0, momentum_N, 1.0)",
         replacement="momentum_N",
     ),
-    _sgd(
-        what="decay left out",
-        original="    g += decay * p\n",
-        replacement="",
+    _reference(
+        what="decay in the definition only half",
+        original="g_part.add(p, alpha=l2)",
+        replacement="g_part.add(p, alpha=l2 / 2)",
     ),
     _sgd(
         what="momentum that no step reached saved",
@@ -50,8 +52,8 @@ MUTANTS = [
     ),
     _sgd(
         what="a loaded momentum begun anew",
-        original='state.setdefault("step", 1.0)',
-        replacement='state.setdefault("step", 0.0)',
+        original='{"step": 1.0} | state',
+        replacement='{"step": 0.0} | state',
     ),
     _sgd(
         what="momentum kept where none is wanted",
@@ -60,8 +62,8 @@ MUTANTS = [
     ),
     _rmsprop(
         what="eps under the root",
-        original="(tl.sqrt(variance) + eps)",
-        replacement="tl.sqrt(variance + eps)",
+        original="divide(g, tl.sqrt(variance) + eps)",
+        replacement="divide(g, tl.sqrt(variance + eps))",
     ),
     _rmsprop(
         what="variance not centered",
@@ -105,8 +107,8 @@ MUTANTS = [
     ),
     _lion(
         what="the decay rates swapped",
-        original='return group["weight_decay"], 1 - beta1, 1 - beta2',
-        replacement='return group["weight_decay"], 1 - beta2, 1 - beta1',
+        original="return 1 - beta1, 1 - beta2",
+        replacement="return 1 - beta2, 1 - beta1",
     ),
     _lion(
         what="zero counts as a negative sign",
@@ -114,9 +116,9 @@ MUTANTS = [
         replacement="-lr",
     ),
     _lion(
-        what="decay not in units of the learning rate",
-        original="lr_N * tl.load(hyper_ptr_N + WEIGHT_DECAY)",
-        replacement="tl.load(hyper_ptr_N + WEIGHT_DECAY)",
+        what="decay inside the gradient",
+        original="    decoupled = True\n",
+        replacement="",
     ),
     _update(
         what="maximize ignored",
@@ -124,18 +126,28 @@ MUTANTS = [
         replacement="clip + 0.0 * tl.load(hyper_ptr_N + SIGN).to(tl.float32)",
     ),
     _update(
-        what="every kind of state updates the first chunks",
-        original="tables.tensors, chunks, coefs, norm,",
-        replacement="tables.tensors, tables.chunks, coefs, norm,",
+        what="every tensor updated as those of the first kind",
+        original="if code == FORMATS[i]:\n                g, u, w",
+        replacement="if FORMATS[0] == FORMATS[i]:\n                g, u, w",
     ),
-    _optimizer(
+    _states(
         what="states that are not held taken for held",
-        original="if name in names))",
-        replacement="if name))",
+        original="self.kind(name, p) if name in held else ABSENT.value for",
+        replacement="self.kind(name, p) for",
+    ),
+    _states(
+        what="the state of another rule accepted",
+        original='if saved.keys() - {"step", *self.states, *scales, *names} or not',
+        replacement="if not",
     ),
     _optimizer(
-        what="the state of another rule accepted",
-        original="if others or not state.keys() >= {*names}:",
-        replacement="if not state.keys() >= {*names}:",
+        what="a state without momentum not converted",
+        original="{name: _AsSaved(x) for name, x in own.items()}",
+        replacement="{name: x if x is None else _AsSaved(x) for name, x in own.items()}",
+    ),
+    _sgd(
+        what="momentum saved that there is not",
+        original='if names or "momentum_buffer" in state:',
+        replacement="if True:",
     ),
 ]
