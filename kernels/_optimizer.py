@@ -168,14 +168,17 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         found = self._tensors
         if found.find(self.param_groups, names, rates, self.state, self._start):
             self.skipped = self.skipped.to(found.device)
+            zero = self._options["zero_grads"]
             if uses_triton(found.items[0].p):
                 with torch.cuda.device_of(found.items[0].p):
                     self._step_kernels(found)
-                torch.autograd.graph.increment_version(found.params)
-                unread = found.copied_grads() if self._options["zero_grads"] else []
+                torch.autograd.graph.increment_version(
+                    [*found.params, *found.grads] if zero else found.params
+                )
+                unread = found.copied_grads() if zero else []
             else:
                 self._step_reference(found)
-                unread = found.raw_grads() if self._options["zero_grads"] else []
+                unread = found.raw_grads() if zero else []
             for g in unread:
                 g.zero_()
             found.release()

@@ -116,7 +116,7 @@ class SGD(MultiTensorOptimizer):
         saved = super().state_dict()
         groups = ((p, group) for group in self.param_groups for p in group["params"])
         for number, (p, group) in enumerate(groups):
-            if (state := saved["state"].pop(number, None)) is None:
+            if (state := saved["state"].get(number)) is None:
                 continue
             names = self._names(group)
             if names or "momentum_buffer" in state:
@@ -124,8 +124,8 @@ class SGD(MultiTensorOptimizer):
                 state = state | {"momentum_buffer": b}
             if not self._storage.draws(p, names):
                 state = {name: x for name, x in state.items() if name != "step"}
-            if state:
-                saved["state"][number] = state
+            saved["state"][number] = state
+        saved["state"] = {number: state for number, state in saved["state"].items() if state}
         return saved
 
     def _adopted(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:

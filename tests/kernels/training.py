@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+
 SMALL = [(5,), (127,), (8, 16)]
 
 
@@ -91,3 +93,45 @@ class TorchLion(torch.optim.Optimizer):
                 update = state["exp_avg"].clone().mul_(beta1).add(g, alpha=1 - beta1).sign_()
                 p.add_(update, alpha=-group["lr"])
                 state["exp_avg"].mul_(beta2).add_(g, alpha=1 - beta2)
+
+
+THEIRS = {
+    Adam: torch.optim.Adam,
+    AdamW: torch.optim.AdamW,
+    SGD: torch.optim.SGD,
+    RMSprop: torch.optim.RMSprop,
+    Adagrad: torch.optim.Adagrad,
+    Lion: TorchLion,
+}
+MOMENTUM = {"momentum": 0.9}
+OPTIONS = [
+    (Adam, {"weight_decay": 0.1, "betas": (0.8, 0.99)}),
+    (AdamW, {"weight_decay": 0.1}),
+    (SGD, {"lr": 0.1, "weight_decay": 0.01}),
+    (SGD, {**MOMENTUM, "lr": 0.05, "dampening": 0.4}),
+    (SGD, {**MOMENTUM, "lr": 0.05, "weight_decay": 0.01, "nesterov": True}),
+    (RMSprop, {"lr": 1e-3, "weight_decay": 0.1}),
+    (RMSprop, {**MOMENTUM, "lr": 1e-3, "alpha": 0.9, "eps": 1e-3}),
+    (RMSprop, {"lr": 1e-3, "alpha": 0.9, "eps": 1e-3, "centered": True}),
+    (RMSprop, {**MOMENTUM, "lr": 1e-3, "eps": 1e-2, "weight_decay": 0.1, "centered": True}),
+    (Adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 0.2, "weight_decay": 0.1}),
+    (Lion, {"lr": 1e-3, "weight_decay": 0.1}),
+]
+
+# What a group of ours may ask for beyond torch's options.
+PENALTIES = [
+    {"l1": 0.3},
+    {"weight_decay": 0.2, "decoupled_weight_decay": True},
+    {"weight_decay": 0.2, "decoupled_weight_decay": False, "maximize": True},
+    {"l1": 0.3, "weight_decay": 0.2, "decoupled_weight_decay": True, "maximize": True},
+]
+
+
+def regularize(group, penalties):
+    """Change parameters and gradients as `penalties` ask, before a step of torch.optim's."""
+    decay, decoupled = penalties.get("weight_decay", 0.0), penalties.get("decoupled_weight_decay")
+    for p in group["params"]:
+        if p.grad is not None:
+            penalty = penalties.get("l1", 0.0) * p.sign() + (0.0 if decoupled else decay) * p
+            p.grad += penalty * (-1 if group["maximize"] else 1)
+            p.mul_(1 - group["lr"] * decay if decoupled else 1.0)
