@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 IMPORTS = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
-    "torch.distributed.tensor",
+    "torch.distributed.tensor.parallel",
 ]
 
 

@@ -22,6 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from kernels import _multi_tensor, _optimizer, _runtime, _update, grad_norm
 from kernels.adamw import AdamW
@@ -128,6 +133,16 @@ def shard(net, mesh):
     return fully_shard(net, mesh=mesh)
 
 
+def split_up(net, layout):
+    """A model over ranks, and which of how many parts of a batch this rank takes."""
+    inner = mesh_of(2, 2)["inner"]  # two ranks; the other two do the same once more
+    if layout == "tensor":  # the last two layers stay plain
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        return parallelize_module(net, inner, plan), 0, 1
+    mesh = {"four": mesh_of(4), "two": inner, "hybrid": mesh_of(2, 2)}[layout]
+    return shard(net, mesh), dist.get_rank() % mesh.size(), mesh.size()
+
+
 def backward(net, seed, rank=0, ranks=1):
     """Gradients on the part of a batch that belongs to one of the `ranks`."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,20 +152,17 @@ def backward(net, seed, rank=0, ranks=1):
 
 
 @pytest.mark.parametrize(
-    ("shape", "reference"),
-    [((4,), KERNEL), ((4,), REFERENCE), ((2,), REFERENCE), ((2, 2), REFERENCE)],
-    ids=["four-kernel", "four", "two", "hybrid"],
+    ("layout", "reference"),
+    [("four", KERNEL), *((layout, REFERENCE) for layout in ("four", "two", "hybrid", "tensor"))],
+    ids=["four-kernel", "four", "two", "hybrid", "tensor"],
 )
-def test_trains_as_torch_does_on_one_rank(ranks, shape, reference):
-    ranks(_trains_as_torch_does_on_one_rank, shape, reference)
+def test_trains_as_torch_does_on_one_rank(ranks, layout, reference):
+    ranks(_trains_as_torch_does_on_one_rank, layout, reference)
 
 
-def _trains_as_torch_does_on_one_rank(shape, reference):
-    # Two ranks: the others do the same once more.
-    mesh = mesh_of(2, 2)["inner"] if shape == (2,) else mesh_of(*shape)
+def _trains_as_torch_does_on_one_rank(layout, reference):
     theirs = model()
-    net = shard(copy.deepcopy(theirs), mesh)
-    rank, size = (dist.get_rank() % mesh.size(), mesh.size())
+    net, rank, size = split_up(copy.deepcopy(theirs), layout)
     clipped = AdamW(net.parameters(), lr=0.01, max_grad_norm=0.5)
     torchs = torch.optim.AdamW(theirs.parameters(), lr=0.01)
     for seed in range(4):
@@ -318,7 +330,9 @@ MASTERS = {"float32": "master", "split": "remainder", None: None}
 
 
 @pytest.mark.parametrize(
-    ("master", "reference"), [("float32", REFERENCE), ("split", KERNEL), (None, REFERENCE)]
+    ("master", "reference"),
+    [("float32", REFERENCE), ("split", KERNEL), (None, REFERENCE)],
+    ids=["float32", "split-kernel", "stochastic"],
 )
 def test_resumes_bitwise(ranks, master, reference, tmp_path):
     ranks(_resumes_bitwise, master, reference, str(tmp_path))
@@ -347,7 +361,7 @@ def _resumes_bitwise(master, reference, folder):
 
     with path(reference):
         net, optimizer = make()
-        train(net, optimizer, range(3))
+        train(net, optimizer, range(2))
         for p in net.parameters():
             own = optimizer.state[p]
             extra = {MASTERS[master]} - {None}
@@ -358,7 +372,7 @@ def _resumes_bitwise(master, reference, folder):
         weights = get_model_state_dict(net)
         saved = {"net": weights, "optim": get_optimizer_state_dict(net, optimizer)}
         dcp.save(saved, checkpoint_id=folder)
-        train(net, optimizer, range(3, 6))
+        train(net, optimizer, range(2, 4))
 
         other, resumed = make()
         saved = {
@@ -368,7 +382,7 @@ def _resumes_bitwise(master, reference, folder):
         dcp.load(saved, checkpoint_id=folder)
         other.load_state_dict(saved["net"])
         set_optimizer_state_dict(other, resumed, saved["optim"])
-        train(other, resumed, range(3, 6))
+        train(other, resumed, range(2, 4))
         assert_equal(everything(other, resumed), everything(net, optimizer))
 
 
