@@ -249,6 +249,20 @@ def _steps_as_one_rank_does(placed, reference):
             assert_close([x], [one.state[p][name]])
 
 
+def test_ranks_may_have_few_and_different_chunks(ranks):
+    ranks(_ranks_may_have_few_and_different_chunks)
+
+
+def _ranks_may_have_few_and_different_chunks():
+    ps = whole([(6, 4096)])  # on four ranks 2, 2, 2 chunks, and an empty one
+    qs = spread(ps, mesh_of(4), (Shard(0),))
+    set_gradients(ps, qs, seed=1)
+    with path(KERNEL):
+        norm = grad_norm.clip_grad_norm_(qs, 1.0)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(ps, 1.0))
+    assert_close([q.grad for q in qs], [p.grad for p in ps])
+
+
 @pytest.mark.parametrize(
     ("bad", "reference"), [(float("inf"), KERNEL), (float("nan"), REFERENCE)], ids=["inf", "nan"]
 )
