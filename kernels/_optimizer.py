@@ -157,7 +157,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a parameter or gradient "must be float32 or bfloat16".
             ValueError: tensors "must be dense", "must lie on one device", "must hold their own
-                memory", "must have the shape" of their parameter, or "must lie apart".
+                memory", "must have the shape" of their parameter, or "must lie apart"; distributed
+                ones "must share one device mesh", or "must be sharded or replicated", gradients
+                as their parameters.
         """
         loss = None
         if closure is not None:

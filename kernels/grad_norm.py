@@ -311,6 +311,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
 
     As `torch.nn.utils.clip_grad_norm_` with norm 2, in two launches and without reading back to the
     host. A gradient that holds an infinity or a NaN makes the factor 0 or NaN, as it does there.
+    Of DTensors each rank scales its shards by the norm of all ranks of the mesh, which must call
+    this together; plain gradients beside them must be the same on every rank.
 
     Args:
         parameters: a tensor or an iterable of tensors, each once; those without `.grad` are
@@ -324,7 +326,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     Raises:
         TypeError: a gradient "must be float32, float16 or bfloat16".
         ValueError: gradients "must be dense", "must lie on one device", "must hold their own
-            memory" or "must lie apart".
+            memory" or "must lie apart"; distributed ones "must share one device mesh" or "must be
+            sharded or replicated".
     """
     grads = _grads_of(parameters)
     if not grads:

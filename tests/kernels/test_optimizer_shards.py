@@ -4,15 +4,14 @@ Four processes on gloo take one check after another; each computes the whole as 
 """
 
 import copy
-from contextlib import contextmanager
 from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from paths import path
 from ranks import Ranks
-from strict_interpreter import allow
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -28,7 +27,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from kernels import _multi_tensor, _optimizer, _runtime, _update, grad_norm
+from kernels import grad_norm
 from kernels.adamw import AdamW
 
 RANKS = 4
@@ -47,31 +46,6 @@ def ranks(tmp_path_factory):
 def mesh_of(*shape):
     names = ("outer", "inner")[-len(shape) :]
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
-
-
-@contextmanager
-def path(reference):
-    """Go through kernels or references; the interpreter may follow the tables of addresses."""
-    step, clip = _optimizer.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
-
-    def allowed_step(self, found):
-        kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
-        with allow(*found.grads, *kept):
-            step(self, found)
-
-    def allowed_clip(grads, *args):
-        with allow(*grads):
-            return clip(grads, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_runtime, "REFERENCE", reference)
-        patch.setattr(_multi_tensor, "CHUNK", 4096)
-        patch.setattr(_update, "BLOCK", 2048)
-        patch.setattr(grad_norm, "BLOCK", 2048)
-        patch.setattr(grad_norm, "P", 4)
-        patch.setattr(_optimizer.MultiTensorOptimizer, "_step_kernels", allowed_step)
-        patch.setattr(grad_norm, "_launch_clip", allowed_clip)
-        yield
 
 
 def full(x):
@@ -122,9 +96,7 @@ def assert_equal(xs, ys):
 
 
 def model(dtype=torch.float32):
-    norm = nn.LayerNorm(5)
-    nn.init.normal_(norm.bias)
-    layers = [nn.Linear(6, 130), nn.Tanh(), nn.Linear(130, 5), norm, nn.Linear(5, 1)]
+    layers = [nn.Linear(6, 130), nn.Tanh(), nn.Linear(130, 5), nn.LayerNorm(5), nn.Linear(5, 1)]
     return nn.Sequential(*layers).to(dtype)
 
 

@@ -1,0 +1,33 @@
+"""The path of a check on ranks, which are processes without the fixtures of conftest.py."""
+
+from contextlib import contextmanager
+
+import pytest
+from strict_interpreter import allow
+
+from kernels import _multi_tensor, _optimizer, _runtime, _update, grad_norm
+
+
+@contextmanager
+def path(reference):
+    """Go through kernels or references; the interpreter may follow the tables of addresses."""
+    step, clip = _optimizer.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
+
+    def allowed_step(self, found):
+        kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
+        with allow(*found.grads, *kept):
+            step(self, found)
+
+    def allowed_clip(grads, *args):
+        with allow(*grads):
+            return clip(grads, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_runtime, "REFERENCE", reference)
+        patch.setattr(_multi_tensor, "CHUNK", 4096)
+        patch.setattr(_update, "BLOCK", 2048)
+        patch.setattr(grad_norm, "BLOCK", 2048)
+        patch.setattr(grad_norm, "P", 4)
+        patch.setattr(_optimizer.MultiTensorOptimizer, "_step_kernels", allowed_step)
+        patch.setattr(grad_norm, "_launch_clip", allowed_clip)
+        yield
