@@ -46,7 +46,8 @@ class Norms(NamedTuple):
     update: Tensor
     """Norms of the changes of the parameters, decay included; 0 in a step that was skipped."""
     weight: Tensor
-    """Norms of the parameters after the step."""
+    """Norms of the parameters after the step; after one that was skipped, as the last that was not
+    left them, or 0 if there was none."""
 
 
 def checked(op: str, options: StepOptions) -> dict[str, Any]:

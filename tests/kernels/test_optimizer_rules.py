@@ -52,6 +52,33 @@ def test_follows_torch_for_200_steps_of_a_model(ours, options, path, device):
     assert_no_worse(mine, theirs, exact)
 
 
+@pytest.mark.parametrize(("ours", "options"), dict(OPTIONS).items(), ids=str)
+def test_losses_do_not_notice_a_reload(ours, options, path, device):
+    def losses(*segments):
+        torch.manual_seed(0)
+        model, batch = model_and_batch(device)
+        saved, seen = None, []
+        for cls, steps in segments:
+            optimizer = cls(model.parameters(), **options)
+            if saved is not None:
+                optimizer.load_state_dict(copy.deepcopy(saved))
+            for _ in range(steps):
+                model.zero_grad()
+                seen.append(batch())
+                seen[-1].backward()
+                optimizer.step()
+            saved = optimizer.state_dict()
+        return [loss.item() for loss in seen]
+
+    theirs = THEIRS[ours]
+    whole = losses((ours, 6))
+    assert whole[-1] < whole[0]
+    assert losses((ours, 3), (theirs, 0), (ours, 3)) == whole
+    whole = pytest.approx(losses((theirs, 6)), rel=1e-5)
+    assert losses((ours, 3), (theirs, 3)) == whole
+    assert losses((theirs, 3), (ours, 3)) == whole
+
+
 @BY_OPTIONS
 def test_clips_as_torch_does(ours, options, path, device):
     mine = parameters(SHAPES, device)
