@@ -19,7 +19,7 @@ from kernels.cross_entropy import cross_entropy
 from kernels.dropout_add import dropout_add
 from kernels.embedding import embedding
 from kernels.geglu import geglu
-from kernels.grad_norm import clip_grad_norm_
+from kernels.grad_norm import clip_grad_norm_, clip_grad_norms_
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lion import Lion
@@ -239,6 +239,15 @@ def _clip_grad_norm_() -> Case:
     return Case(label, lambda: clip_grad_norm_(parameters, 1.0), limits=GRAD_NORM)
 
 
+def _clip_grad_norms_() -> Case:
+    layers = [_parameters(dtype) for dtype in (F32, BF16, torch.float16)]
+    limits = GRAD_NORM | {
+        "_grad_norms_layers_kernel": Limit(single=True),
+        "_grad_norms_clip_kernel": Limit(bytes=8, instructions=5),
+    }
+    return Case("layers", lambda: clip_grad_norms_(layers, 1.0), limits=limits)
+
+
 CASES: dict[str, Callable[[], list[Case]]] = {
     "softmax": lambda: [
         *(_softmax(BF16, N) for N in (128, 1024, 4096, 16384)),
@@ -340,4 +349,5 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "Adagrad": lambda: [_optimizer(Adagrad, 20)],
     "Lion": lambda: [_optimizer(Lion, 20)],
     "clip_grad_norm_": lambda: [_clip_grad_norm_()],
+    "clip_grad_norms_": lambda: [_clip_grad_norms_()],
 }

@@ -170,7 +170,7 @@ class Tensors:
     def copied_grads(self) -> list[Tensor]:
         """The gradients of which a step has read a copy."""
         pairs = zip(self.raw_grads(), self.grads, strict=True)
-        return [g for g, read in pairs if local(g) is not read]
+        return [g for g, read in pairs if local(g).data_ptr() != read.data_ptr()]
 
     @property
     def device(self) -> torch.device:

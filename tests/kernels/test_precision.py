@@ -249,7 +249,7 @@ def test_random_bits_are_uniform_and_unrelated(device):
     offs = torch.arange(n, device=device)
 
     def drawn(seed, number, step, stream=0):
-        parameter = SimpleNamespace(number=number)
+        parameter = SimpleNamespace(number=number, shard=0)
         key = key_reference(Tensors("test", STORAGE, seed).key(parameter), step)
         hashed = _precision.element_bits_reference(offs, key)
         return _precision.random_bits_reference(hashed, stream)

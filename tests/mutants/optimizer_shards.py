@@ -97,8 +97,8 @@ MUTANTS = [
     ),
     _tensors(
         what="the shard left out of the seed",
-        original="return of_parameter ^ hash_bits_reference(item.shard)",
-        replacement="return of_parameter",
+        original="for part in (item.number, item.shard):",
+        replacement="for part in (item.number,):",
     ),
     _tensors(
         what="strides of axes of one element compared",
