@@ -23,8 +23,6 @@ https://arxiv.org/abs/2110.02861
 Wellons, "Prospecting for Hash Functions", 2018. https://nullprogram.com/blog/2018/07/31/
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -45,28 +43,6 @@ SIGNED = tl.constexpr(3)
 UNSIGNED = tl.constexpr(4)
 
 SMALLEST = tl.constexpr(1e-37)  # scale; below it, the inverse would be infinite
-
-
-class Format(NamedTuple):
-    """How the tensors of one parameter are stored: a specialization of the update."""
-
-    bf16_grad: bool
-    param: int
-    """FLOAT32, MASTER, SPLIT or STOCHASTIC."""
-    ema: bool
-    states: tuple[int, ...]
-    """In the order of the rule's states, FLOAT32, ABSENT, BFLOAT16, SIGNED or UNSIGNED."""
-
-    def __int__(self) -> int:
-        """The format in bits: 0 the gradient, 1 and 2 the parameter, 3 the mean; 3 per state."""
-        code = self.bf16_grad | self.param << 1 | self.ema << 3
-        return code | sum(kind << 4 + 3 * i for i, kind in enumerate(self.states))
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether everything has 16 bits: then 8 elements are one access of 128."""
-        narrow = self.param == STOCHASTIC.value and self.bf16_grad and not self.ema
-        return narrow and {*self.states} <= {ABSENT.value, BFLOAT16.value}
 
 
 @triton.jit

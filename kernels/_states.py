@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._formats import Format
 from ._multi_tensor import in_order_of
 from ._precision import (
     ABSENT,
@@ -26,7 +27,6 @@ from ._precision import (
     SPLIT,
     STOCHASTIC,
     UNSIGNED,
-    Format,
     Q,
     decode_reference,
     encode_reference,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _multi_tensor
+from ._formats import Format
 from ._multi_tensor import (
     DTYPES,
     Tables,
@@ -23,7 +24,7 @@ from ._multi_tensor import (
     is_capturing,
     tables,
 )
-from ._precision import Format, hash_bits_reference
+from ._precision import hash_bits_reference
 from ._shards import are_distributed, check_alike, local, mesh_of, replicas, shard_index
 from ._states import EXTRAS, Item, Storage
 

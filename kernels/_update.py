@@ -12,7 +12,7 @@ them is written here, once. For gradient g, parameter p and the rule's step u:
 where sign is -1 to maximise, clip comes from grad_norm.py, and weight decay is either l2 or
 decoupled. A norm that is not finite makes both launches leave everything as it was.
 
-Tensors of one model may be stored in several formats (_precision.py): the kernel has a branch for
+Tensors of one model may be stored in several formats (_formats.py): the kernel has a branch for
 each, so that there is one launch however they are mixed.
 """
 
@@ -24,7 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _multi_tensor, _precision
+from . import _multi_tensor
+from ._formats import (
+    Format,
+    load_grad,
+    load_param,
+    load_state,
+    store_grad,
+    store_param,
+    store_state,
+)
 from ._multi_tensor import (
     FIRST,
     FORMAT,
@@ -40,26 +49,10 @@ from ._multi_tensor import (
     locate,
     store,
 )
-from ._precision import (
-    ABSENT,
-    BFLOAT16,
-    FLOAT32,
-    MASTER,
-    SPLIT,
-    Format,
-    decode,
-    element_bits,
-    encode,
-    hash_bits,
-    join,
-    random_bits,
-    split,
-    to_bfloat16,
-)
+from ._precision import element_bits, hash_bits
 from .grad_norm import P, clip_coefficient, is_finite, total_norm
 
 BLOCK = 1024  # elements of each tensor that a program holds at a time: 16 bytes per thread
-Q = tl.constexpr(_precision.Q)
 
 # Columns of the table of tensors: the address of the parameter, of its master or its other bits, of
 # its mean, then of the states, then of their scales.
@@ -202,7 +195,7 @@ def _optimizer_update_kernel(
                     for first in range(start, end, BLOCK):
                         offs = first + tl.arange(0, BLOCK)
                         zero = tl.zeros((BLOCK,), dtype=tl.float32)
-                        _store_grad(address, offs, zero, end, FORMATS[i], False)
+                        store_grad(address, offs, zero, end, FORMATS[i], False)
 
 
 @triton.jit
@@ -241,12 +234,12 @@ def _update_block(
     ZERO: tl.constexpr, SUM: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     offs = first + tl.arange(0, N)
-    g = _load_grad(places[0], offs, end, FORMAT, FULL)
-    p = _load_param(places[1], places[2], offs, end, FORMAT, FULL)
+    g = load_grad(places[0], offs, end, FORMAT, FULL)
+    p = load_param(places[1], places[2], offs, end, FORMAT, FULL)
     if SUM:
         g_squares += g * g
     if ZERO:
-        _store_grad(places[0], offs, tl.zeros((N,), dtype=tl.float32), end, FORMAT, FULL)
+        store_grad(places[0], offs, tl.zeros((N,), dtype=tl.float32), end, FORMAT, FULL)
     g *= coefs[0]
     if L2:
         g += coefs[1] * p
@@ -257,7 +250,7 @@ def _update_block(
     state = ()
     for i in tl.static_range(STATES):
         state += (
-            _load_state(
+            load_state(
                 places[4 + i], places[4 + STATES + i], first, offs, end,
                 FORMAT >> (4 + 3 * i) & 7, N, FULL,
             ),
@@ -269,22 +262,16 @@ def _update_block(
         inside = offs < end
         u_squares += tl.where(inside, u * u, 0.0)
         w_squares += tl.where(inside, p * p, 0.0)
-    _store_param(places[1], places[2], offs, p, bits, end, FORMAT, FULL)
+    store_param(places[1], places[2], offs, p, bits, end, FORMAT, FULL)
     if FORMAT >> 3 & 1:
         mean = load(places[3], offs, end, tl.float32, FULL)
         store(places[3], offs, mean + ema_weight * (p - mean), end, tl.float32, FULL)
     for i in tl.static_range(STATES):
-        _store_state(
+        store_state(
             places[4 + i], places[4 + STATES + i], first, offs, state[i], bits, end,
             FORMAT >> (4 + 3 * i) & 7, i + 1, N, FULL,
         )  # fmt: skip
     return g_squares, u_squares, w_squares
-
-
-@triton.constexpr_function
-def held(FORMAT, i):
-    """Whether the tensors of a format have state `i`."""
-    return FORMAT >> (4 + 3 * i) & 7 != ABSENT.value
 
 
 @triton.jit
@@ -292,93 +279,6 @@ def divide(x, y):
     """x / y for y >= 0, off by two units in the last place more, in 3 instructions and not 8."""
     root = tl.rsqrt(y)
     return x * root * root
-
-
-@triton.jit
-def _load_grad(address, offs, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    if FORMAT & 1:
-        g = load(address, offs, end, tl.bfloat16, FULL).to(tl.float32)
-    else:
-        g = load(address, offs, end, tl.float32, FULL)
-    return g
-
-
-@triton.jit
-def _store_grad(address, offs, g, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    if FORMAT & 1:
-        store(address, offs, g, end, tl.bfloat16, FULL)
-    else:
-        store(address, offs, g, end, tl.float32, FULL)
-
-
-@triton.jit
-def _load_param(address, extra, offs, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    KIND: tl.constexpr = FORMAT >> 1 & 3
-    if KIND == FLOAT32:
-        p = load(address, offs, end, tl.float32, FULL)
-    elif KIND == MASTER:
-        p = load(extra, offs, end, tl.float32, FULL)
-    elif KIND == SPLIT:
-        low = load(extra, offs, end, tl.int16, FULL)
-        p = join(load(address, offs, end, tl.bfloat16, FULL), low)
-    else:
-        p = load(address, offs, end, tl.bfloat16, FULL).to(tl.float32)
-    return p
-
-
-@triton.jit
-def _store_param(address, extra, offs, p, bits, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    KIND: tl.constexpr = FORMAT >> 1 & 3
-    if KIND == FLOAT32:
-        store(address, offs, p, end, tl.float32, FULL)
-    elif KIND == MASTER:
-        store(extra, offs, p, end, tl.float32, FULL)
-        store(address, offs, p, end, tl.bfloat16, FULL)
-    elif KIND == SPLIT:
-        high, low = split(p)
-        store(address, offs, high, end, tl.bfloat16, FULL)
-        store(extra, offs, low, end, tl.int16, FULL)
-    else:
-        store(address, offs, to_bfloat16(p, random_bits(bits, 0)), end, tl.bfloat16, FULL)
-
-
-@triton.jit
-def _load_state(
-    address, scales, first, offs, end, KIND: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr
-):
-    if KIND == ABSENT:
-        x = 0.0
-    elif KIND == FLOAT32:
-        x = load(address, offs, end, tl.float32, FULL)
-    elif KIND == BFLOAT16:
-        x = load(address, offs, end, tl.bfloat16, FULL).to(tl.float32)
-    else:
-        code = tl.reshape(load(address, offs, end, tl.uint8, FULL), (N // Q, Q))
-        offs_B = first // Q + tl.arange(0, N // Q)
-        scale_ptr_B = scales.to(tl.pointer_type(tl.float32)) + offs_B
-        scale_B = tl.load(scale_ptr_B, mask=offs_B * Q < end, other=0.0)
-        x = tl.reshape(decode(code, scale_B[:, None], KIND), (N,))
-    return x
-
-
-@triton.jit
-def _store_state(
-    address, scales, first, offs, x, bits, end, KIND: tl.constexpr, STREAM: tl.constexpr,
-    N: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    if KIND == FLOAT32:
-        store(address, offs, x, end, tl.float32, FULL)
-    elif KIND == BFLOAT16:
-        store(address, offs, to_bfloat16(x, random_bits(bits, STREAM)), end, tl.bfloat16, FULL)
-    elif KIND != ABSENT:
-        if not FULL:
-            x = tl.where(offs < end, x, 0.0)
-        random = tl.reshape(random_bits(bits, STREAM), (N // Q, Q))
-        code, scale_B = encode(tl.reshape(x, (N // Q, Q)), random, KIND)
-        store(address, offs, tl.reshape(code, (N,)), end, tl.uint8, FULL)
-        offs_B = first // Q + tl.arange(0, N // Q)
-        scale_ptr_B = scales.to(tl.pointer_type(tl.float32)) + offs_B
-        tl.store(scale_ptr_B, scale_B, mask=offs_B * Q < end)
 
 
 @triton.jit

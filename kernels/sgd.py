@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._formats import held
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
-from ._update import HYPER, Rule, held
+from ._update import HYPER, Rule
 from ._update_reference import Move
 
 # Columns of the table of parameter groups.
