@@ -6,32 +6,34 @@ in about three minutes on two cores; on a GPU one of GPT-2's size. Read it from 
 
 from __future__ import annotations
 
-import base64
+import errno
 import json
 import math
-import os
-import platform
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-import triton
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from triton import knobs
 
 from data import DataError, Tokenizer, TokenLoader, prepare
-from data.shards import write_durably
-from model import ModelConfig, Transformer, checkpoint
-from model.optim import adamw, learning_rate
+from model import ModelConfig, Transformer, checkpoint, random_state
+from model.checkpoint import CheckpointError
+from model.device import choose_device, choose_precision, describe, set_threads
+from model.display import Display, clock, console, group_table
+from model.durable import write_durably
+from model.fingerprint import FingerprintError, code_version, require_same
+from model.optim import Optimizer, OptimizerConfig
+from model.plot import plot_losses
+from model.run_folder import RunFolderError, RunLog, claim
+from model.saver import SaveError, Saver
+from model.schedule import Budget, Schedule
+from model.stopping import StopRequest
 
-console = Console(highlight=False, soft_wrap=True)
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 class ConfigError(ValueError):
@@ -52,14 +54,27 @@ class TrainConfig:
     """Run folder, made by the run. None: runs/PRESET-DATE-TIME."""
     resume: bool = False
     """Go on from the last checkpoint in --out."""
+    resume_anyway: bool = False
+    """Resume although data, settings, code or device differ from those of the checkpoint."""
     seed: int = 1
-    """Seed of the weights and of the order of the data."""
+    """Seed of the weights, of dropout and of the order of the data."""
     max_steps: int = 1000
     """Optimizer steps of the whole run."""
+    max_tokens: int | None = None
+    """Tokens of the whole run, rounded up to whole steps, in place of max_steps."""
+    max_minutes: float | None = None
+    """Minutes of the whole run, start-ups and the time before a resume included, the last
+    validation and the sample not, in place of max_steps. The learning rate follows the clock."""
     save_every: int = 500
     """Steps from one checkpoint to the next; the last step is always saved."""
-    keep_checkpoints: int = 2
+    save_async: bool = False
+    """Go on training while a checkpoint is written, from a copy in host memory."""
+    keep_last: int = 2
     """How many of the newest checkpoints to keep."""
+    keep_best: bool = False
+    """Save whenever the validation loss is the lowest so far, and keep that checkpoint."""
+    keep_every: int | None = None
+    """Keep the checkpoints of the steps that this divides. None: only those above."""
     eval_every: int = 100
     """Steps from one validation to the next; the last step is always validated."""
     eval_tokens: int = 32768
@@ -69,23 +84,14 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass, a divisor of batch_size; less memory. None: batch_size."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Decay of the learning rate after the warm-up."""
-    warmup_steps: int = 50
-    """Steps in which the learning rate grows linearly to its peak."""
-    final_lr: float = 0.0
-    """Learning rate at the end, as a fraction of the peak."""
-    weight_decay: float = 0.1
-    """Decay of the weight matrices per step, in units of the learning rate."""
-    beta1: float = 0.9
-    """Decay rate of AdamW's first moment."""
-    beta2: float = 0.95
-    """Decay rate of AdamW's second moment."""
-    max_grad_norm: float = 1.0
-    """Largest global norm of a gradient; larger ones are scaled down to it."""
+    """Sequences per forward pass, the last one of a step may have fewer; less memory. None:
+    batch_size."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over the vocabulary, in training."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator in the loss, in training."""
+    dropout: float = 0.0
+    """Probability with which an element of a block's output is left out, in training."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """What the forward pass keeps: everything, or each block's inputs only."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -98,38 +104,65 @@ class TrainConfig:
     """Text that the sample at the end goes on from."""
     sample_tokens: int = 200
     """Length of the sample, in tokens. 0: none."""
+    schedule: Annotated[Schedule, tyro.conf.arg(name="")] = field(default_factory=Schedule)
+    """The learning rate."""
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
+        default_factory=OptimizerConfig
+    )
+    """The update of the parameters."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
 
     def __post_init__(self):
-        for name in ("max_steps", "save_every", "keep_checkpoints", "eval_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size < 1 or self.micro_batch < 1 or self.batch_size % self.micro_batch:
-            raise ConfigError(
-                "micro_batch_size must divide batch_size, "
-                f"got {self.micro_batch_size} for {self.batch_size}"
-            )
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "final_lr", "threads", "sample_tokens"):
+        for name in (
+            "max_steps", "max_tokens", "save_every", "keep_last", "keep_every", "eval_every",
+            "log_every", "batch_size", "micro_batch_size",
+        ):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes}")
+        if self.max_minutes is not None and self.max_tokens is not None:
+            raise ConfigError("max_tokens and max_minutes exclude each other; drop one")
+        for name in ("threads", "sample_tokens", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("label_smoothing", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        choose_device(self.device)
 
     @property
-    def micro_batch(self) -> int:
-        """Sequences per forward pass."""
-        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+    def budget(self) -> Budget:
+        """Length of the run."""
+        if self.max_minutes is not None:
+            return Budget(seconds=60 * self.max_minutes)
+        if self.max_tokens is not None:
+            return Budget(steps=-(-self.max_tokens // (self.batch_size * self.model.max_seq_len)))
+        return Budget(steps=self.max_steps)
 
+    def decisive(self) -> dict:
+        """Return the settings that decide a run's weights.
+
+        Data, tokenizer and device are left out: what they turn out to be is compared instead.
+        """
+        free = FREE if self.schedule.has_end else FREE | LENGTH
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+FREE = {
+    "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "save_every", "save_async",
+    "keep_last", "keep_best", "keep_every", "eval_every", "log_every", "precision", "device",
+    "threads", "sample_prompt", "sample_tokens",
+}  # fmt: skip
+LENGTH = {"max_steps", "max_tokens", "max_minutes"}
 
 PRESETS = {
     "small": TrainConfig(
         model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
+        schedule=Schedule(peak=1.5e-3, warmup_steps=75),
         batch_size=4,
-        learning_rate=1.5e-3,
         max_steps=1500,
-        warmup_steps=75,
         eval_every=250,
     ),
     "gpt2": TrainConfig(
@@ -137,7 +170,7 @@ PRESETS = {
         batch_size=64,
         micro_batch_size=32,
         max_steps=1000,
-        warmup_steps=100,
+        schedule=Schedule(warmup_steps=100),
         log_every=10,
         eval_tokens=131072,
     ),
@@ -147,7 +180,7 @@ PRESETS = {
         ),
         batch_size=4,
         max_steps=20,
-        warmup_steps=5,
+        schedule=Schedule(warmup_steps=5),
         eval_every=10,
         eval_tokens=1024,
         sample_tokens=20,
@@ -156,63 +189,95 @@ PRESETS = {
 }
 
 
-def train(config: TrainConfig, preset: str) -> Path:
-    """Run a training from start, or from its last checkpoint, to end; return the run folder."""
+def train(config: TrainConfig, preset: str, run: Path) -> bool:
+    """Run a training from start, or from its last checkpoint, to its end.
+
+    Args:
+        config: the settings.
+        preset: their origin, to be shown.
+        run: the run folder, which nobody else uses.
+
+    Returns:
+        Whether it came to its end: False after a signal, which is saved and can be resumed.
+
+    Raises:
+        SaveError: the last step could not be saved.
+    """
     started = time.perf_counter()
     device = choose_device(config.device)
-    run = run_folder(config, preset)
-    last = resume_from(run) if config.resume else None
-    saved = checkpoint.read_record(last)["state"] if last else {}
+    saver = Saver(
+        run / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best,
+        keep_every=config.keep_every, asynchronous=config.save_async, report=console.print,
+    )  # fmt: skip
+    last = saver.newest()
+    if config.resume and last is None:
+        console.print(f"No checkpoint in {run} yet: starting from the beginning.")
+    saved = {} if last is None else checkpoint.read_record(last)["state"]
     threads = set_threads(config.threads or saved.get("threads", 0))
 
-    torch.manual_seed(config.seed)
+    random_state.seed(config.seed)
     folder = prepare(
         config.data, vocab_size=config.model.vocab_size, tokenizer=config.tokenizer,
         field=config.text_field,
     )  # fmt: skip
     tokenizer = Tokenizer.load(folder)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)
+    config = replace(config, model=shape)
+    micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
     loader, validation = (
         TokenLoader(
-            folder, split, batch_size=config.micro_batch, length=shape.max_seq_len,
-            seed=config.seed,
+            folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed
         )
-        for split in ("train", "val")
+        for split, size in (("train", config.batch_size), ("val", micro_batch))
     )  # fmt: skip
-    model = Transformer(shape, activation_checkpointing=config.activation_checkpointing)
+    model = Transformer(
+        shape, activation_checkpointing=config.activation_checkpointing, dropout=config.dropout,
+        label_smoothing=config.label_smoothing, z_loss=config.z_loss,
+    )  # fmt: skip
     model.to(device)
-    optimizer = adamw(
-        model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )  # fmt: skip
+    optimizer = config.optimizer.make(model)
     dtype = choose_precision(config.precision, device)
     # What autocast leaves in float32 may be multiplied in bfloat16 too.
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    fingerprint = {
+        "data": loader.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "config": config.decisive(),
+        "machine": {"device": describe(device), "threads": threads, "dtype": str(dtype)},
+        "code": code_version(),
+    }
     step = 0
-    if last:
-        step, saved = checkpoint.load(last, model, optimizer)
-        loader.load_state(saved["loader"])
-        restore_random_state(saved["random"])
+    if last is not None:
+        differ = require_same(saved["fingerprint"], fingerprint, last, anyway=config.resume_anyway)
+        console.print(differ, end="")
+        step, saved = checkpoint.load(last, model, optimizer, same_model=not config.resume_anyway)
+        go_to(loader, saved["loader"], anyway=config.resume_anyway)
+        random_state.restore(saved["random"], device)
+        optimizer.skipped = torch.tensor(saved["skipped"], device=device)
 
-    run.mkdir(parents=True, exist_ok=True)
-    write_durably(run / "config.json", describe(config, preset, model, device, threads))
+    record = {"preset": preset, "config": asdict(config), "fingerprint": fingerprint}
+    write_durably(run / "config.json", f"{json.dumps(record, indent=2)}\n".encode())
     tokenizer.save(run / "tokenizer.json")
-    history = read_log(run / "log.jsonl", step)
-    print_start(config, preset, run, model, loader, device, dtype, threads, step)
+    log = RunLog(run / "log.jsonl", step, console.print)
+    print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step)
 
+    budget, best = config.budget, saved.get("best")
+    used_before = saved.get("seconds", 0.0)
     per_step = config.batch_size * shape.max_seq_len
     unread: list[dict] = []  # steps whose loss is still on the device
-    with (run / "log.jsonl").open("a") as log, Display(config.max_steps, step) as display:
+
+    def seconds() -> float:
+        return used_before + time.perf_counter() - started
+
+    with StopRequest() as stop, Display(budget, step, seconds()) as display:
         last_read = time.perf_counter()
-        while step < config.max_steps:
-            lr = learning_rate(
-                step, peak=config.learning_rate, warmup_steps=config.warmup_steps,
-                max_steps=config.max_steps, schedule=config.schedule, final=config.final_lr,
-            )  # fmt: skip
+        final = budget.spent(step, seconds())
+        while not final and stop.name is None:
+            lr = config.schedule.learning_rate(step, budget, seconds())
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = accumulate_gradients(model, loader, cast, config, device)
+            loss = accumulate_gradients(model, loader.next_batch(), micro_batch, cast)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -220,54 +285,60 @@ def train(config: TrainConfig, preset: str) -> Path:
                 {"step": step, "tokens": step * per_step, "loss": loss, "lr": lr,
                  "grad_norm": optimizer.grad_norm}
             )  # fmt: skip
-            final = step == config.max_steps
+            final = budget.spent(step, seconds())
             evaluates = final or step % config.eval_every == 0
-            saves = final or step % config.save_every == 0
+            saves = final or stop.name is not None or step % config.save_every == 0
             if not (evaluates or saves or step % config.log_every == 0):
                 continue
             entries = read_losses(unread)
-            seconds = time.perf_counter() - last_read
+            duration = time.perf_counter() - last_read
             for entry in entries:
-                entry["tokens_per_s"] = round(len(entries) * per_step / seconds)
+                entry["tokens_per_s"] = round(len(entries) * per_step / duration)
             if evaluates:
-                entries[-1] |= evaluate(model, validation, tokenizer, cast, config, device)
-            for entry in entries:
-                log.write(json.dumps(entry) + "\n")
-            log.flush()
-            history += entries
-            display.show(entries[-1])
+                entries[-1] |= evaluate(model, validation, tokenizer, cast, config.eval_tokens)
+                if best is None or entries[-1]["val_loss"] < best["val_loss"]:
+                    best = {"step": step, "val_loss": entries[-1]["val_loss"]}
+                    saves = saves or config.keep_best
+            log.append(entries)
+            display.show(entries[-1], seconds())
             if saves:
-                os.fsync(log.fileno())
+                log.sync()
                 state = {
-                    "loader": loader.state(), "random": random_state(device), "threads": threads,
-                    "config": asdict(config),
+                    "loader": loader.state(), "random": random_state.capture(device),
+                    "seconds": seconds(), "best": best, "skipped": optimizer.skipped.item(),
+                    "threads": threads, "fingerprint": fingerprint,
                 }  # fmt: skip
-                checkpoint.save(
-                    run / "checkpoints", step, model, optimizer, state,
-                    keep=config.keep_checkpoints,
-                )  # fmt: skip
+                saver.save(step, model, optimizer, state, best_step=best["step"] if best else None)
             unread, last_read = [], time.perf_counter()
+        if step:
+            saver.finish(step)
 
-    if any("val_loss" in entry for entry in history):  # not so if the log of a whole run is lost
-        plot(history, run / "loss.png", f"{run.name}: {count(model)}")
-    print_end(config, run, model, tokenizer, history, device, time.perf_counter() - started)
-    return run
+    if not final:
+        console.print(f"Stopped by {stop.name} after step {step:,}, which is saved in {run}.")
+        return False
+    if any("val_loss" in entry for entry in log.entries):  # not if the log of a whole run is lost
+        plot_losses(log.entries, run / "loss.png", f"{run.name}: {count(model)}")
+    print_end(config, run, model, tokenizer, log.entries, device, time.perf_counter() - started)
+    return True
 
 
 def accumulate_gradients(
-    model: Transformer, loader: TokenLoader, cast: AbstractContextManager, config: TrainConfig,
-    device: torch.device,
+    model: Transformer, batch: tuple[torch.Tensor, torch.Tensor], micro_batch: int,
+    cast: AbstractContextManager,
 ) -> torch.Tensor:  # fmt: skip
     """Add the gradient of one whole batch; return its mean loss in nats per token, on the device.
 
-    All micro-batches have the same number of tokens, so the mean of their means is exact.
+    Each micro-batch counts by its share of the targets, so the means are those of the whole batch
+    however it is cut.
     """
-    parts = config.batch_size // config.micro_batch
+    device = model.embedding.weight.device
+    n_targets = max(1, (batch[1] >= 0).sum().item())  # on the host
     total = torch.zeros((), device=device)
-    for _ in range(parts):
-        tokens, targets = (x.to(device, non_blocking=True) for x in loader.next_batch())
+    for tokens, targets in zip(*(x.split(micro_batch) for x in batch), strict=True):
+        share = (targets >= 0).sum().item() / n_targets
+        tokens, targets = (x.to(device, non_blocking=True) for x in (tokens, targets))
         with cast:
-            loss = model(tokens, targets) / parts
+            loss = model(tokens, targets) * share
         loss.backward()
         total += loss.detach()
     return total
@@ -276,17 +347,24 @@ def accumulate_gradients(
 @torch.no_grad()
 def evaluate(
     model: Transformer, validation: TokenLoader, tokenizer: Tokenizer,
-    cast: AbstractContextManager, config: TrainConfig, device: torch.device,
+    cast: AbstractContextManager, eval_tokens: int,
 ) -> dict:  # fmt: skip
-    """Measure the loss on the fixed validation tokens, in nats per token and in bits per byte."""
+    """Measure the loss on the fixed validation tokens, in nats per token and in bits per byte.
+
+    The model is put back to training, and the random number generators to where they were.
+    """
+    device = model.embedding.weight.device
     lengths = torch.from_numpy(tokenizer.byte_lengths)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
-    for tokens, targets in validation.fixed_batches(config.eval_tokens):
-        with cast:
-            nats += model(tokens.to(device), targets.to(device)).double() * targets.numel()
-        n_tokens += targets.numel()
-        n_bytes += int(lengths[targets].sum())
+    model.eval()
+    with random_state.preserved(device):
+        for tokens, targets in validation.fixed_batches(eval_tokens):
+            with cast:
+                nats += model(tokens.to(device), targets.to(device)).double() * targets.numel()
+            n_tokens += targets.numel()
+            n_bytes += int(lengths[targets].sum())
+    model.train()
     loss = nats.item() / n_tokens
     return {"val_loss": loss, "val_bits_per_byte": loss * n_tokens / n_bytes / math.log(2)}
 
@@ -299,181 +377,40 @@ def read_losses(unread: list[dict]) -> list[dict]:
     ]
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device that the name stands for."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no GPU was found; use --device cpu, or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def set_threads(wanted: int) -> int:
-    """Set the number of CPU threads: `wanted`, else as many cores as this process may use."""
-    allowed = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
-    torch.set_num_threads(wanted or max(1, min(allowed, cgroup_cores())))
-    return torch.get_num_threads()
-
-
-def cgroup_cores() -> int:
-    """Return the whole cores that a container's quota allows; every core where there is none."""
+def go_to(loader: TokenLoader, position: dict, *, anyway: bool) -> None:
+    """Put the loader where the checkpoint was; other data is begun at its start, if `anyway`."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError):  # no such file, or the quota is "max"
-        return os.cpu_count() or 1
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products."""
-    if name == "auto":
-        name = "bfloat16" if multiplies_bfloat16(device) else "float32"
-    return getattr(torch, name)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for it; Triton's interpreter has not."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16"}) and not knobs.runtime.interpret
-
-
-def run_folder(config: TrainConfig, preset: str) -> Path:
-    """Return the run's folder, or raise ConfigError if the run would overwrite another."""
-    if config.resume and config.out is None:
-        raise ConfigError("--resume needs --out, the folder of the run to go on with")
-    run = Path(config.out or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"--out {run} is a file; name a folder")
-    if not config.resume and run.exists() and any(run.iterdir()):
-        raise ConfigError(
-            f"--out {run} is not empty; pass --resume to go on with that run, or name a new folder"
-        )
-    return run
-
-
-def resume_from(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None, which it says."""
-    found = checkpoint.checkpoints(run / "checkpoints")
-    if not found:
-        console.print(f"No checkpoint in {run} yet: starting from the beginning.")
-        return None
-    return found[-1]
-
-
-def random_state(device: torch.device) -> dict[str, str]:
-    """Return the states of PyTorch's random number generators, as text."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {k: base64.b64encode(x.numpy().tobytes()).decode() for k, x in states.items()}
-
-
-def restore_random_state(states: dict[str, str]) -> None:
-    """Undo `random_state`."""
-    for name, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
-
-
-def read_log(path: Path, step: int) -> list[dict]:
-    """Return the log up to `step`, and cut the file there: what came later is done again."""
-    if not path.exists():
-        return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # the line at which the process was killed
-            break
-    kept = [entry for entry in entries if entry["step"] <= step]
-    write_durably(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-    return kept
-
-
-def describe(
-    config: TrainConfig, preset: str, model: Transformer, device: torch.device, threads: int
-) -> bytes:
-    """Return what `config.json` holds: every setting, and what the run ran on."""
-    record = {
-        "preset": preset,
-        "config": asdict(config) | {"model": asdict(model.config)},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    return (json.dumps(record, indent=2) + "\n").encode()
-
-
-class Display:
-    """The line that shows how far the run is; without a terminal, one every ten seconds."""
-
-    def __init__(self, max_steps: int, step: int):
-        self.max_steps, self.first, self.started, self.printed = max_steps, step, 0.0, 0.0
-        self.bar = Progress(
-            BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"),
-            TimeRemainingColumn(), TextColumn("left"), console=console, transient=True,
-            disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.bar.add_task("first step ...", total=max_steps, completed=step)
-
-    def __enter__(self) -> Display:
-        self.bar.start()
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.stop()
-
-    def show(self, entry: dict) -> None:
-        """Show a step's entry of the log."""
-        text = (
-            f"loss {entry['loss']:.3f} nats/token  lr {entry['lr']:.2e}  "
-            f"grad norm {entry['grad_norm']:.2f}  {entry['tokens_per_s']:,} tokens/s"
-        )
-        self.bar.update(self.task, completed=entry["step"], description=text)
-        now = time.perf_counter()
-        if "val_loss" in entry:
-            text += (
-                f"  validation {entry['val_loss']:.3f} nats/token, "
-                f"{entry['val_bits_per_byte']:.3f} bits/byte"
-            )
-        elif console.is_terminal or now - self.printed < 10:
-            return
-        left = (
-            (now - self.started) / (entry["step"] - self.first) * (self.max_steps - entry["step"])
-        )
-        console.print(f"step {entry['step']}/{self.max_steps}  {text}  {clock(left)} left")
-        self.printed = now
+        loader.load_state(position)
+    except DataError as error:
+        if not anyway:
+            raise
+        console.print(f"The data is read from its beginning: {error}")
 
 
 def print_start(
-    config: TrainConfig, preset: str, run: Path, model: Transformer, loader: TokenLoader,
-    device: torch.device, dtype: torch.dtype, threads: int, step: int,
+    config: TrainConfig, preset: str, run: Path, model: Transformer,
+    optimizer: Optimizer, loader: TokenLoader, machine: dict, step: int,
 ) -> None:  # fmt: skip
     """Say what is about to run, and where."""
-    where = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} threads"
-    )
     batch = config.batch_size * model.config.max_seq_len
-    epochs = config.max_steps * batch / loader.n_tokens
+    if config.max_minutes is not None:
+        length = f"Minutes: {config.max_minutes:g}, steps"
+    else:
+        steps = config.budget.steps or 0
+        length = (
+            f"Steps: {steps:,} of {batch:,} tokens, {steps * batch / loader.n_tokens:.2f} epochs"
+        )
     console.print(
         f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
-        f"{model.config.d_model}, on {where}, in {str(dtype)[6:]}\n"
+        f"{model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
+        f"{machine['dtype'][6:]}\n"
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"
-        f"Steps: {config.max_steps:,} of {batch:,} tokens, {epochs:.2f} epochs"
+        + length
         + (f", going on from step {step:,}" if step else "")
         + f"\nRun folder: {run}"
     )
+    console.print(group_table(optimizer))
 
 
 def print_end(
@@ -502,84 +439,54 @@ def print_end(
     )
 
 
-def plot(history: list[dict], path: Path, title: str) -> None:
-    """Draw training and validation loss against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    steps = [entry["step"] for entry in history]
-    losses = [entry["loss"] for entry in history]
-    smooth = list(moving_average(losses))
-    measured = [entry for entry in history if "val_loss" in entry]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth, color="tab:blue", label="training, smoothed")
-    axes.plot(
-        [entry["step"] for entry in measured], [entry["val_loss"] for entry in measured],
-        "o-", color="tab:orange", markersize=4, label="validation",
-    )  # fmt: skip
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    to_bits = measured[-1]["val_bits_per_byte"] / measured[-1]["val_loss"]
-    bits = axes.secondary_yaxis("right", functions=(lambda y: y * to_bits, lambda y: y / to_bits))
-    bits.set_ylabel("loss (bits per byte)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=130, format="png")
-    plt.close(figure)
-    draft.rename(path)
-
-
-def moving_average(values: list[float]) -> Iterator[float]:
-    """Smooth exponentially, over about a twentieth of the values, without a bias at the start."""
-    decay = 1 - 1 / max(1, len(values) / 20)
-    mean = weight = 0.0
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        yield mean / weight
-
-
-def clock(seconds: float) -> str:
-    """Format a duration as minutes and seconds, or hours and minutes."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {seconds:02} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02} min"
-    )
-
-
 def count(model: Transformer) -> str:
     """Say how many parameters a model has."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
 
 
-def parse(arguments: list[str]) -> tuple[TrainConfig, str]:
-    """Return the configuration that a command line asks for, and its preset's name."""
+def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
+    """Return the configuration that a command line asks for, its preset, and the run folder."""
     preset = "gpt2" if torch.cuda.is_available() else "small"
     if arguments and not arguments[0].startswith("-"):
         preset, *arguments = arguments
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    config = tyro.cli(
-        TrainConfig, prog=f"train.py {preset}", args=arguments, default=PRESETS[preset],
-        description=f"Presets: {', '.join(PRESETS)}. Shown are the settings of {preset}.",
-    )  # fmt: skip
-    return config, preset
+    try:
+        config = tyro.cli(
+            TrainConfig, prog=f"train.py {preset}", args=arguments, default=PRESETS[preset],
+            description=f"Presets: {', '.join(PRESETS)}. Shown are the settings of {preset}.",
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.resume and config.out is None:
+        raise ConfigError("--resume needs --out, the folder of the run to go on with")
+    return config, preset, Path(config.out or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def main() -> None:
-    """Run the command line; a wrong input ends in one sentence and exit status 2."""
+    """Run the command line.
+
+    Exit status: 0 after the last step; 2 for a wrong input, with nothing changed; 74 if the run
+    folder could not be written; 75 after a signal, with the step saved, to be resumed; that of
+    the signal if it killed the process, before the first step or as the second one.
+    """
     try:
-        train(*parse(sys.argv[1:]))
-    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+        config, preset, run = parse(sys.argv[1:])
+        with claim(run, resume=config.resume):
+            finished = train(config, preset, run)
+    except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except (SaveError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
+        print(f"train.py: {error}; make room, then --resume", file=sys.stderr)
+        sys.exit(74)
     except KeyboardInterrupt:
         print("\ntrain.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    if not finished:
+        sys.exit(75)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ VERBS = {
     "static": "static",  # what the kernels compile to, without a GPU
     "explain": "bounds",  # what no version of an operation can beat
     "optimizer": "optimizer",  # their steps on the parameters of real models
+    "resume": "resume",  # whether a killed run, resumed, ends in the same bytes
     "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
     "low_precision": "low_precision",  # what keeping less than float32 costs a training run
 }

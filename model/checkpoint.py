@@ -1,105 +1,154 @@
 """Checkpoints: folders that are complete and checked, or not there at all.
 
 A checkpoint is a folder `step-00000060` with `model.safetensors`, `optimizer.safetensors` and
-`state.json`, which holds the sizes and SHA-256 of the other two. It is written under a temporary
-name, synced, and renamed: a process killed at any moment leaves the last one valid. No pickle is
-written or read.
+`state.json`, which holds the sizes and SHA-256 of the other two and of itself. It is written under
+a temporary name, synced, and renamed: a process killed at any moment leaves the last one valid. No
+pickle is written or read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import mmap
 import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .durable import sync, write_durably
+from .fingerprint import differences
 from .transformer import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-FORMAT = 1
+RECORD = "state.json"
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, or does not belong to this run."""
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    *,
-    keep: int,
-) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep`.
+class Snapshot(NamedTuple):
+    """What a checkpoint will hold."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By file, by name."""
+    record: dict
+    """Of state.json, but for the checksums."""
+
+
+def snapshot(
+    step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict, *, copy: bool
+) -> Snapshot:
+    """Collect what `write` writes.
 
     Args:
-        folder: where the checkpoints of a run lie; made if absent.
         step: optimizer steps taken so far.
         model: its parameters are saved.
         optimizer: its state tensors are saved, by the names of the parameters.
         state: anything else, as JSON.
-        keep: how many checkpoints to leave, at least 1.
+        copy: whether to copy the tensors to memory of the host, so that training may go on while
+            they are written.
+    """
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    both = weights, _optimizer_tensors(model, optimizer)
+    tensors: dict[str, dict[str, Tensor]] = dict(zip(FILES, both, strict=True))
+    if copy:
+        tensors = {
+            file: {name: x.to("cpu", copy=True) for name, x in named.items()}
+            for file, named in tensors.items()
+        }
+    # Through JSON, because what `state` refers to may change before it is written.
+    record = {"format": FORMAT, "step": step, "model": asdict(model.config), "state": state}
+    return Snapshot(step, tensors, json.loads(json.dumps(record)))
 
-    Returns:
-        The checkpoint's folder.
+
+def write(folder: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint into `folder`, which is made if absent, and return the checkpoint's own.
+
+    Raises:
+        OSError: it could not be written, and nothing of it stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
+    final = folder / f"step-{snapshot.step:08d}"
     draft = folder / f".{final.name}.tmp"
-    for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
-    draft.mkdir()
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    for name, tensors in zip(FILES, (weights, _optimizer_tensors(model, optimizer)), strict=True):
-        save_file(tensors, draft / name)
-        _sync(draft / name)
-    record = {
-        "format": FORMAT,
-        "step": step,
-        "model": asdict(model.config),
-        "files": {name: _fingerprint(draft / name) for name in FILES},
-        "state": state,
-    }
-    (draft / "state.json").write_text(json.dumps(record, indent=1))
-    _sync(draft / "state.json")
-    _sync(draft)
-    if final.exists():  # of a run that was resumed from an earlier step
-        shutil.rmtree(final)
-    draft.rename(final)
-    _sync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        for name, tensors in snapshot.tensors.items():
+            _write_tensors(draft / name, tensors)
+        files = {name: _fingerprint(draft / name) for name in snapshot.tensors}
+        record = snapshot.record | {"files": files}
+        content = json.dumps(record | {"sha256": _record_digest(record)}, indent=1)
+        write_durably(draft / RECORD, content.encode())
+        _publish(draft, final)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return final
+
+
+def tidy(folder: Path) -> None:
+    """Clear away what a killed process left in `folder`; no other may be writing there."""
+    for replaced in folder.glob(".step-*.replaced"):
+        final = folder / replaced.stem[1:]
+        if not final.exists():  # killed between the two renames
+            replaced.rename(final)
+    for pattern in (".step-*.tmp", ".step-*.replaced", ".step-*.old"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, which a kill meanwhile leaves whole or out of `checkpoints`."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name tells."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load(
-    checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer | None = None
+    checkpoint: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    same_model: bool = True,
 ) -> tuple[int, dict]:
     """Restore a model, and an optimizer if given, from a checkpoint.
 
+    Args:
+        checkpoint: its folder.
+        model: takes the weights.
+        optimizer: takes the states.
+        same_model: refuse a model whose configuration differs, even if the shapes fit.
+
     Returns:
-        The step, and the `state` that `save` was given.
+        The step, and the `state` that `snapshot` was given.
 
     Raises:
         CheckpointError: files are missing, damaged or of another model. Nothing was changed.
     """
     record = read_record(checkpoint)
-    _check_config(checkpoint, record["model"], model.config)
+    if same_model:
+        _check_config(checkpoint, record["model"], model.config)
     weights, moments = (_read_tensors(checkpoint, name, record) for name in FILES)
     parameters = dict(model.named_parameters())
     _check_tensors(checkpoint, weights, {name: p.shape for name, p in parameters.items()})
@@ -121,15 +170,22 @@ def load_model(checkpoint: Path) -> Transformer:
 
 def read_record(checkpoint: Path) -> dict:
     """Return what `state.json` holds, or raise CheckpointError."""
-    path = checkpoint / "state.json"
+    path = checkpoint / RECORD
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; name a folder that holds it") from None
     except ValueError:
         raise _damaged(path, "is not JSON") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise _damaged(path, f"is not of format {FORMAT}")
+    if not isinstance(record, dict) or "format" not in record:
+        raise _damaged(path, "is not the record of a checkpoint")
+    if record["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} is of format {record['format']}, this version reads format {FORMAT}; "
+            "go on with the version that wrote it"
+        )
+    if record.pop("sha256", None) != _record_digest(record):
+        raise _damaged(path, "has another checksum than when it was written")
     return record
 
 
@@ -171,15 +227,9 @@ def _read_tensors(checkpoint: Path, name: str, record: dict) -> dict[str, Tensor
 
 
 def _check_config(checkpoint: Path, saved: dict, config: ModelConfig) -> None:
-    ours = asdict(config)
-    differences = [
-        f"{key} {saved.get(key)} (here {ours.get(key)})"
-        for key in sorted(saved.keys() | ours.keys())
-        if saved.get(key) != ours.get(key)
-    ]
-    if differences:
+    if found := differences(saved, asdict(config)):
         raise CheckpointError(
-            f"{checkpoint} is of another model: {', '.join(differences)}; "
+            f"{checkpoint} is of another model: {'; '.join(found)}; "
             "resume with the settings it was made with, or start a new run in another folder"
         )
 
@@ -203,15 +253,31 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     )
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its only cause here, with the system's own words in it
+        raise OSError(f"{path}: {error}") from None
+    sync(path)
+
+
+def _publish(draft: Path, final: Path) -> None:
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # of a run that went back to an earlier step
+        final.rename(replaced)
+    draft.rename(final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def _fingerprint(path: Path) -> dict:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        size = path.stat().st_size
+        # One call for the whole file: the interpreter's lock is given up once, not per block.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest = hashlib.sha256(content).hexdigest()
+    return {"bytes": size, "sha256": digest}
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _record_digest(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

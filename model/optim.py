@@ -1,14 +1,96 @@
-"""Which parameter gets which update, and the learning rate of each step."""
+"""Which optimizer, with which options, updates which parameter."""
 
 from __future__ import annotations
 
-from math import cos, pi
+from dataclasses import dataclass, fields
+from inspect import signature
+from math import inf
+from typing import Annotated, Any, Literal
 
+import torch
 from torch import nn
+from tyro.conf import arg
 
-from kernels import AdamW
+from kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 
-SCHEDULES = ("linear", "cosine")
+OPTIMIZERS = {
+    "adamw": AdamW, "adam": Adam, "sgd": SGD, "rmsprop": RMSprop, "adagrad": Adagrad, "lion": Lion,
+}  # fmt: skip
+Optimizer = AdamW | Adam | SGD | RMSprop | Adagrad | Lion
+BETAS = {"adamw": (0.9, 0.95), "adam": (0.9, 0.95), "lion": (0.9, 0.99)}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer of the library. An option left at None is the optimizer's own default."""
+
+    name: Annotated[
+        Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "lion"], arg(name="optimizer")
+    ] = "adamw"
+    """Rule of the update."""
+    weight_decay: float = 0.1
+    """Decay of the weight matrices per step: in units of the learning rate for adamw and lion,
+    added to the gradient by the others."""
+    max_grad_norm: float = 1.0
+    """Largest global norm of a gradient; larger ones are scaled down to it."""
+    beta1: float | None = None
+    """Decay rate of the first moment (adamw, adam, lion). None: 0.9."""
+    beta2: float | None = None
+    """Decay rate of the second moment (adamw, adam; None: 0.95), or of the moment that is kept
+    (lion; None: 0.99)."""
+    eps: float | None = None
+    """Added to the denominator (adamw, adam, rmsprop, adagrad)."""
+    momentum: float | None = None
+    """Decay rate of the running sum of gradients (sgd) or of updates (rmsprop)."""
+    dampening: float | None = None
+    """What part of a gradient stays out of that sum (sgd)."""
+    nesterov: bool | None = None
+    """Look one step of the momentum ahead (sgd)."""
+    alpha: float | None = None
+    """Decay rate of the moments (rmsprop)."""
+    centered: bool | None = None
+    """Divide by the root of the variance of gradients (rmsprop)."""
+    lr_decay: float | None = None
+    """How fast the step size falls with the count of steps (adagrad)."""
+    initial_accumulator_value: float | None = None
+    """Of the sum of squares (adagrad)."""
+
+    def __post_init__(self):
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        self.options()
+        # The optimizer's own checks, before anything is prepared for it.
+        self._make([{"params": [nn.Parameter(torch.zeros(1))]}])
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of the optimizer's class.
+
+        Raises:
+            ValueError: an option is set that the optimizer "has no" use for.
+        """
+        accepted = signature(OPTIMIZERS[self.name]).parameters
+        given = {
+            field.name: value
+            for field in fields(self)[1:]
+            if (value := getattr(self, field.name)) is not None
+        }
+        if self.name in BETAS:
+            own = BETAS[self.name]
+            given["betas"] = (given.pop("beta1", own[0]), given.pop("beta2", own[1]))
+        for name in given:
+            if name not in accepted:
+                raise ValueError(
+                    f"{self.name} has no {name}; leave it out, or choose another --optimizer"
+                )
+        return given
+
+    def make(self, model: nn.Module) -> Optimizer:
+        """Make the optimizer of a model's trainable parameters, in the groups of the rule."""
+        return self._make(parameter_groups(model, self.weight_decay))
+
+    def _make(self, groups: list[dict]) -> Optimizer:
+        return OPTIMIZERS[self.name](groups, **self.options())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -16,50 +98,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Args:
         model: the model; parameters that are frozen are left out.
-        weight_decay: decay of the matrices per step, in units of the learning rate.
+        weight_decay: decay of the matrices per step, in the optimizer's units.
 
     Returns:
-        Two groups in `torch.optim`'s form, each parameter in exactly one of them.
+        Groups in `torch.optim`'s form with a `name`, each parameter in exactly one of them. A
+        weight that is embedding and output layer at once is an embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, others = [], []
+    named = {"matrices": [], "embeddings": [], "norms and biases": []}
     for p in model.parameters():
         if p.requires_grad:
-            (decayed if p.dim() >= 2 and id(p) not in embeddings else others).append(p)
+            kind = "matrices" if p.dim() >= 2 else "norms and biases"
+            named["embeddings" if id(p) in embeddings else kind].append(p)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"name": name, "params": ps, "weight_decay": weight_decay if name == "matrices" else 0.0}
+        for name, ps in named.items()
+        if ps
     ]
-
-
-def adamw(
-    model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
-) -> AdamW:
-    """Make the optimizer of a model, which decays its matrices and clips as it updates."""
-    groups = parameter_groups(model, weight_decay)
-    return AdamW(groups, betas=betas, max_grad_norm=max_grad_norm)
-
-
-def learning_rate(
-    step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule: str, final: float
-) -> float:
-    """Return the learning rate of a step: linear warm-up to `peak`, then decay.
-
-    Args:
-        step: counted from 0.
-        peak: the highest rate, reached after `warmup_steps`.
-        warmup_steps: steps of linear growth.
-        max_steps: steps of the whole run.
-        schedule: "linear" or "cosine" decay.
-        final: rate that the decay ends at, as a fraction of `peak`.
-
-    Raises:
-        ValueError: the schedule is unknown.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    left = 1 - progress if schedule == "linear" else (1 + cos(pi * progress)) / 2
-    return peak * (final + (1 - final) * left)

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import add_rms_norm, linear_cross_entropy, rms_norm, rope, swiglu
+from kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
 
 from . import sampling
 
@@ -93,9 +93,22 @@ class Transformer(nn.Module):
         config: its shape.
         activation_checkpointing: "none", or "full" to keep only each block's inputs for the
             backward pass and compute the rest again.
+        dropout: probability with which an element of what a block adds to the residual stream is
+            left out, in training mode.
+        label_smoothing: share of the target's probability that is spread over the vocabulary, in
+            the loss of training mode.
+        z_loss: weight of the squared logarithm of the softmax's denominator in that loss.
     """
 
-    def __init__(self, config: ModelConfig, *, activation_checkpointing: str = "none"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        activation_checkpointing: str = "none",
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ):
         super().__init__()
         if activation_checkpointing not in ("none", "full"):
             raise ValueError(
@@ -104,11 +117,12 @@ class Transformer(nn.Module):
             )
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.dropout, self.label_smoothing, self.z_loss = dropout, label_smoothing, z_loss
         self.cos_LK: Tensor
         self.sin_LK: Tensor
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps, dropout)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -145,7 +159,8 @@ class Transformer(nn.Module):
 
         Returns:
             Without targets: logits `[B, L, V]`. With targets: their mean cross-entropy in nats, a
-            float32 scalar; the logits are never stored whole.
+            float32 scalar; the logits are never stored whole. In training mode it is the loss with
+            label smoothing and z-loss.
 
         Raises:
             ValueError: L exceeds max_seq_len.
@@ -153,7 +168,11 @@ class Transformer(nn.Module):
         h_BLD = self.hidden(tokens)
         if targets is None:
             return self.logits(h_BLD)
-        return linear_cross_entropy(h_BLD, self.head.weight, targets, softcap=self.config.softcap)
+        return linear_cross_entropy(
+            h_BLD, self.head.weight, targets, softcap=self.config.softcap,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            z_loss=self.z_loss if self.training else 0.0,
+        )  # fmt: skip
 
     def hidden(self, tokens: Tensor, cache: sampling.Cache | None = None) -> Tensor:
         """Return the normalised output of the last block, `[B, L, D]`, extending `cache`."""
@@ -172,7 +191,7 @@ class Transformer(nn.Module):
             if recompute:
                 x_BLD, residual_BLD = checkpoint(
                     block, x_BLD, residual_BLD, angles, use_reentrant=False,
-                    preserve_rng_state=False,
+                    preserve_rng_state=self.dropout > 0,
                 )  # fmt: skip
             else:
                 x_BLD, residual_BLD = block(x_BLD, residual_BLD, angles, layer)
@@ -207,11 +226,11 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """One residual block; the addition of its input is fused with its normalisation."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, dropout: float):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, dropout)
         self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps, dropout)
         self.feed_forward = FeedForward(config.d_model, config.feed_forward_width)
 
     def forward(self, x_BLD, residual_BLD, angles, cache=None):
@@ -269,12 +288,15 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMS normalisation with a learned weight, alone or fused with the residual addition."""
+    """RMS normalisation with a learned weight, alone or fused with the residual addition.
 
-    def __init__(self, width: int, eps: float):
+    With dropout, which in training leaves elements of what is added out, the two are not fused.
+    """
+
+    def __init__(self, width: int, eps: float, dropout: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.dropout = eps, dropout
 
     def forward(self, x):
         """Normalise the last axis of `x`."""
@@ -284,6 +306,9 @@ class RMSNorm(nn.Module):
         """Return the normalised sum of `x` and `residual` (None for zeros), and the sum."""
         if residual is None:
             return self(x), x
+        if self.dropout and self.training:
+            residual = dropout_add(x, residual, self.dropout)
+            return self(residual), residual
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 

@@ -1,6 +1,6 @@
 """The model's own logic is tested on the references, as the interpreter is slow.
 
-That the kernels serve the model is shown by tests/test_train.py.
+That the kernels serve the model is shown by tests/train.
 """
 
 import pytest

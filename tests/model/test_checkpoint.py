@@ -1,15 +1,20 @@
 """Prove that a checkpoint comes back bit for bit, and that a damaged one is refused untouched."""
 
+import errno
+import hashlib
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from kernels import AdamW
 from model import ModelConfig, Transformer, checkpoint
 from model.checkpoint import CheckpointError
-from model.optim import parameter_groups
+from model.optim import OPTIMIZERS, OptimizerConfig, parameter_groups
 
 CONFIG = ModelConfig(vocab_size=40, n_layers=1, d_model=16, n_heads=2, max_seq_len=8)
 
@@ -30,17 +35,21 @@ def advance(model, optimizer, seed):
     return loss.item()
 
 
+def save(folder, step, model, optimizer, state):
+    return checkpoint.write(folder, checkpoint.snapshot(step, model, optimizer, state, copy=False))
+
+
 @pytest.fixture
 def saved(device, tmp_path):
     model, optimizer = build(device)
     advance(model, optimizer, 0)
-    return checkpoint.save(tmp_path, 7, model, optimizer, {"note": [1]}, keep=2)
+    return save(tmp_path, 7, model, optimizer, {"note": [1]})
 
 
 def test_restores_model_and_optimizer_bit_for_bit(device, tmp_path):
     model, optimizer = build(device)
     advance(model, optimizer, 0)
-    path = checkpoint.save(tmp_path, 1, model, optimizer, {"a": 1}, keep=1)
+    path = save(tmp_path, 1, model, optimizer, {"a": 1})
     expected = [advance(model, optimizer, seed) for seed in (1, 2)]
     other, other_optimizer = build(device)
     assert checkpoint.load(path, other, other_optimizer) == (1, {"a": 1})
@@ -56,28 +65,93 @@ def test_makes_the_model_that_was_saved(device, saved):
         assert torch.equal(x, y.cpu())
 
 
-def test_keeps_the_newest(device, tmp_path):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_bit_for_bit(name, device, tmp_path):
+    options = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
+    config = OptimizerConfig(name=name, **options)
+    (model, _), (other, _) = build(device), build(device)
+    optimizer, other_optimizer = config.make(model), config.make(other)
+    for seed in range(3):
+        advance(model, optimizer, seed)
+    path = save(tmp_path, 3, model, optimizer, {})
+    checkpoint.load(path, other, other_optimizer)
+    for seed in range(3, 6):
+        assert advance(model, optimizer, seed) == advance(other, other_optimizer, seed)
+    for x, y in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_copy_does_not_follow_training(device, tmp_path):
     model, optimizer = build(device)
-    for step in (1, 2, 10):
-        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2)
-    names = [path.name for path in checkpoint.checkpoints(tmp_path)]
-    assert names == ["step-00000002", "step-00000010"]
+    advance(model, optimizer, 0)
+    state = {"steps": [1]}
+    kept = checkpoint.snapshot(1, model, optimizer, state, copy=True)
+    expected = checkpoint.write(tmp_path / "now", kept)
+    advance(model, optimizer, 1)
+    state["steps"].append(2)
+    later = checkpoint.write(tmp_path / "later", kept)
+    for name in (*checkpoint.FILES, "state.json"):
+        assert (later / name).read_bytes() == (expected / name).read_bytes()
 
 
-def test_a_save_that_fails_leaves_the_last_one(device, tmp_path, saved, monkeypatch):
+@pytest.mark.parametrize("call", range(5))
+def test_a_save_that_fails_leaves_the_last_one(call, device, tmp_path, saved, monkeypatch):
+    # Every wait for the disk in turn: two files of tensors, the record, and two folders.
     model, optimizer = build(device)
+    before = {p: p.read_bytes() for p in saved.iterdir()}
+    calls = iter(range(100))
+    sync = os.fsync
 
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
+    def full_disk(descriptor):
+        if next(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
 
-    monkeypatch.setattr(checkpoint, "_sync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 8, model, optimizer, {}, keep=1)
+        save(tmp_path, 8, model, optimizer, {})
     monkeypatch.undo()
-    assert checkpoint.checkpoints(tmp_path) == [saved]
-    checkpoint.load(saved, model, optimizer)
-    checkpoint.save(tmp_path, 8, model, optimizer, {}, keep=1)  # over the leftover
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
+    assert {p: p.read_bytes() for p in saved.iterdir()} == before
+    for path in checkpoint.checkpoints(tmp_path):  # the last call comes after the rename
+        assert path == saved or call == 4
+        checkpoint.load(path, *build(device))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_says_so_when_the_disk_has_no_room_for_tensors(device, tmp_path, saved, monkeypatch):
+    def full_disk(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(tmp_path, 8, *build(device), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_a_step_saved_again_replaces_the_first(device, tmp_path, saved):
+    model, optimizer = build(device)
+    save(tmp_path, 7, model, optimizer, {"note": [2]})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    assert checkpoint.load(saved, model, optimizer) == (7, {"note": [2]})
+
+
+def test_tidies_what_a_kill_may_leave(device, tmp_path, saved):
+    save(tmp_path, 9, *build(device), {})
+    (tmp_path / "step-00000009").rename(tmp_path / ".step-00000009.replaced")
+    save(tmp_path, 8, *build(device), {})
+    (tmp_path / "step-00000008").rename(tmp_path / ".step-00000008.old")
+    (tmp_path / ".step-00000010.tmp").mkdir()
+    checkpoint.tidy(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000007", "step-00000009"]
+
+
+def test_no_pickle_is_ever_read_or_written():
+    root = Path(checkpoint.__file__).parents[1]
+    for file in [root / "train.py", *(root / "model").glob("*.py"), *root.glob("data/**/*.py")]:
+        text = file.read_text()
+        for word in ("import pickle", "torch.load(", "torch.save(", "allow_pickle=True"):
+            assert word not in text, f"{file.name} has {word}"
 
 
 def truncate(path):
@@ -111,7 +185,12 @@ def test_refuses_damaged_files_and_changes_nothing(name, damage, message, device
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("[]", "is not of format 1"), ('{"format": 9}', "is not of format 1")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not the record"),
+        ('{"format": 9}', "is of format 9, this version reads format 2"),
+        ('{"format": 2, "step": 1}', "another checksum"),
+    ],
 )
 def test_refuses_a_damaged_record(content, message, device, saved):
     (saved / "state.json").write_text(content)
@@ -119,8 +198,15 @@ def test_refuses_a_damaged_record(content, message, device, saved):
         checkpoint.load(saved, *build(device))
 
 
+def test_refuses_a_record_with_one_other_digit(device, saved):
+    path = saved / "state.json"
+    path.write_text(path.read_text().replace('"step": 7', '"step": 8'))
+    with pytest.raises(CheckpointError, match="another checksum"):
+        checkpoint.load(saved, *build(device))
+
+
 def test_refuses_the_checkpoint_of_another_model(device, saved):
-    with pytest.raises(CheckpointError, match=r"another model: d_model 16 \(here 32\)"):
+    with pytest.raises(CheckpointError, match="another model: d_model: 16, now 32"):
         checkpoint.load(saved, *build(device, replace(CONFIG, d_model=32)))
 
 
@@ -128,9 +214,11 @@ def test_refuses_tensors_of_another_model(device, saved, tmp_path):
     # The record says the one, the files hold the other, checksums and all.
     model, optimizer = build(device, replace(CONFIG, d_model=32))
     advance(model, optimizer, 0)
-    other = checkpoint.save(tmp_path / "other", 7, model, optimizer, {}, keep=1)
+    other = save(tmp_path / "other", 7, model, optimizer, {})
     record = json.loads((other / "state.json").read_text())
     record["model"] = json.loads((saved / "state.json").read_text())["model"]
+    del record["sha256"]
+    record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     (other / "state.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="of shape"):
         checkpoint.load(other, *build(device))

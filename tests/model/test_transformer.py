@@ -8,7 +8,6 @@ from torch import nn
 
 from kernels import cross_entropy
 from model import ModelConfig, Transformer
-from model.optim import learning_rate, parameter_groups
 from model.sampling import sample
 
 CONFIG = ModelConfig(vocab_size=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=16)
@@ -116,29 +115,36 @@ def test_ties_the_embedding_only_if_asked(device):
     assert untied.head.weight is not untied.embedding.weight
 
 
-def test_decays_matrices_only(device):
-    for tie in (True, False):
-        model = build(device, tie_embeddings=tie)
-        decayed, others = parameter_groups(model, 0.1)
-        named = {id(p): name for name, p in model.named_parameters()}
-        names = {named[id(p)] for p in others["params"]}
-        assert names == {n for n in named.values() if "norm" in n or n == "embedding.weight"}
-        assert len(decayed["params"]) + len(others["params"]) == len(named)
-        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+def test_smooths_labels_in_training_only(device):
+    model = Transformer(CONFIG, label_smoothing=0.1, z_loss=0.01).to(device)
+    tokens, targets = ids(device, 2, 9), ids(device, 2, 9)
+    logits = model(tokens).view(18, -1)
+    expected = cross_entropy(logits, targets.view(-1), label_smoothing=0.1, z_loss=0.01)
+    torch.testing.assert_close(model(tokens, targets), expected)
+    plain = cross_entropy(logits, targets.view(-1))
+    torch.testing.assert_close(model.eval()(tokens, targets), plain)
+    assert plain.item() != pytest.approx(expected.item(), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "step", "expected"),
-    [
-        ("linear", 0, 0.1), ("linear", 9, 1.0), ("linear", 10, 1.0), ("linear", 60, 0.6),
-        ("linear", 110, 0.2), ("linear", 999, 0.2), ("cosine", 60, 0.6), ("cosine", 35, 0.8828),
-    ],
-)  # fmt: skip
-def test_learning_rate(schedule, step, expected):
-    rate = learning_rate(
-        step, peak=1.0, warmup_steps=10, max_steps=110, schedule=schedule, final=0.2
-    )
-    assert rate == pytest.approx(expected, abs=1e-4)
+def test_drops_out_in_training_only(device):
+    model, tokens = Transformer(CONFIG, dropout=0.5).to(device), ids(device, 2, 9)
+    first, second = model(tokens), model(tokens)
+    assert not torch.allclose(first, second, atol=1e-3)
+    same = build(device)
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(tokens), same(tokens))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointed_blocks_give_the_same_gradients(device, dropout):
+    tokens, gradients = ids(device, 2, 9), []
+    for policy in ("none", "full"):
+        torch.manual_seed(1)
+        model = Transformer(CONFIG, activation_checkpointing=policy, dropout=dropout).to(device)
+        model(tokens, tokens).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for x, y in zip(*gradients, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(

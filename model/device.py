@@ -1,0 +1,61 @@
+"""Where a run computes: device, threads, and the dtype of its matrix products."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from triton import knobs
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that "cpu", "cuda" or "auto" stands for.
+
+    Raises:
+        ValueError: "cuda" where "no GPU was found".
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU was found; use --device cpu, or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_threads(wanted: int) -> int:
+    """Set the number of CPU threads: `wanted`, else as many cores as this process may use."""
+    allowed = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    torch.set_num_threads(wanted or max(1, min(allowed, _cgroup_cores())))
+    return torch.get_num_threads()
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the matrix products; "auto" is bfloat16 where it is native."""
+    if name == "auto":
+        name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
+    return getattr(torch, name)
+
+
+def describe(device: torch.device) -> str:
+    """Name what decides the rounding of a result: the GPU's model, or the CPU's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cgroup_cores() -> int:
+    """The whole cores that a container's quota allows; every core where there is none."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or the quota is "max"
+        return os.cpu_count() or 1
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; Triton's interpreter has not."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"}) and not knobs.runtime.interpret

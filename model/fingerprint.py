@@ -1,0 +1,81 @@
+"""What decides every bit of a run besides its checkpoint, in a form that two runs compare."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("kernels/**/*.py", "model/**/*.py", "data/**/*.py", "train.py")
+SHOWN = 20  # differences in a message
+
+
+class FingerprintError(ValueError):
+    """A run is to go on with other data, settings or code than it began with."""
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """Return the versions of what computes, and a digest of each file of the code at hand."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    files = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    return versions | {path.relative_to(ROOT).as_posix(): _digest(path) for path in files}
+
+
+def differences(saved: dict, ours: dict) -> list[str]:
+    """Name the entries of two nested dicts that differ: `config.seed: 1, now 2`."""
+    before, now = dict(_flatten(saved)), dict(_flatten(ours))
+    return [
+        f"{name}: {before.get(name, 'absent')}, now {now.get(name, 'absent')}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in before or name not in now or before[name] != now[name]
+    ]
+
+
+def require_same(saved: dict, ours: dict, source: Path, *, anyway: bool) -> str:
+    """Compare what decides the bits of a run with what a checkpoint was made with.
+
+    Args:
+        saved: the fingerprint in the checkpoint.
+        ours: that of this run.
+        source: the checkpoint, to be named.
+        anyway: whether differences are allowed.
+
+    Returns:
+        The differences in words, empty if there are none.
+
+    Raises:
+        FingerprintError: the checkpoint "was made otherwise".
+    """
+    found = differences(saved, ours)
+    if not found:
+        return ""
+    shown = "".join(f"\n  {line}" for line in found[:SHOWN])
+    shown += f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    if not anyway:
+        raise FingerprintError(
+            f"{source} was made otherwise:{shown}\nGo on with the same, or pass --resume-anyway."
+        )
+    return f"Going on although {source} was made otherwise:{shown}\n"
+
+
+def _flatten(entries: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]

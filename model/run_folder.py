@@ -1,0 +1,145 @@
+"""The folder of one run: one process at a time, and a log that stays whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+from .durable import sync, write_durably
+
+LOCK = ".lock"
+
+
+class RunFolderError(ValueError):
+    """The folder cannot be this run's. Nothing in it was changed."""
+
+
+@contextmanager
+def claim(run: Path, *, resume: bool) -> Iterator[Path]:
+    """Make the folder of a run, and keep other processes out of it inside the block.
+
+    Args:
+        run: the folder; deleted again where the block fails before it put anything there.
+        resume: whether it may hold a run already.
+
+    Raises:
+        RunFolderError: it "is a file", "is not empty", "is in use" or "cannot be written".
+    """
+    made = not run.exists()
+    if run.exists() and not run.is_dir():
+        raise RunFolderError(f"--out {run} is a file; name a folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        _lock(run, lock)
+        if not resume and _content(run):
+            raise RunFolderError(
+                f"--out {run} is not empty; pass --resume to go on with that run, or name a new "
+                "folder"
+            )
+        yield run
+    finally:
+        os.close(lock)  # which releases the lock, as the end of the process does
+        if made and not _content(run):
+            (run / LOCK).unlink(missing_ok=True)
+            run.rmdir()
+
+
+def _lock(run: Path, lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(lock, 1000).decode() or "another process"
+        raise RunFolderError(
+            f"{run} is in use by {owner}; wait for it or stop it, or name another folder"
+        ) from None
+    try:
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.fsync(lock)
+    except OSError as error:
+        raise _unwritable(run, error) from error
+
+
+def _content(run: Path) -> list[Path]:
+    return [path for path in run.iterdir() if path.name != LOCK]
+
+
+def _unwritable(run: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"{run} cannot be written ({error.strerror}); make room or name a folder elsewhere"
+    )
+
+
+class RunLog:
+    """log.jsonl: one JSON object per line, each with its `step`.
+
+    Args:
+        path: the file. What it holds of later steps than `step` is cut off: it is done again.
+        step: where the run goes on.
+        report: is told, in a sentence, of lines that could not be written; they are kept, and
+            written with the next.
+
+    Attributes:
+        entries: all there are.
+    """
+
+    def __init__(self, path: Path, step: int, report: Callable[[str], None]):
+        self.entries = [entry for entry in _read(path) if entry["step"] <= step]
+        kept = b"".join(map(_line, self.entries))
+        write_durably(path, kept)
+        self._path, self._report, self._size, self._waiting = path, report, len(kept), b""
+
+    def append(self, entries: list[dict]) -> None:
+        """Write entries, or keep them for the next time."""
+        self.entries += entries
+        self._waiting += b"".join(map(_line, entries))
+        try:
+            with self._path.open("r+b", buffering=0) as file:
+                self._write(file)
+        except OSError as error:
+            self._report(
+                f"Could not write {self._path} ({error.strerror}); its lines wait for the next."
+            )
+
+    def _write(self, file: FileIO) -> None:
+        file.seek(self._size)
+        written = 0
+        try:
+            while written < len(self._waiting):
+                written += file.write(self._waiting[written:])
+        except OSError:
+            file.truncate(self._size)  # no half line stays
+            raise
+        self._size, self._waiting = self._size + written, b""
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        sync(self._path)
+
+
+def _read(path: Path) -> list[dict]:
+    entries = []
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # the line at which the process was killed
+            break
+    return entries
+
+
+def _line(entry: dict) -> bytes:
+    return (json.dumps(entry) + "\n").encode()

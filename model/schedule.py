@@ -1,0 +1,97 @@
+"""How long a run lasts, and the learning rate of each of its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, inf, pi, sqrt
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The length of a run: optimizer steps, or wall-clock time; the other one is None."""
+
+    steps: int | None = None
+    """Steps of the whole run."""
+    seconds: float | None = None
+    """Seconds of the whole run, those before a resume included."""
+
+    def used(self, step: int, seconds: float, *, after: int = 0) -> float:
+        """Return how much of it is used, from 0 to 1, after `step` steps and `seconds` seconds.
+
+        Args:
+            step: steps taken.
+            seconds: time used.
+            after: first steps that do not count, of a budget in steps.
+        """
+        if self.seconds is not None:
+            return min(1.0, seconds / self.seconds)
+        assert self.steps is not None
+        return min(1.0, max(0, step - after) / max(1, self.steps - after))
+
+    def spent(self, step: int, seconds: float) -> bool:
+        """Whether no step is left after `step` steps and `seconds` seconds."""
+        return seconds >= self.seconds if self.seconds is not None else step >= (self.steps or 0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate: linear warm-up to a peak, then one of five shapes."""
+
+    shape: Annotated[
+        Literal["linear", "cosine", "constant", "trapezoid", "inverse-sqrt"], arg(name="schedule")
+    ] = "linear"
+    """After the warm-up: linear or cosine decay; constant; constant, then linear decay (trapezoid);
+    or the peak times the root of warmup-steps / step (inverse-sqrt)."""
+    peak: Annotated[float, arg(name="learning-rate")] = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 50
+    """Steps in which the learning rate grows linearly to its peak."""
+    final_lr: float = 0.0
+    """Learning rate that a decay ends at, as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """Share of the run after the warm-up in which a trapezoid decays."""
+
+    def __post_init__(self):
+        if not 0 < self.peak < inf:
+            raise ValueError(f"learning_rate must be above 0, got {self.peak}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr must lie in [0, 1], got {self.final_lr}")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the rate depends on how long the whole run is."""
+        return self.shape not in ("constant", "inverse-sqrt")
+
+    def learning_rate(self, step: int, budget: Budget, seconds: float = 0.0) -> float:
+        """Return the learning rate of a step.
+
+        Args:
+            step: counted from 0.
+            budget: of the whole run, to which a decay is fitted.
+            seconds: time used so far, for a budget in seconds.
+        """
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        progress = budget.used(step, seconds, after=self.warmup_steps)
+        left = self._left(step, progress)
+        return self.peak * (self.final_lr + (1 - self.final_lr) * left)
+
+    def _left(self, step: int, progress: float) -> float:
+        match self.shape:
+            case "linear":
+                return 1 - progress
+            case "cosine":
+                return (1 + cos(pi * progress)) / 2
+            case "trapezoid":
+                return min(1.0, (1 - progress) / self.decay_fraction)
+            case "inverse-sqrt":
+                return sqrt(max(1, self.warmup_steps) / (step + 1))
+            case "constant":
+                return 1.0

@@ -1,0 +1,117 @@
+"""Prove that signals, a full disk, a second process and the clock cost nothing."""
+
+import itertools
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from train_runs import RANDOM, CrashError, crash, log
+
+import train
+from bench import resume
+from model import checkpoint
+from model.run_folder import claim
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_and_saves(number, run, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(whole, *RANDOM) == 0
+    before = signal.getsignal(number)
+    run.at_step(5, lambda: os.kill(os.getpid(), number))
+    assert run(stopped, *RANDOM) == 75
+    out = run.output()
+    assert f"{number.name}: finishing the step and saving" in out or "Stopped by" in out
+    assert f"Stopped by {number.name} after step 5, which is saved" in out
+    assert signal.getsignal(number) == before
+    assert checkpoint.checkpoints(stopped / "checkpoints")[-1].name == "step-00000005"
+    assert run(stopped, *RANDOM, "--resume") == 0
+    assert resume.final_state(stopped, set()) == resume.final_state(whole, set())
+
+
+# Train, but take a minute for the checkpoint of any step after the third.
+SLOW_SAVE = """
+import sys, time, train
+from model import checkpoint
+sync = checkpoint.sync
+def slow(path):
+    if "step-00000003" not in str(path):
+        print("saving", flush=True)
+        time.sleep(60)
+    sync(path)
+checkpoint.sync = slow
+train.main()
+"""
+
+
+def test_a_second_signal_stops_a_save_and_leaves_the_last_checkpoint(start, run, tmp_path):
+    stopped = tmp_path / "stopped"
+    process = start(*RANDOM, "--out", str(stopped), "--sample-tokens", "0", script=SLOW_SAVE)
+    while process.stdout.readline() != "saving\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
+    (last,) = checkpoint.checkpoints(stopped / "checkpoints")
+    assert last.name == "step-00000003"
+    assert run(stopped, *RANDOM, "--resume") == 0
+    assert run(tmp_path / "whole", *RANDOM) == 0
+    assert resume.final_state(stopped, set()) == resume.final_state(tmp_path / "whole", set())
+
+
+@pytest.mark.parametrize("more", [(), ("--save-async",)], ids=["sync", "async"])
+def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(more, run, tmp_path, monkeypatch):
+    full, whole = tmp_path / "full", tmp_path / "whole"
+
+    def full_disk(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    run.at_step(5, lambda: monkeypatch.setattr(checkpoint, "save_file", full_disk))
+    assert run(full, *RANDOM, *more) == 74
+    out = run.output()
+    assert "Could not save step 6: " in out
+    assert "No space left on device (os error 28). The last checkpoint is that of step 3" in out
+    assert "train.py: step 12 could not be saved; the last checkpoint is that of step 3" in out
+    assert [x["step"] for x in log(full)] == list(range(1, 13))
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    assert run(full, *RANDOM, *more, "--resume") == 0
+    assert run(whole, *RANDOM) == 0
+    assert resume.final_state(full, set()) == resume.final_state(whole, set())
+
+
+def test_two_processes_do_not_share_a_run(run, tmp_path):
+    assert run(tmp_path / "run", *RANDOM) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with claim(tmp_path / "run", resume=True):
+        before[tmp_path / "run" / ".lock"] = (tmp_path / "run" / ".lock").read_bytes()
+        assert run(tmp_path / "run", *RANDOM, "--resume") == 2
+    assert f"is in use by process {os.getpid()} on" in run.output()
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_the_clock_ends_a_run_and_goes_on_after_a_resume(run, tmp_path, monkeypatch):
+    seconds = itertools.count(0.0, 0.25)  # each look at the clock takes a quarter of a second
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds), strftime=time.strftime)
+    monkeypatch.setattr(train, "time", clock)
+    minute = ("--max-minutes", "1", "--schedule", "linear", "--save-every", "10")
+    run.at_step(25, crash)
+    with pytest.raises(CrashError):
+        run(tmp_path / "run", *minute)
+    assert run(tmp_path / "run", *minute, "--resume") == 0
+    entries = log(tmp_path / "run")
+    state = checkpoint.read_record(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    assert 60 <= state["state"]["seconds"] < 63
+    rates = [x["lr"] for x in entries[5:]]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.8e-3
+    assert rates[-1] < 0.05e-3
+    assert run(tmp_path / "run", *minute, "--resume") == 0  # nothing is left to do
+    assert log(tmp_path / "run") == entries
