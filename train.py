@@ -29,10 +29,11 @@ from model.fingerprint import FingerprintError, code_version, require_same
 from model.optim import Optimizer, OptimizerConfig
 from model.plot import plot_losses
 from model.run_folder import RunFolderError, RunLog, claim
-from model.saver import SaveError, Saver
-from model.schedule import Budget, Schedule
+from model.saver import SaveConfig, SaveError, Saver
+from model.schedule import Budget, Length, Schedule
 from model.stopping import StopRequest
 
+UNPREFIXED = tyro.conf.arg(name="")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
@@ -58,23 +59,6 @@ class TrainConfig:
     """Resume although data, settings, code or device differ from those of the checkpoint."""
     seed: int = 1
     """Seed of the weights, of dropout and of the order of the data."""
-    max_steps: int = 1000
-    """Optimizer steps of the whole run."""
-    max_tokens: int | None = None
-    """Tokens of the whole run, rounded up to whole steps, in place of max_steps."""
-    max_minutes: float | None = None
-    """Minutes of the whole run, start-ups and the time before a resume included, the last
-    validation and the sample not, in place of max_steps. The learning rate follows the clock."""
-    save_every: int = 500
-    """Steps from one checkpoint to the next; the last step is always saved."""
-    save_async: bool = False
-    """Go on training while a checkpoint is written, from a copy in host memory."""
-    keep_last: int = 2
-    """How many of the newest checkpoints to keep."""
-    keep_best: bool = False
-    """Save whenever the validation loss is the lowest so far, and keep that checkpoint."""
-    keep_every: int | None = None
-    """Keep the checkpoints of the steps that this divides. None: only those above."""
     eval_every: int = 100
     """Steps from one validation to the next; the last step is always validated."""
     eval_tokens: int = 32768
@@ -104,26 +88,21 @@ class TrainConfig:
     """Text that the sample at the end goes on from."""
     sample_tokens: int = 200
     """Length of the sample, in tokens. 0: none."""
-    schedule: Annotated[Schedule, tyro.conf.arg(name="")] = field(default_factory=Schedule)
+    length: Annotated[Length, UNPREFIXED] = field(default_factory=Length)
+    """When the run ends."""
+    schedule: Annotated[Schedule, UNPREFIXED] = field(default_factory=Schedule)
     """The learning rate."""
-    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
-        default_factory=OptimizerConfig
-    )
+    optimizer: Annotated[OptimizerConfig, UNPREFIXED] = field(default_factory=OptimizerConfig)
     """The update of the parameters."""
+    saving: Annotated[SaveConfig, UNPREFIXED] = field(default_factory=SaveConfig)
+    """The checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
 
     def __post_init__(self):
-        for name in (
-            "max_steps", "max_tokens", "save_every", "keep_last", "keep_every", "eval_every",
-            "log_every", "batch_size", "micro_batch_size",
-        ):  # fmt: skip
+        for name in ("eval_every", "log_every", "batch_size", "micro_batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
-            raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes}")
-        if self.max_minutes is not None and self.max_tokens is not None:
-            raise ConfigError("max_tokens and max_minutes exclude each other; drop one")
         for name in ("threads", "sample_tokens", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -132,44 +111,32 @@ class TrainConfig:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         choose_device(self.device)
 
-    @property
-    def budget(self) -> Budget:
-        """Length of the run."""
-        if self.max_minutes is not None:
-            return Budget(seconds=60 * self.max_minutes)
-        if self.max_tokens is not None:
-            return Budget(steps=-(-self.max_tokens // (self.batch_size * self.model.max_seq_len)))
-        return Budget(steps=self.max_steps)
-
     def decisive(self) -> dict:
         """Return the settings that decide a run's weights.
 
         Data, tokenizer and device are left out: what they turn out to be is compared instead.
         """
-        free = FREE if self.schedule.has_end else FREE | LENGTH
+        free = FREE if self.schedule.has_end else FREE | {"length"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 FREE = {
-    "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "save_every", "save_async",
-    "keep_last", "keep_best", "keep_every", "eval_every", "log_every", "precision", "device",
-    "threads", "sample_prompt", "sample_tokens",
+    "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
+    "log_every", "precision", "device", "threads", "sample_prompt", "sample_tokens",
 }  # fmt: skip
-LENGTH = {"max_steps", "max_tokens", "max_minutes"}
 
 PRESETS = {
     "small": TrainConfig(
         model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
-        schedule=Schedule(peak=1.5e-3, warmup_steps=75),
+        length=Length(max_steps=1500),
+        schedule=Schedule(learning_rate=1.5e-3, warmup_steps=75),
         batch_size=4,
-        max_steps=1500,
         eval_every=250,
     ),
     "gpt2": TrainConfig(
         model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
         batch_size=64,
         micro_batch_size=32,
-        max_steps=1000,
         schedule=Schedule(warmup_steps=100),
         log_every=10,
         eval_tokens=131072,
@@ -179,7 +146,7 @@ PRESETS = {
             vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64
         ),
         batch_size=4,
-        max_steps=20,
+        length=Length(max_steps=20),
         schedule=Schedule(warmup_steps=5),
         eval_every=10,
         eval_tokens=1024,
@@ -205,10 +172,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     """
     started = time.perf_counter()
     device = choose_device(config.device)
-    saver = Saver(
-        run / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best,
-        keep_every=config.keep_every, asynchronous=config.save_async, report=console.print,
-    )  # fmt: skip
+    saver = Saver(run / "checkpoints", config.saving, report=console.print)
     last = saver.newest()
     if config.resume and last is None:
         console.print(f"No checkpoint in {run} yet: starting from the beginning.")
@@ -223,6 +187,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     tokenizer = Tokenizer.load(folder)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
+    per_step = config.batch_size * shape.max_seq_len
+    budget = config.length.budget(per_step)
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
     loader, validation = (
         TokenLoader(
@@ -260,11 +226,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     write_durably(run / "config.json", f"{json.dumps(record, indent=2)}\n".encode())
     tokenizer.save(run / "tokenizer.json")
     log = RunLog(run / "log.jsonl", step, console.print)
-    print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step)
+    print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
 
-    budget, best = config.budget, saved.get("best")
-    used_before = saved.get("seconds", 0.0)
-    per_step = config.batch_size * shape.max_seq_len
+    best, used_before = saved.get("best"), saved.get("seconds", 0.0)
     unread: list[dict] = []  # steps whose loss is still on the device
 
     def seconds() -> float:
@@ -272,9 +236,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
     with StopRequest() as stop, Display(budget, step, seconds()) as display:
         last_read = time.perf_counter()
-        final = budget.spent(step, seconds())
-        while not final and stop.name is None:
-            lr = config.schedule.learning_rate(step, budget, seconds())
+        final, stopping = budget.spent(step, seconds()), False
+        while not final and not stopping:
+            lr = config.schedule.rate(step, budget, seconds())
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss = accumulate_gradients(model, loader.next_batch(), micro_batch, cast)
@@ -285,9 +249,10 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                 {"step": step, "tokens": step * per_step, "loss": loss, "lr": lr,
                  "grad_norm": optimizer.grad_norm}
             )  # fmt: skip
-            final = budget.spent(step, seconds())
+            # Decided once: a signal that comes from here on stops after the next step.
+            final, stopping = budget.spent(step, seconds()), stop.name is not None
             evaluates = final or step % config.eval_every == 0
-            saves = final or stop.name is not None or step % config.save_every == 0
+            saves = final or stopping or step % config.saving.save_every == 0
             if not (evaluates or saves or step % config.log_every == 0):
                 continue
             entries = read_losses(unread)
@@ -298,7 +263,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                 entries[-1] |= evaluate(model, validation, tokenizer, cast, config.eval_tokens)
                 if best is None or entries[-1]["val_loss"] < best["val_loss"]:
                     best = {"step": step, "val_loss": entries[-1]["val_loss"]}
-                    saves = saves or config.keep_best
+                    saves = saves or config.saving.keep_best
             log.append(entries)
             display.show(entries[-1], seconds())
             if saves:
@@ -360,10 +325,12 @@ def evaluate(
     model.eval()
     with random_state.preserved(device):
         for tokens, targets in validation.fixed_batches(eval_tokens):
+            counted = targets[targets >= 0]
             with cast:
-                nats += model(tokens.to(device), targets.to(device)).double() * targets.numel()
-            n_tokens += targets.numel()
-            n_bytes += int(lengths[targets].sum())
+                loss = model(tokens.to(device), targets.to(device))
+            nats += loss.double() * counted.numel()
+            n_tokens += counted.numel()
+            n_bytes += int(lengths[counted].sum())
     model.train()
     loss = nats.item() / n_tokens
     return {"val_loss": loss, "val_bits_per_byte": loss * n_tokens / n_bytes / math.log(2)}
@@ -390,23 +357,21 @@ def go_to(loader: TokenLoader, position: dict, *, anyway: bool) -> None:
 def print_start(
     config: TrainConfig, preset: str, run: Path, model: Transformer,
     optimizer: Optimizer, loader: TokenLoader, machine: dict, step: int,
+    budget: Budget,
 ) -> None:  # fmt: skip
     """Say what is about to run, and where."""
     batch = config.batch_size * model.config.max_seq_len
-    if config.max_minutes is not None:
-        length = f"Minutes: {config.max_minutes:g}, steps"
-    else:
-        steps = config.budget.steps or 0
-        length = (
-            f"Steps: {steps:,} of {batch:,} tokens, {steps * batch / loader.n_tokens:.2f} epochs"
-        )
+    length = f"{config.length.max_minutes} minutes, steps of {batch:,} tokens"
+    if budget.steps is not None:
+        epochs = budget.steps * batch / loader.n_tokens
+        length = f"{budget.steps:,} steps of {batch:,} tokens, {epochs:.2f} epochs"
     console.print(
         f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
         f"{model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
         f"{machine['dtype'][6:]}\n"
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"
-        + length
+        f"Length: {length}"
         + (f", going on from step {step:,}" if step else "")
         + f"\nRun folder: {run}"
     )

@@ -124,7 +124,10 @@ class RunLog:
 
     def sync(self) -> None:
         """Wait until the disk has what was written."""
-        sync(self._path)
+        try:
+            sync(self._path)
+        except OSError as error:
+            self._report(f"Could not write {self._path} ({error.strerror}).")
 
 
 def _read(path: Path) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,27 @@ from .checkpoint import Snapshot
 from .transformer import Transformer
 
 
+@dataclass(frozen=True)
+class SaveConfig:
+    """When checkpoints are written, how, and which are kept."""
+
+    save_every: int = 500
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    save_async: bool = False
+    """Go on training while a checkpoint is written, from a copy in host memory."""
+    keep_last: int = 2
+    """How many of the newest checkpoints to keep."""
+    keep_best: bool = False
+    """Save whenever the validation loss is the lowest so far, and keep that checkpoint."""
+    keep_every: int | None = None
+    """Keep the checkpoints of the steps that this divides. None: only those above."""
+
+    def __post_init__(self):
+        for name in ("save_every", "keep_last", "keep_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 class SaveError(RuntimeError):
     """The last step of a run is not on the disk."""
 
@@ -20,36 +42,22 @@ class SaveError(RuntimeError):
 class Saver:
     """Write the checkpoints of one run, delete those not to be kept, and survive a full disk.
 
-    Kept are the newest `keep_last`, the best if `keep_best`, and those of every step that
-    `keep_every` divides. An older one is deleted only when a newer is on the disk. A save that
-    fails is reported and leaves everything as it was; training may go on and save again.
+    An old one is deleted only when a newer is on the disk. A save that fails is reported and leaves
+    everything as it was; training may go on and save again.
 
     Args:
         folder: where the checkpoints lie; what a killed process left there is cleared away. No
             other process may write there.
-        keep_last: how many of the newest to keep, at least 1.
-        keep_best: whether to keep the one of the step that `save` is told was the best.
-        keep_every: keep every step that this divides. None: no such.
-        asynchronous: write in a thread of its own, from a copy in memory of the host.
+        config: how to write, and which to keep.
         report: is told, in a sentence, of every save that failed.
 
     Attributes:
         last_step: step of the newest checkpoint that is on the disk; None if there is none.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep_last: int,
-        keep_best: bool = False,
-        keep_every: int | None = None,
-        asynchronous: bool = False,
-        report: Callable[[str], None],
-    ):
-        self._folder, self._report = folder, report
-        self._keep_last, self._keep_best, self._keep_every = keep_last, keep_best, keep_every
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+    def __init__(self, folder: Path, config: SaveConfig, *, report: Callable[[str], None]):
+        self._folder, self._config, self._report = folder, config, report
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if config.save_async else None
         self._writing: Future[None] | None = None
         checkpoint.tidy(folder)
         newest = self.newest()
@@ -108,8 +116,9 @@ class Saver:
             )
 
     def _prune(self, best_step: int | None) -> None:
-        for old in checkpoint.checkpoints(self._folder)[: -self._keep_last]:
+        keep = self._config
+        for old in checkpoint.checkpoints(self._folder)[: -keep.keep_last]:
             step = checkpoint.step_of(old)
-            best = self._keep_best and step == best_step
-            if not best and not (self._keep_every and step % self._keep_every == 0):
+            best = keep.keep_best and step == best_step
+            if not best and not (keep.keep_every and step % keep.keep_every == 0):
                 checkpoint.remove(old)

@@ -37,6 +37,36 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Length:
+    """When a run ends: after so many steps, or instead after so many tokens or minutes."""
+
+    max_steps: int = 1000
+    """Optimizer steps of the whole run."""
+    max_tokens: int | None = None
+    """Tokens of the whole run, rounded up to whole steps, in place of max-steps."""
+    max_minutes: float | None = None
+    """Minutes of the whole run in place of max-steps; start-ups and the time before a resume count,
+    the last validation and the sample do not. The learning rate follows the clock."""
+
+    def __post_init__(self):
+        for name in ("max_steps", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_minutes is not None and not 0 < self.max_minutes < inf:
+            raise ValueError(f"max_minutes must be above 0, got {self.max_minutes}")
+        if self.max_minutes is not None and self.max_tokens is not None:
+            raise ValueError("max_tokens and max_minutes exclude each other; drop one")
+
+    def budget(self, tokens_per_step: int) -> Budget:
+        """Return it in steps or in seconds."""
+        if self.max_minutes is not None:
+            return Budget(seconds=60 * self.max_minutes)
+        if self.max_tokens is not None:
+            return Budget(steps=-(-self.max_tokens // tokens_per_step))
+        return Budget(steps=self.max_steps)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The learning rate: linear warm-up to a peak, then one of five shapes."""
 
@@ -45,7 +75,7 @@ class Schedule:
     ] = "linear"
     """After the warm-up: linear or cosine decay; constant; constant, then linear decay (trapezoid);
     or the peak times the root of warmup-steps / step (inverse-sqrt)."""
-    peak: Annotated[float, arg(name="learning-rate")] = 1e-3
+    learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 50
     """Steps in which the learning rate grows linearly to its peak."""
@@ -55,8 +85,8 @@ class Schedule:
     """Share of the run after the warm-up in which a trapezoid decays."""
 
     def __post_init__(self):
-        if not 0 < self.peak < inf:
-            raise ValueError(f"learning_rate must be above 0, got {self.peak}")
+        if not 0 < self.learning_rate < inf:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
         if not 0 <= self.final_lr <= 1:
@@ -69,7 +99,7 @@ class Schedule:
         """Whether the rate depends on how long the whole run is."""
         return self.shape not in ("constant", "inverse-sqrt")
 
-    def learning_rate(self, step: int, budget: Budget, seconds: float = 0.0) -> float:
+    def rate(self, step: int, budget: Budget, seconds: float = 0.0) -> float:
         """Return the learning rate of a step.
 
         Args:
@@ -78,10 +108,10 @@ class Schedule:
             seconds: time used so far, for a budget in seconds.
         """
         if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
+            return self.learning_rate * (step + 1) / self.warmup_steps
         progress = budget.used(step, seconds, after=self.warmup_steps)
         left = self._left(step, progress)
-        return self.peak * (self.final_lr + (1 - self.final_lr) * left)
+        return self.learning_rate * (self.final_lr + (1 - self.final_lr) * left)
 
     def _left(self, step: int, progress: float) -> float:
         match self.shape:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model import ModelConfig, Transformer, checkpoint
 from model.optim import OptimizerConfig
-from model.saver import SaveError, Saver
+from model.saver import SaveConfig, SaveError, Saver
 
 CONFIG = ModelConfig(vocab_size=40, n_layers=1, d_model=16, n_heads=2, max_seq_len=8)
 
@@ -38,10 +38,10 @@ def test_keeps_the_newest_the_best_and_every_nth(
     saves, keep_last, keep_best, keep_every, asynchronous, trained, tmp_path_factory
 ):
     folder = tmp_path_factory.mktemp("run")
-    saver = Saver(
-        folder, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every,
-        asynchronous=asynchronous, report=pytest.fail,
-    )  # fmt: skip
+    config = SaveConfig(
+        keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, save_async=asynchronous
+    )
+    saver = Saver(folder, config, report=pytest.fail)
     step, saved, losses = 0, [], {}
     for distance, loss in saves:
         step += distance
@@ -59,7 +59,7 @@ def test_keeps_the_newest_the_best_and_every_nth(
 
 def test_a_full_disk_is_reported_and_the_next_save_succeeds(trained, tmp_path, monkeypatch):
     told = []
-    saver = Saver(tmp_path, keep_last=1, report=told.append)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1), report=told.append)
     saver.save(1, *trained, {})
 
     def full_disk(_):
@@ -90,7 +90,7 @@ def test_training_goes_on_while_it_writes(trained, tmp_path, monkeypatch):
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint, "write", slow_write)
-    saver = Saver(tmp_path, keep_last=1, asynchronous=True, report=pytest.fail)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1, save_async=True), report=pytest.fail)
     saver.save(1, model, optimizer, {})
     assert saver.last_step is None
     with torch.no_grad():
@@ -108,16 +108,16 @@ def test_an_error_of_the_program_is_not_swallowed(trained, tmp_path, monkeypatch
         raise KeyError("x")
 
     monkeypatch.setattr(checkpoint, "write", broken)
-    saver = Saver(tmp_path, keep_last=1, asynchronous=True, report=print)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1, save_async=True), report=print)
     saver.save(1, *trained, {})
     with pytest.raises(KeyError):
         saver.wait()
 
 
 def test_goes_on_from_what_is_there(trained, tmp_path):
-    Saver(tmp_path, keep_last=1, report=pytest.fail).save(4, *trained, {})
+    Saver(tmp_path, SaveConfig(keep_last=1), report=pytest.fail).save(4, *trained, {})
     (tmp_path / ".step-00000005.tmp").mkdir()
-    saver = Saver(tmp_path, keep_last=1, report=pytest.fail)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1), report=pytest.fail)
     assert saver.last_step == 4
     assert saver.newest() == tmp_path / "step-00000004"
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

@@ -40,7 +40,9 @@ def test_a_run_leaves_everything_it_promises(start, whole_run):
     assert "def " in out  # the sample
     assert str(whole_run) in out
     assert (whole_run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((whole_run / "config.json").read_text())["config"]["max_steps"] == 12
+    assert (
+        json.loads((whole_run / "config.json").read_text())["config"]["length"]["max_steps"] == 12
+    )
     assert Tokenizer.load(whole_run).vocab_size == 512
     assert [entry["step"] for entry in log(whole_run)] == list(range(1, 13))
     assert {"loss", "lr", "grad_norm", "tokens_per_s"} <= log(whole_run)[0].keys()

@@ -24,13 +24,23 @@ def test_a_signal_finishes_the_step_and_saves(number, run, tmp_path):
     before = signal.getsignal(number)
     run.at_step(5, lambda: os.kill(os.getpid(), number))
     assert run(stopped, *RANDOM) == 75
-    out = run.output()
-    assert f"{number.name}: finishing the step and saving" in out or "Stopped by" in out
-    assert f"Stopped by {number.name} after step 5, which is saved" in out
+    assert f"Stopped by {number.name} after step 5, which is saved" in run.output()
     assert signal.getsignal(number) == before
     assert checkpoint.checkpoints(stopped / "checkpoints")[-1].name == "step-00000005"
     assert run(stopped, *RANDOM, "--resume") == 0
     assert resume.final_state(stopped, set()) == resume.final_state(whole, set())
+
+
+def test_a_signal_during_validation_stops_after_the_next_step(run, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    assert run(tmp_path / "run", *RANDOM) == 75
+    assert "Stopped by SIGTERM after step 6, which is saved" in run.output()
 
 
 # Train, but take a minute for the checkpoint of any step after the third.
@@ -57,8 +67,9 @@ def test_a_second_signal_stops_a_save_and_leaves_the_last_checkpoint(start, run,
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGTERM
+    assert "SIGTERM: finishing the step and saving; once more stops at once" in errors
     (last,) = checkpoint.checkpoints(stopped / "checkpoints")
     assert last.name == "step-00000003"
     assert run(stopped, *RANDOM, "--resume") == 0
