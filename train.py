@@ -2,6 +2,8 @@
 
 Without arguments it trains on the standard library of the running Python: on a CPU a small model,
 in about three minutes on two cores; on a GPU one of GPT-2's size. Read it from `train` downward.
+
+SIGTERM, SIGINT and SIGUSR1 finish the step and save; `main` lists the exit statuses.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from data import DataError, Tokenizer, TokenLoader, prepare
 from model import ModelConfig, Transformer, checkpoint, random_state
 from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision, describe, set_threads
-from model.display import Display, clock, console, group_table
+from model.display import Display, clock, console, count, group_table
 from model.durable import write_durably
 from model.fingerprint import FingerprintError, code_version, require_same
 from model.optim import Optimizer, OptimizerConfig
@@ -191,11 +193,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     budget = config.length.budget(per_step)
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
     loader, validation = (
-        TokenLoader(
-            folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed
-        )
+        TokenLoader(folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed)
         for split, size in (("train", config.batch_size), ("val", micro_batch))
-    )  # fmt: skip
+    )
     model = Transformer(
         shape, activation_checkpointing=config.activation_checkpointing, dropout=config.dropout,
         label_smoothing=config.label_smoothing, z_loss=config.z_loss,
@@ -261,8 +261,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                 entry["tokens_per_s"] = round(len(entries) * per_step / duration)
             if evaluates:
                 entries[-1] |= evaluate(model, validation, tokenizer, cast, config.eval_tokens)
-                if best is None or entries[-1]["val_loss"] < best["val_loss"]:
-                    best = {"step": step, "val_loss": entries[-1]["val_loss"]}
+                val_loss = entries[-1]["val_loss"]
+                if math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
+                    best = {"step": step, "val_loss": val_loss}
                     saves = saves or config.saving.keep_best
             log.append(entries)
             display.show(entries[-1], seconds())
@@ -383,6 +384,7 @@ def print_end(
     device: torch.device, seconds: float,
 ) -> None:  # fmt: skip
     """Show a sample and the result."""
+    model.eval()
     if config.sample_tokens:
         generator = torch.Generator(device).manual_seed(config.seed)
         prompt = torch.tensor([tokenizer.encode(config.sample_prompt) or [tokenizer.eot]])
@@ -402,11 +404,6 @@ def print_end(
     console.print(
         f"Run folder: {run} (loss.png, log.jsonl, config.json, tokenizer.json, checkpoints)"
     )
-
-
-def count(model: Transformer) -> str:
-    """Say how many parameters a model has."""
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:

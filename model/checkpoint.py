@@ -151,10 +151,19 @@ def load(
         _check_config(checkpoint, record["model"], model.config)
     weights, moments = (_read_tensors(checkpoint, name, record) for name in FILES)
     parameters = dict(model.named_parameters())
-    _check_tensors(checkpoint, weights, {name: p.shape for name, p in parameters.items()})
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if {name: x.shape for name, x in weights.items()} != shapes:
+        _check_config(checkpoint, record["model"], model.config)
+    _check_tensors(checkpoint, weights, shapes)
     if optimizer is not None:
         restored = _optimizer_state(checkpoint, moments, model, optimizer)
-        optimizer.load_state_dict(restored)
+        try:
+            optimizer.load_state_dict(restored)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{checkpoint} is of another optimizer ({error}); resume with the one it was made "
+                "with, or start a new run"
+            ) from error
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])

@@ -84,3 +84,8 @@ def clock(seconds: float) -> str:
         if minutes < 60
         else f"{minutes // 60} h {minutes % 60:02} min"
     )
+
+
+def count(model: torch.nn.Module) -> str:
+    """Say how many parameters a model has."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"

@@ -62,6 +62,8 @@ def _lock(run: Path, lock: int) -> None:
         raise RunFolderError(
             f"{run} is in use by {owner}; wait for it or stop it, or name another folder"
         ) from None
+    except OSError as error:  # a file system without locks
+        raise _unwritable(run, error) from error
     try:
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())

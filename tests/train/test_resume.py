@@ -115,6 +115,31 @@ def test_resumes_with_other_settings_only_if_told_to(changed, message, run, tmp_
     assert message in run.output()
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--optimizer", "lion"), "is of another optimizer (Lion: the state of a parameter must"),
+        (("--model.n-layers", "3"), "is of another model: n_layers: 2, now 3"),
+        (("--model.d-model", "32"), "is of another model: d_model: 64, now 32"),
+    ],
+)
+def test_refuses_what_cannot_go_on_even_if_told_to(changed, message, run, tmp_path):
+    assert run(tmp_path / "run", "--max-steps", "2") == 0
+    before = weights(tmp_path / "run")
+    assert run(tmp_path / "run", "--max-steps", "4", "--resume", "--resume-anyway", *changed) == 2
+    assert message in run.output()
+    assert weights(tmp_path / "run") == before
+
+
+def test_other_data_is_read_from_its_beginning(run, tmp_path):
+    assert run(tmp_path / "run", "--max-steps", "2") == 0
+    arguments = ("--max-steps", "4", "--seed", "2", "--resume", "--resume-anyway")
+    assert run(tmp_path / "run", *arguments) == 0
+    assert "The data is read from its beginning" in run.output()
+    last = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert checkpoint.read_record(last)["state"]["loader"]["windows"] == 2 * 4
+
+
 def test_a_run_without_an_end_may_be_made_longer(run, tmp_path):
     for steps in ("4", "8"):
         arguments = ("--schedule", "constant", "--max-steps", steps)
