@@ -2,7 +2,8 @@
 
 A tiny model with dropout is trained over two epochs, with checkpoints every few steps and wherever
 the validation loss is the lowest. Then the same run is started again and again, killed by SIGKILL
-at a random moment (half of the runs write in a thread of their own), and resumed to the end. Every
+at a random moment, and resumed to the end. Half of the runs write in a thread of their own; half
+are killed shortly after the first write of a checkpoint that begins after that moment. Every
 checkpoint in sight after a kill must be readable. The final state is the bytes of the weights and
 of the optimizer, every random number generator, the position in the data, the best validation and
 all losses of the log.
@@ -38,6 +39,7 @@ ARGUMENTS = (
     "tiny", "--data", str(TEXT), "--save-every", "2", "--keep-best", "--dropout", "0.1",
     "--eval-tokens", "512", "--sample-tokens", "0",
 )  # fmt: skip
+WRITE_SECONDS = 0.01  # about what a write takes
 COLUMNS = (
     "run", "writing", "killed after step", "during", "readable", "resumed from", "final state",
 )  # fmt: skip
@@ -85,13 +87,22 @@ class Trial:
         self.seconds = time.perf_counter() - began
         self._finish(process)
 
-    def kill_at_random(self, name: str, seed: int, *, asynchronous: bool) -> Outcome:
-        """Kill a run at a moment drawn evenly from its training, and resume it."""
-        moment = random.Random(seed).uniform(0, self.seconds)
+    def kill_at_random(
+        self, name: str, seed: int, *, asynchronous: bool, in_write: bool = False
+    ) -> Outcome:
+        """Kill a run at a moment drawn evenly from its training, and resume it.
+
+        With `in_write` it is killed a little after the next write has begun.
+        """
+        draw = random.Random(seed)
+        moment, delay = draw.uniform(0, self.seconds), draw.uniform(0, WRITE_SECONDS)
 
         def kill(process: subprocess.Popen, run: Path) -> bool:
             self._wait_for(process, (run / "log.jsonl").exists)
             time.sleep(moment)
+            if in_write:
+                self._wait_for(process, lambda: _interrupted(run) == "write")
+                time.sleep(delay)
             return _kill(process)
 
         for attempt in range(10):
