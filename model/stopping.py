@@ -35,4 +35,5 @@ class StopRequest:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         message = f"\n{self.name}: finishing the step and saving; once more stops at once\n"
-        os.write(2, message.encode())  # print might interrupt itself
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
+        os.write(2, (cursor + message).encode())  # print might interrupt itself
