@@ -69,7 +69,7 @@ class OptimizerConfig:
         Raises:
             ValueError: an option is set that the optimizer "has no" use for.
         """
-        accepted = signature(OPTIMIZERS[self.name]).parameters
+        accepted = {*signature(OPTIMIZERS[self.name]).parameters, "max_grad_norm"}
         given = {
             field.name: value
             for field in fields(self)[1:]
