@@ -154,7 +154,7 @@ def load(
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: x.shape for name, x in weights.items()} != shapes:
         _check_config(checkpoint, record["model"], model.config)
-    _check_tensors(checkpoint, weights, shapes)
+    _check_tensors(checkpoint, weights, parameters)
     if optimizer is not None:
         restored = _optimizer_state(checkpoint, moments, model, optimizer)
         try:
@@ -243,16 +243,15 @@ def _check_config(checkpoint: Path, saved: dict, config: ModelConfig) -> None:
         )
 
 
-def _check_tensors(checkpoint: Path, tensors: dict[str, Tensor], shapes: dict) -> None:
-    if tensors.keys() != shapes.keys():
-        odd = sorted(tensors.keys() ^ shapes.keys())
+def _check_tensors(checkpoint: Path, tensors: dict[str, Tensor], parameters: dict) -> None:
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())
         raise _damaged(checkpoint / FILES[0], f"lacks or exceeds the model by {odd[0]}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise _damaged(
-                checkpoint / FILES[0],
-                f"holds {name} of shape {list(tensors[name].shape)} instead of {list(shape)}",
-            )
+    for name, p in parameters.items():
+        found = f"{tensors[name].dtype} of shape {list(tensors[name].shape)}"
+        expected = f"{p.dtype} of shape {list(p.shape)}"
+        if found != expected:
+            raise _damaged(checkpoint / FILES[0], f"holds {name} as {found} instead of {expected}")
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from kernels import AdamW
 from model import ModelConfig, Transformer, checkpoint
@@ -65,10 +66,13 @@ def test_makes_the_model_that_was_saved(device, saved):
         assert torch.equal(x, y.cpu())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_goes_on_bit_for_bit(name, device, tmp_path):
-    options = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
-    config = OptimizerConfig(name=name, **options)
+WITH_MOMENTUM = [OptimizerConfig(name=name, momentum=0.9) for name in ("sgd", "rmsprop")]
+
+
+@pytest.mark.parametrize(
+    "config", [*map(OptimizerConfig, OPTIMIZERS), *WITH_MOMENTUM], ids=lambda x: x.name
+)
+def test_every_optimizer_goes_on_bit_for_bit(config, device, tmp_path):
     (model, _), (other, _) = build(device), build(device)
     optimizer, other_optimizer = config.make(model), config.make(other)
     for seed in range(3):
@@ -210,18 +214,34 @@ def test_refuses_the_checkpoint_of_another_model(device, saved):
         checkpoint.load(saved, *build(device, replace(CONFIG, d_model=32)))
 
 
-def test_refuses_tensors_of_another_model(device, saved, tmp_path):
-    # The record says the one, the files hold the other, checksums and all.
-    model, optimizer = build(device, replace(CONFIG, d_model=32))
-    advance(model, optimizer, 0)
-    other = save(tmp_path / "other", 7, model, optimizer, {})
-    record = json.loads((other / "state.json").read_text())
-    record["model"] = json.loads((saved / "state.json").read_text())["model"]
+def exchange(saved, change):
+    """Replace the weights, with all checksums right."""
+    path = saved / checkpoint.FILES[0]
+    save_file(change(load_file(path)), path)
+    record = json.loads((saved / "state.json").read_text())
     del record["sha256"]
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    record["files"][path.name] = {"bytes": len(content), "sha256": digest}
     record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    (other / "state.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="of shape"):
-        checkpoint.load(other, *build(device))
+    (saved / "state.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x | {"norm.weight": torch.ones(3)}, r"norm.weight as torch.float32 of shape"),
+        (lambda x: x | {"norm.weight": torch.ones(16).half()}, r"norm.weight as torch.float16"),
+        (lambda x: x | {"more": torch.ones(3)}, "lacks or exceeds the model by more"),
+        (lambda x: x | {"../../../up": torch.ones(3)}, "lacks or exceeds the model by ../../../up"),
+        (lambda x: {k: v for k, v in x.items() if k != "norm.weight"}, "exceeds the model by norm"),
+    ],
+    ids=["shape", "dtype", "one more", "a path", "one less"],
+)
+def test_refuses_other_tensors(change, message, device, saved):
+    exchange(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(saved, *build(device))
 
 
 def test_refuses_a_folder_that_is_none(device, tmp_path):
