@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .error import DataError, UnreachableError
+
 
 def cache_root() -> Path:
     """Return $TRITIUM_HOME, else $XDG_CACHE_HOME/tritium, else ~/.cache/tritium."""
@@ -25,22 +27,33 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def publication(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes `folder` if the block ends without an error.
+    """Give a folder to fill, which becomes `folder` if the block ends without an error.
 
-    Files in it must have reached the disk. What `folder` held before is dropped. Call it under
-    `lock(folder)`.
+    What a process put there that was killed, found the disk full or lost the network is there
+    still; after any other DataError it is dropped. Files in it must have reached the disk. What
+    `folder` held before is dropped when the new one is whole. Call it under `lock(folder)`.
     """
     temporary = folder.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     try:
         yield temporary
-        _sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        _sync(folder.parent)
-    finally:
+    except UnreachableError:
+        raise
+    except DataError:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write `data` and wait until the disk has it."""
+    with path.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _sync(folder: Path) -> None:

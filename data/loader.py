@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .corpus import DataError
+from .error import DataError
 from .shards import SPLITS, open_prepared
 
 Batch = tuple[Tensor, Tensor]

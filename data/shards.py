@@ -9,17 +9,21 @@ token are an index of the documents already.
 
 import hashlib
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
-from .corpus import DataError
+from . import journal
+from .cache import write_durably
+from .error import DataError
 from .tokenizer import FILE as TOKENIZER_FILE
 from .tokenizer import Tokenizer
 
-VERSION = 1  # raise it whenever the same source and settings would give other files
+VERSION = 2  # raise it whenever the same source and settings would give other files
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 25  # held in memory until a shard is written: 64 or 128 MiB per split
@@ -57,6 +61,8 @@ class Manifest:
     """Where the text came from, for people."""
     settings: dict
     """What else decided the shards."""
+    read: list[dict]
+    """Of each source: documents given, records left out and why."""
     splits: dict[str, list[Shard]]
     """The shards of `train` and of `val`, in order."""
 
@@ -67,45 +73,97 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class ShardWriter:
-    """Collect the documents of one split into shards of about SHARD_TOKENS tokens."""
+    """Collect the documents of one split into shards of about SHARD_TOKENS tokens.
 
-    def __init__(self, folder: Path, split: str, dtype: str):
-        self.shards: list[Shard] = []
+    Attributes:
+        shards: those that are on disk, in order; more are numbered after them.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: str, shards: Sequence[Shard] = ()):
+        self.shards = [*shards]
         self._folder, self._split, self._dtype = folder, split, dtype
-        self._documents: list[np.ndarray] = []
-        self._tokens = self._bytes = 0
+        self._pieces: list[np.ndarray] = []
+        self._documents = self._tokens = self._bytes = 0
 
-    def add(self, ids: list[int], n_bytes: int) -> None:
-        """Append one document: its ids, and how many bytes of text they stand for."""
-        self._documents.append(np.array(ids, dtype=self._dtype))
-        self._tokens += len(ids)
-        self._bytes += n_bytes
-        if self._tokens >= SHARD_TOKENS:
-            self.flush()
+    def add(self, ids: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> None:
+        """Append documents, and write the shards that they fill.
+
+        Args:
+            ids: those of all the documents, one after another.
+            ends: where in `ids` each document ends.
+            sizes: how many bytes of text each stands for.
+        """
+        first = start = 0
+        while first < len(ends):
+            fills = np.searchsorted(ends, SHARD_TOKENS - self._tokens + start)
+            last = min(int(fills), len(ends) - 1)  # the document that fills the shard, or the last
+            end = int(ends[last])
+            self._pieces.append(ids[start:end].astype(self._dtype))
+            self._tokens += end - start
+            self._documents += last + 1 - first
+            self._bytes += int(sizes[first : last + 1].sum())
+            first, start = last + 1, end
+            if self._tokens >= SHARD_TOKENS:
+                self.flush()
 
     def flush(self) -> None:
-        """Write what is held as a shard."""
+        """Write what is held as a shard, and note in the journal that it is whole."""
         if not self._documents:
             return
-        data = np.concatenate(self._documents).tobytes()
+        data = np.concatenate(self._pieces).tobytes()
         name = f"{self._split}-{len(self.shards):05}.bin"
         write_durably(self._folder / name, data)
         digest = hashlib.sha256(data).hexdigest()
-        self.shards.append(Shard(name, self._tokens, len(self._documents), self._bytes, digest))
-        self._documents, self._tokens, self._bytes = [], 0, 0
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` and wait until the disk has it."""
-    with path.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+        shard = Shard(name, self._tokens, self._documents, self._bytes, digest)
+        journal.append(self._folder, {"split": self._split, **asdict(shard)})
+        self.shards.append(shard)
+        self._pieces, self._documents, self._tokens, self._bytes = [], 0, 0, 0
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, last of all files."""
     write_durably(folder / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
+
+
+def finished_shards(folder: Path, tokenizer: str) -> dict[str, list[Shard]]:
+    """Return the whole shards that an interrupted run left, and drop everything else.
+
+    Those of another tokenizer are dropped too. What the journal notes is read and compared with
+    its sha256.
+    """
+    header, *entries = journal.read(folder) or [{}]
+    finished: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    if header == _header(tokenizer):
+        for entry in entries:
+            split = entry.pop("split")
+            finished[split].append(Shard(**entry))
+    finished = {
+        split: [*takewhile(partial(_is_whole, folder), shards)]
+        for split, shards in finished.items()
+    }
+    entries = [
+        {"split": split, **asdict(shard)} for split, shards in finished.items() for shard in shards
+    ]
+    journal.replace(folder, [_header(tokenizer), *entries])
+    keep = {entry["file"] for entry in entries} | {TOKENIZER_FILE, journal.FILE}
+    for file in folder.iterdir():
+        if file.name not in keep:
+            file.unlink()
+    return finished
+
+
+def verify(folder: str | Path, shards: Sequence[Shard]) -> None:
+    """Read shards whole and compare each with its sha256.
+
+    Raises:
+        DataError: the bytes of one are not those that `prepare` wrote.
+    """
+    for shard in shards:
+        if not _is_whole(Path(folder), shard):
+            raise DataError(
+                f"the shard {Path(folder) / shard.file} is damaged: its bytes are not those that "
+                "were written (sha256); run prepare again"
+            )
 
 
 def open_prepared(folder: str | Path) -> tuple[Manifest, Tokenizer]:
@@ -146,6 +204,18 @@ def _read_manifest(path: Path) -> Manifest:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged: {error!r}; run prepare again") from error
+
+
+def _header(tokenizer: str) -> dict:
+    return {"version": VERSION, "tokenizer": tokenizer}
+
+
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    try:
+        with (folder / shard.file).open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest() == shard.sha256
+    except FileNotFoundError:
+        return False
 
 
 def _check_size(path: Path, tokens: int, dtype: np.dtype) -> None:

@@ -1,24 +1,23 @@
-"""Byte-level BPE: `tokenizers` learns the merges, `tiktoken` encodes with them.
+"""Text to token ids and back: learned here, published, or anybody's tokenizer.json.
 
-The file format is Hugging Face's tokenizer.json, so `tokenizers` and `transformers` read it too and
-give the same ids. A special token ends each document; text that spells it is encoded as text.
-
-Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016.
-https://arxiv.org/abs/1508.07909
+`tokenizers` learns the merges and `tiktoken` encodes with them. The file format is Hugging Face's
+tokenizer.json whatever the origin, so `tokenizers` and `transformers` read it too and give the same
+ids. A special token ends each document; text that spells it is encoded as text.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
-from .corpus import DataError
+from .bpe import BytePairs
+from .error import DataError
+from .huggingface import HuggingFace
+from .ranks import ENCODINGS, SUFFIX, local, published
+from .special import EOT
 
-EOT = "<|endoftext|>"
 FILE = "tokenizer.json"
 
 # Words with one character before them, numbers in groups of three, punctuation, white space. Every
@@ -34,33 +33,24 @@ class Tokenizer:
     """Text to token ids and back. Made by `Tokenizer.train` or `Tokenizer.load`.
 
     Attributes:
-        vocab_size: V, the number of ids: merges, the 256 bytes, and the end-of-text token.
-        eot: the id of the end-of-text token.
-        byte_lengths: `[V]`, int64; how many bytes of text each id stands for, 0 for `eot`.
-        fingerprint: hex digest of the split pattern and of every token; not of the file's layout.
+        vocab_size: V, the number of ids: one more than the highest.
+        eot: the id of the end-of-text token, which no text is encoded to.
+        byte_lengths: `[V]`, int64; how many bytes of text each id stands for, 0 for special ones.
+            Nominal where a tokenizer changes the text, as by a normalizer.
+        fingerprint: hex digest of what decides the ids; not of the file's layout.
     """
 
     def __init__(self, spec: dict):
-        """Take the content of a tokenizer.json; DataError if it is not byte-level BPE."""
-        try:
-            pattern, tokens, self.eot = _parse(spec)
-            ranks = {token: i for i, token in enumerate(tokens) if i != self.eot}
-            self._encoding = tiktoken.Encoding(
-                "tritium",
-                pat_str=pattern,
-                mergeable_ranks=ranks,
-                special_tokens={EOT: self.eot},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"not a byte-level BPE tokenizer with {EOT} and a split pattern ({error!r}); "
-                "train one with Tokenizer.train"
-            ) from error
+        """Take the content of a tokenizer.json.
+
+        Raises:
+            DataError: `tokenizers` cannot read it, or it has no end-of-text token.
+        """
         self._spec = spec
-        self.vocab_size = len(tokens)
-        self.byte_lengths = np.array([len(token) for token in tokens], dtype=np.int64)
-        content = json.dumps([pattern, self.eot, [token.hex() for token in tokens]])
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self._engine = _engine(spec)
+        self.vocab_size, self.eot = self._engine.vocab_size, self._engine.eot
+        self.byte_lengths = self._engine.byte_lengths
+        self.fingerprint = self._engine.fingerprint
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 4096) -> "Tokenizer":
@@ -97,13 +87,21 @@ class Tokenizer:
         return cls(json.loads(bpe.to_str()))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a tokenizer.json, or the one in the folder `path`.
+    def load(cls, name_or_path: str | Path) -> "Tokenizer":
+        """Read a tokenizer.json, the one in a folder, or a published encoding.
+
+        Args:
+            name_or_path: a file or folder; or `gpt2`, `cl100k_base`, `o200k_base`, whose ranks come
+                over the network once and are kept in the cache; or a rank file of these.
 
         Raises:
-            DataError: there is no such file, or it is not byte-level BPE with a split pattern.
+            DataError: there is no such file, it cannot be used, or the network is out of reach.
         """
-        path = _file(path)
+        if str(name_or_path) in ENCODINGS and not Path(name_or_path).exists():
+            return cls(published(str(name_or_path)))
+        path = _file(name_or_path)
+        if path.suffix == SUFFIX:
+            return cls(local(path))
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
@@ -123,12 +121,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without an end-of-text token."""
-        return self._encoding.encode_ordinary(text)
+        return self._engine.encode(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
         """Return the ids of each text, computed on `threads` threads (None: one per core)."""
-        threads = threads or len(os.sched_getaffinity(0))
-        return self._encoding.encode_ordinary_batch([*texts], num_threads=threads)
+        return self._engine.encode_batch(texts, threads)
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the ids of all `texts`, each followed by `eot`, as one array.
+
+        Computed on one thread; other threads go on meanwhile.
+        """
+        return self._engine.encode_documents(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -139,43 +143,23 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise DataError(f"decode: ids must lie in [0, {self.vocab_size}), got {i}")
-        return self._encoding.decode([*ids], errors="replace")
+        return self._engine.decode(ids)
+
+
+def _engine(spec: dict) -> BytePairs | HuggingFace:
+    try:
+        return BytePairs(spec)
+    except (KeyError, TypeError, ValueError):
+        pass  # of another kind
+    try:
+        return HuggingFace(spec)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"not a tokenizer.json with an end-of-text token ({error!r}); train one with "
+            "Tokenizer.train"
+        ) from error
 
 
 def _file(path: str | Path) -> Path:
     path = Path(path).expanduser()
     return path / FILE if path.is_dir() else path
-
-
-def _parse(spec: dict) -> tuple[str, list[bytes], int]:
-    split, byte_level = spec["pre_tokenizer"]["pretokenizers"]
-    model = spec["model"]
-    (special,) = spec["added_tokens"]
-    kind = (
-        model["type"],
-        special["content"],
-        spec["normalizer"],
-        byte_level["type"],
-        byte_level["use_regex"],
-        byte_level["add_prefix_space"],
-    )
-    if kind != ("BPE", EOT, None, "ByteLevel", False, False):
-        raise ValueError(f"another kind: {kind}")
-    vocab = {token: i for token, i in model["vocab"].items() if token != EOT}
-    merged = [vocab[left + right] for left, right in model["merges"]]
-    if merged != sorted(merged):  # tiktoken merges in the order of ids
-        raise ValueError("ids are not in the order of the merges")
-    byte_of = _byte_of_character()
-    by_id = {i: bytes(byte_of[c] for c in token) for token, i in vocab.items()}
-    by_id[special["id"]] = b""
-    tokens = [by_id[i] for i in range(len(vocab) + 1)]
-    if not {bytes([b]) for b in range(256)} <= set(tokens):
-        raise ValueError("some of the 256 bytes have no id")
-    return split["pattern"]["Regex"], tokens, special["id"]
-
-
-def _byte_of_character() -> dict[str, int]:
-    # The ByteLevel convention: printable Latin-1 stands for itself, the others follow from U+0100.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,45 +1,53 @@
 """Text to shards: learn a tokenizer, encode every document, publish the result in one rename.
 
-The result is kept in a cache under a digest of the source and the settings, and found again there
-for as long as the source stays as it is.
+The result is kept in a cache under a digest of the sources and the settings, and found again there
+for as long as the sources stay as they are.
 """
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from .. import journal
 from ..cache import cache_root, lock, publication
-from ..corpus import DataError, describe, documents, source_fingerprint
+from ..corpus import Source, fingerprint, parse_source, settings, source_files
+from ..error import DataError
+from ..mixture import Mixture
 from ..shards import (
-    SPLITS,
+    MANIFEST_FILE,
     VERSION,
     Manifest,
     Shard,
-    ShardWriter,
     open_prepared,
     token_dtype,
     write_manifest,
 )
+from ..tokenizer import FILE as TOKENIZER_FILE
 from ..tokenizer import Tokenizer
+from .encoding import encode
 
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.05
 
 SAMPLE_CHARS = 64_000_000  # the tokenizer learns from the first documents, up to this length
-BATCH_CHARS = 4_000_000  # text encoded at a time
+
+SourceLike = Source | str | Path
 
 
 def prepare(
-    source: str | Path | None = None,
+    source: SourceLike | Sequence[SourceLike] | None = None,
     *,
     vocab_size: int = VOCAB_SIZE,
     tokenizer: str | Path | None = None,
     field: str = "text",
     val_fraction: float = VAL_FRACTION,
+    deduplicate: bool = False,
+    threads: int | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
@@ -48,13 +56,18 @@ def prepare(
     A document is in validation when the hash of its text says so: copies of it are on one side,
     wherever they stand. When that leaves validation empty, the document of lowest hash goes there.
     Processes that prepare the same data at the same time wait for the first and take its result.
+    A run that was killed goes on with the next call, which keeps its finished shards and ends in
+    the same bytes. Records that cannot be read are counted, reported and left out.
 
     Args:
-        source: as for `documents`; None is the standard library of the interpreter.
+        source: one or several of these: a path or string as in `Source`, or a `Source`. None is the
+            standard library of the interpreter. A folder that `prepare` made is returned as it is.
         vocab_size: ids to learn, end-of-text included; not used when `tokenizer` is given.
-        tokenizer: a tokenizer.json, or a folder with one, to use instead of learning.
-        field: the column of `.jsonl` and `.parquet` files that holds the text.
+        tokenizer: what `Tokenizer.load` takes, to use instead of learning.
+        field: the column of tables that holds the text, for the sources that name none.
         val_fraction: share of the documents, between 0 and 1, kept for validation.
+        deduplicate: whether to leave out documents whose text came before, in any source.
+        threads: how many encode; None is one per core. The result does not depend on it.
         cache: where to keep the result; None is $TRITIUM_HOME, else $XDG_CACHE_HOME/tritium, else
             ~/.cache/tritium.
         progress: whether to report on stderr.
@@ -63,62 +76,60 @@ def prepare(
         The folder: manifest.json, tokenizer.json, and the shards of `train` and `val`.
 
     Raises:
-        DataError: the source, the tokenizer or a setting cannot be used, validation takes every
-            document, or the cache cannot be written. No partial folder stays.
+        DataError: a source, the tokenizer or a setting cannot be used, validation takes every
+            document, or the cache cannot be written. No partial folder is ever taken for a whole.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+    sources = _sources(source, field)
+    if _is_prepared_already(sources):
+        open_prepared(str(sources[0].path))
+        return Path(str(sources[0].path)).expanduser()
     given = None if tokenizer is None else Tokenizer.load(tokenizer)
-    settings = {
-        "field": field,
+    chosen = {
+        "sources": [settings(each) for each in sources],
         "val_fraction": val_fraction,
+        "deduplicate": deduplicate,
         "tokenizer": given.fingerprint if given else f"learned, vocab_size {vocab_size}",
     }
-    origin = source_fingerprint(source)
-    key = hashlib.sha256(json.dumps([VERSION, origin, settings]).encode()).hexdigest()[:24]
+    origin = [fingerprint(each) for each in sources]
+    key = hashlib.sha256(json.dumps([VERSION, origin, chosen]).encode()).hexdigest()[:24]
     folder = (Path(cache).expanduser() if cache else cache_root()) / "prepared" / key
     if _is_prepared(folder):
         return folder
     console = Console(
         stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True
     )
+    texts = Mixture(sources, deduplicate)
     try:
         with lock(folder):
             if _is_prepared(folder):  # by another process, meanwhile
                 return folder
-            with publication(folder) as temporary:
-                texts = documents(source, field=field)
-                used = given or _learn(texts, vocab_size, console)
-                texts = documents(source, field=field)
-                splits = _encode(texts, used, val_fraction, temporary, console)
-                _check(source, origin, splits)
-                _describe(temporary, source, settings, used, splits)
+            with publication(folder) as work:
+                used = given or _learn(texts, vocab_size, work, console)
+                used.save(work)
+                splits = _encode(texts, used, val_fraction, work, threads, console)
+                _check(texts, origin, splits)
+                _describe(work, texts, chosen, used, splits)
+            journal.remove(folder)
     except OSError as error:
-        raise DataError(f"cannot write {folder}: {error}; set TRITIUM_HOME elsewhere") from error
+        raise DataError(
+            f"cannot write {folder}: {error}; make room there or set TRITIUM_HOME elsewhere; "
+            "finished shards are kept"
+        ) from error
     return folder
 
 
-def assign_splits(texts: Iterable[str], val_fraction: float) -> Iterator[tuple[str, str]]:
-    """Yield `(split, text)` for every text, nearly in order; see `prepare` for the rule."""
-    validated, lowest, held = False, 1.0, []
-    for text in texts:
-        share = _share(text)
-        if share < val_fraction:
-            validated = True
-            yield "val", text
-        elif validated or share > lowest:
-            yield "train", text
-        else:  # the lowest hash so far: validation may need it, with all its copies
-            if share < lowest:
-                yield from (("train", other) for other in held)
-                lowest, held = share, []
-            held.append(text)
-    yield from (("train" if validated else "val", text) for text in held)
+def _sources(source: SourceLike | Sequence[SourceLike] | None, field: str) -> list[Source]:
+    several = [source] if source is None or isinstance(source, SourceLike) else [*source]
+    return [each if isinstance(each, Source) else parse_source(each, field) for each in several]
 
 
-def _share(text: str) -> float:
-    digest = hashlib.blake2b(text.encode(), digest_size=6).digest()  # 48 bits: exact as a float
-    return int.from_bytes(digest, "big") / (1 << 48)
+def _is_prepared_already(sources: list[Source]) -> bool:
+    if len(sources) > 1 or not sources or sources[0].path is None:
+        return False
+    folder = Path(sources[0].path).expanduser()
+    return all((folder / name).is_file() for name in (MANIFEST_FILE, TOKENIZER_FILE))
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -129,7 +140,9 @@ def _is_prepared(folder: Path) -> bool:
     return True
 
 
-def _learn(texts: Iterable[str], vocab_size: int, console: Console) -> Tokenizer:
+def _learn(texts: Iterable[str], vocab_size: int, work: Path, console: Console) -> Tokenizer:
+    if journal.read(work) and (work / TOKENIZER_FILE).exists():
+        return Tokenizer.load(work)  # of a run that was killed after this
     begin = time.perf_counter()
     with console.status("learning a tokenizer"):
         tokenizer = Tokenizer.train(_sample(texts), vocab_size)
@@ -148,60 +161,65 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _encode(
-    texts: Iterable[str], tokenizer: Tokenizer, val_fraction: float, folder: Path, console: Console
+    texts: Mixture,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    work: Path,
+    threads: int | None,
+    console: Console,
 ) -> dict[str, list[Shard]]:
-    begin, n_bytes = time.perf_counter(), 0
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
-    with console.status("encoding") as status:
-        for batch in _batches(assign_splits(texts, val_fraction)):
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for (split, text), ids in zip(batch, encoded, strict=True):
-                size = len(text.encode())
-                writers[split].add([*ids, tokenizer.eot], size)
-                n_bytes += size
-            status.update(f"encoding: {n_bytes / 1e6:,.0f} MB")
-        for writer in writers.values():
-            writer.flush()
+    begin = time.perf_counter()
+    files = [source_files(source) for source in texts.sources]
+    total = sum(file.stat().st_size for each in files for file in each) if all(files) else 0
+    threads = threads or len(os.sched_getaffinity(0))
+    splits = encode(texts, tokenizer, val_fraction, work, threads, console, total)
+    n_bytes = sum(shard.bytes for shards in splits.values() for shard in shards)
     console.print(f"encoded {n_bytes / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s")
-    return {split: writer.shards for split, writer in writers.items()}
+    for source, tally in zip(texts.sources, texts.tallies, strict=True):
+        if tally.summary():
+            console.print(f"{source}: left out {tally.summary()}")
+    return splits
 
 
-def _batches(items: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch, length = [], 0
-    for item in items:
-        batch.append(item)
-        length += len(item[1])
-        if length >= BATCH_CHARS:
-            yield batch
-            batch, length = [], 0
-    yield batch
-
-
-def _check(source: str | Path | None, origin: str, splits: dict[str, list[Shard]]) -> None:
+def _check(texts: Mixture, origin: list[str], splits: dict[str, list[Shard]]) -> None:
+    for source, before in zip(texts.sources, origin, strict=True):
+        if fingerprint(source) != before:
+            raise DataError(f"{source} changed while it was read; run again")
     if not splits["train"]:
         n = sum(shard.documents for shard in splits["val"])
         raise DataError(
-            f"{describe(source)} leaves nothing to train on: validation takes all of its {n} "
+            f"{_names(texts)} leaves nothing to train on: validation takes all of its {n} "
             "document(s); add different documents, or lower val_fraction"
         )
-    if source_fingerprint(source) != origin:
-        raise DataError(f"{describe(source)} changed while it was read; run again")
 
 
 def _describe(
-    folder: Path, source: str | Path | None, settings: dict, tokenizer: Tokenizer, splits: dict
+    work: Path, texts: Mixture, chosen: dict, tokenizer: Tokenizer, splits: dict[str, list[Shard]]
 ) -> None:
-    tokenizer.save(folder)
+    read = [
+        {
+            "source": str(source),
+            "documents": given,
+            "bad": dict(tally.bad),
+            "first_bad": tally.first_bad,
+            "left_out": dict(tally.left_out),
+        }
+        for source, given, tally in zip(texts.sources, texts.given, texts.tallies, strict=True)
+    ]
     write_manifest(
-        folder,
+        work,
         Manifest(
             version=VERSION,
             dtype=token_dtype(tokenizer.vocab_size),
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer.fingerprint,
-            source=describe(source),
-            settings=settings,
+            source=_names(texts),
+            settings=chosen,
+            read=read,
             splits=splits,
         ),
     )
+
+
+def _names(texts: Mixture) -> str:
+    return ", ".join(map(str, texts.sources))

@@ -1,4 +1,4 @@
-"""The command `python -m data.prepare [SOURCE] [--vocab-size N] ...`."""
+"""The commands `python -m data.prepare [SOURCE ...]` and `python -m data.prepare inspect DIR`."""
 
 import sys
 import time
@@ -6,37 +6,47 @@ from pathlib import Path
 
 import tyro
 
-from ..corpus import DataError
+from ..error import DataError
 from ..shards import Shard, open_prepared
 from . import VAL_FRACTION, VOCAB_SIZE, prepare
 
 
 def main(
-    source: tyro.conf.Positional[Path | None] = None,
+    sources: tyro.conf.Positional[tuple[str, ...]] = (),
     *,
     vocab_size: int = VOCAB_SIZE,
-    tokenizer: Path | None = None,
+    tokenizer: str | None = None,
     field: str = "text",
     val_fraction: float = VAL_FRACTION,
+    deduplicate: bool = False,
+    threads: int | None = None,
     cache: Path | None = None,
 ) -> None:
     """Tokenize text into shards to train on, and print the folder that holds them.
 
     Args:
-        source: text file, .jsonl, .parquet, or folder of these; none: Python's standard library.
+        sources: text files, .jsonl, .parquet (.gz and .zst too), folders of these, datasets
+            hf://OWNER/NAME@REVISION; each may end in '?key=value&...' with the keys weight, epochs,
+            field, min_chars, max_chars, match, limit, config, split, stream. None: Python's
+            standard library.
         vocab_size: ids to learn, the end-of-text token included.
-        tokenizer: tokenizer.json, or a folder with one, to use instead of learning.
-        field: column of .jsonl and .parquet files that holds the text.
+        tokenizer: to use instead of learning: gpt2, cl100k_base or o200k_base (fetched once), a
+            rank file of these, a tokenizer.json, or a folder with one.
+        field: column of tables that holds the text, for the sources that name none.
         val_fraction: share of the documents kept for validation, between 0 and 1.
+        deduplicate: leave out documents whose text came before.
+        threads: how many encode; none: one per core.
         cache: where to keep the result; none: $TRITIUM_HOME, else ~/.cache/tritium.
     """
     begin = time.perf_counter()
     folder = prepare(
-        source,
+        sources or None,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         field=field,
         val_fraction=val_fraction,
+        deduplicate=deduplicate,
+        threads=threads,
         cache=cache,
     )
     manifest, _ = open_prepared(folder)

@@ -1,7 +1,6 @@
 """Every kind of source gives its documents in a fixed order; every unusable one a clear error."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import DataError
-from data.corpus import documents, source_files, source_fingerprint
+from data.corpus import Source, documents, fingerprint, parse_source, source_files
+from data.records import Tally
 
 
 def jsonl(*rows) -> bytes:
@@ -38,7 +38,7 @@ def test_default_is_the_standard_library():
 
 
 def test_default_leaves_out_tests_and_packages():
-    parts = {part for file in source_files(None) for part in file.parts[-4:]}
+    parts = {part for file in source_files(Source()) for part in file.parts[-4:]}
     assert not parts & {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     assert not any(part.startswith(("config-", "_sysconfigdata")) for part in parts)
 
@@ -103,43 +103,37 @@ def test_nulls_and_white_space_are_left_out(tmp_path):
 
 def test_parquet_and_field(tmp_path):
     file = parquet(tmp_path / "a.parquet", body=["a", None, "b"], n=[1, 2, 3])
-    assert list(documents(file, field="body")) == ["a", "b"]
+    assert list(documents(Source(file, field="body"))) == ["a", "b"]
 
 
-BAD_FILES = [
-    ("a.txt", b"", "holds no text"),
-    ("a.txt", b" \n\t\n", "holds no text"),
-    ("a.txt", b"x" * 70_000 + b"\n\xff", r"a\.txt is not UTF-8 at byte 70001"),
-    ("a.txt", b"cut \xf0\x9f\x98", r"not UTF-8 at byte 4"),
-    ("a.jsonl", jsonl({"text": "a"}) + b'{"text":"\xff"}', r"a\.jsonl is not UTF-8 at byte 23"),
-    ("a.jsonl", b"\n\n", "cannot read .*a.jsonl|holds no text"),
-    ("a.jsonl", b'{"text": oops}\n', r"cannot read .*a\.jsonl: JSON parse error"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"cannot read .*a\.jsonl"),
-    ("a.jsonl", b'{"text": "\\ud800"}\n', r"cannot read .*a\.jsonl"),
-    ("a.jsonl", jsonl({"body": "a", "id": 1}), r"no column 'text' but \['body', 'id'\]"),
-    ("a.jsonl", jsonl({"text": 1}), "column 'text' holds int, not text"),
-    ("a.jsonl", jsonl({"text": ["a"]}), "column 'text' holds list, not text"),
-    ("a.parquet", b"", "holds no text|cannot read"),
-    ("a.parquet", b"PAR1 not really", r"cannot read .*a\.parquet"),
+UNUSABLE = [
+    ("a.txt", b"", "a.txt holds no text to use: it is empty; name another"),
+    ("a.txt", b" \n\t\n", "holds no text to use: 1 empty"),
+    ("a.txt", b"\xffcut \n", r"1 bad \(1 not UTF-8; first: \S+a\.txt at byte 0"),
+    ("a.jsonl", b"\n\n", "it is empty"),
+    (
+        "a.jsonl",
+        b'{"text": oops}\n[1]\n',
+        r"2 bad \(1 not JSON, 1 not a JSON object; first: .*:1: ",
+    ),
+    ("a.jsonl", jsonl({"body": "a", "id": 1}), r"no field 'text'; first: .*it has 'body', 'id'"),
+    ("a.jsonl", jsonl({"text": 1}, {"text": 2}), "2 field 'text' is int, not text"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "1 half of a surrogate pair"),
+    ("a.jsonl.gz", b"not compressed", "1 damaged file"),
+    ("a.jsonl.zst", b"not compressed", "1 damaged file"),
+    ("a.parquet", b"", "1 damaged file"),
+    ("a.parquet", b"PAR1 not really", "1 damaged file"),
     ("a.json", b"{}", r"a\.json: \.json is none of \.txt"),
     ("a.pdf", b"%PDF", r"a\.pdf: \.pdf is none of \.txt"),
+    ("a.parquet.gz", b"", r"a\.parquet\.gz: \.gz is none of"),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=repr)
-def test_unusable_file(tmp_path, name, content, message, capfd, monkeypatch):
-    logged = logging.Handler()
-    monkeypatch.setattr(logged, "emit", lambda record: pytest.fail(record.getMessage()))
-    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [logged])
+@pytest.mark.parametrize(("name", "content", "message"), UNUSABLE, ids=[m for *_, m in UNUSABLE])
+def test_unusable_file(tmp_path, name, content, message, capfd):
     with pytest.raises(DataError, match=message):
         list(documents(write(tmp_path, {name: content}) / name))
     assert capfd.readouterr() == ("", "")
-
-
-def test_unusable_file_in_a_folder_is_named(tmp_path):
-    write(tmp_path, {"a.txt": b"fine", "b.txt": b"also", "c.txt": b"not \xff"})
-    with pytest.raises(DataError, match=r"c\.txt is not UTF-8 at byte 4"):
-        list(documents(tmp_path))
 
 
 def test_missing_source():
@@ -154,35 +148,26 @@ def test_folder_without_text(tmp_path):
 
 def test_fingerprint_follows_the_files(tmp_path):
     write(tmp_path, {"a.txt": b"one", "b.bin": b"ignored"})
-    first = source_fingerprint(tmp_path)
+    first = fingerprint(Source(tmp_path))
     write(tmp_path, {"b.bin": b"changed"})
-    assert source_fingerprint(tmp_path) == first
+    assert fingerprint(Source(tmp_path)) == first
     os.utime(tmp_path / "a.txt", ns=(1, 1))
-    second = source_fingerprint(tmp_path)
+    second = fingerprint(Source(tmp_path))
     write(tmp_path, {"a.txt": b"four"})
     os.utime(tmp_path / "a.txt", ns=(1, 1))
-    assert len({first, second, source_fingerprint(tmp_path)}) == 3
-
-
-def test_reading_early_out_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    write(tmp_path, {"scratch/keep": b"", "a.txt": b"one", "b.txt": b"two"})
-    texts = documents(tmp_path)
-    next(texts)
-    texts.close()
-    assert os.listdir(tmp_path / "scratch") == ["keep"]
+    assert len({first, second, fingerprint(Source(tmp_path))}) == 3
 
 
 def test_imports_and_cache_stay_out_of_the_way(tmp_path):
-    """A prepared source needs neither datasets nor tokenizers, and no other cache is used."""
+    """Local text needs no datasets, a prepared source no tokenizers; no other cache is used."""
     write(tmp_path, {"a.jsonl": jsonl({"text": "a b c"}, {"text": "d e f"})})
     code = """if True:
         import sys
         from data import prepare
         assert not {"datasets", "tokenizers"} & {*sys.modules}
         prepare("a.jsonl", vocab_size=257, progress=False)
-        assert {"datasets", "tokenizers"} <= {*sys.modules}
-        sys.modules["datasets"] = sys.modules["tokenizers"] = None  # to import them would fail
+        assert "tokenizers" in sys.modules and "datasets" not in sys.modules
+        sys.modules["tokenizers"] = None  # to import it would fail
         prepare("a.jsonl", vocab_size=257, progress=False)
     """
     keep = {"PATH", "LD_LIBRARY_PATH"}
@@ -191,3 +176,57 @@ def test_imports_and_cache_stay_out_of_the_way(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
     assert os.listdir(tmp_path / "home") == [".cache"]
     assert os.listdir(tmp_path / "home" / ".cache") == ["tritium"]
+
+
+def test_string_form():
+    text = "x/a?.jsonl?weight=0.5&field=a%26b&match=^a+$&limit=3&stream=1&epochs=2"
+    expected = Source("x/a", weight=0.5, field="a&b", match="^a+$", limit=3, stream=True, epochs=2)
+    assert parse_source(text.replace("a?.jsonl", "a")) == expected
+    assert parse_source("hf://a/b@c", field="body") == Source("hf://a/b@c", field="body")
+
+
+def test_a_file_of_that_name_comes_first(tmp_path):
+    file = write(tmp_path, {"a?field=b": b"hello"}) / "a?field=b"
+    assert parse_source(str(file)) == Source(str(file))
+
+
+BAD_STRINGS = [
+    ("a?wieght=1", r"unknown key 'wieght'; the keys are weight, epochs, field"),
+    ("a?path=b", "unknown key 'path'"),
+    ("a?weight=much", "a.weight=much: weight: could not convert"),
+    ("a?weight=0", "weight must be above 0, got 0.0"),
+    ("a?weight=nan", "weight must be above 0, got nan"),
+    ("a?epochs=0", "epochs must be at least 1, got 0"),
+    ("a?limit=0", "limit must be at least 1"),
+    ("a?match=(", "match is no regular expression: missing"),
+    ("a?stream=yes", "stream: must be 0 or 1, got yes"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_STRINGS, ids=[text for text, _ in BAD_STRINGS])
+def test_refuses_a_string(text, message):
+    with pytest.raises(DataError, match=message):
+        parse_source(text)
+
+
+FILTERS = [
+    ({"min_chars": 3}, ["ccc", "dddd"], {"under 3 characters": 2}),
+    ({"max_chars": 2}, ["a", "bb"], {"over 2 characters": 2}),
+    ({"match": "[bd]"}, ["bb", "dddd"], {"without a match": 2}),
+    ({"limit": 2}, ["a", "bb"], {}),
+    ({"limit": 2, "min_chars": 2}, ["bb", "ccc"], {"under 2 characters": 1}),
+]
+
+
+@pytest.mark.parametrize(("options", "kept", "left_out"), FILTERS, ids=str)
+def test_filters(tmp_path, options, kept, left_out):
+    rows = jsonl(*({"text": text} for text in ("a", "bb", "ccc", "dddd")))
+    file, tally = write(tmp_path, {"a.jsonl": rows}) / "a.jsonl", Tally()
+    assert list(documents(Source(file, **options), tally)) == kept
+    assert (tally.kept, tally.left_out, tally.bad) == (len(kept), left_out, {})
+
+
+def test_fingerprint_is_of_the_settings_too(tmp_path):
+    write(tmp_path, {"a.txt": b"one"})
+    sources = Source(tmp_path), Source(tmp_path, min_chars=2), Source(tmp_path, weight=1)
+    assert len({fingerprint(source) for source in sources}) == 3

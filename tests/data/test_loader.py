@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data import DataError, Tokenizer, TokenLoader, prepare
-from data.shards import MANIFEST_FILE, Manifest, ShardWriter, open_prepared, write_manifest
+from data.journal import remove
+from data.shards import MANIFEST_FILE, VERSION, Manifest, ShardWriter, open_prepared, write_manifest
 
 N, L = 1003, 10
 M = N // L
@@ -21,11 +22,12 @@ def folder(tmp_path, tokenizer) -> Path:
     for split, sizes in (("train", [400, 1, 5, 597]), ("val", [60])):
         writer = ShardWriter(tmp_path, split, "<u2")
         for end, size in zip(np.cumsum(sizes), sizes, strict=True):
-            writer.add(list(range(end - size, end)), 0)
+            writer.add(np.arange(end - size, end), np.array([size]), np.array([0]))
             writer.flush()
         splits[split] = writer.shards
     tokenizer.save(tmp_path)
-    manifest = Manifest(1, "<u2", 2000, tokenizer.fingerprint, "numbers", {}, splits)
+    remove(tmp_path)
+    manifest = Manifest(VERSION, "<u2", 2000, tokenizer.fingerprint, "numbers", {}, [], splits)
     write_manifest(tmp_path, manifest)
     return tmp_path
 
@@ -207,7 +209,7 @@ DAMAGES = [
     (drop("manifest.json"), r"manifest\.json: No such file or directory; run prepare first"),
     (put("{"), r"manifest\.json is damaged"),
     (put("[]"), r"manifest\.json is damaged: TypeError"),
-    (in_manifest(version=2), "has version 2, this is 1; run prepare again"),
+    (in_manifest(version=1), "has version 1, this is 2; run prepare again"),
     (in_manifest(splits={}), r"manifest\.json is damaged: KeyError"),
     (in_manifest(splits={"train": [], "val": []}), r"damaged.*a split has no shard"),
     (in_manifest(extra=1), r"manifest\.json is damaged: TypeError.*extra"),

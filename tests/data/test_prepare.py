@@ -13,7 +13,8 @@ import pytest
 
 from data import DataError, Tokenizer, prepare, shards
 from data.corpus import documents
-from data.prepare import _learn, assign_splits
+from data.prepare import _learn
+from data.prepare.split import assign_splits
 from data.shards import open_prepared
 
 
@@ -182,7 +183,7 @@ def leftovers(home: Path) -> list[str]:
 BAD_SOURCES = [
     (b"short", "leaves nothing to train on: validation takes all of its 1 document"),
     (b"x" * 8192, "leaves nothing to train on: validation takes all of its 2 document"),
-    (b"fine\n" * 999 + b"\xff", "not UTF-8 at byte 4995"),
+    (b"\xff\n" * 999, "holds no text to use: 999 bad .999 not UTF-8; first: .*a.txt at byte 0"),
     (b"", "holds no text"),
 ]
 
@@ -264,5 +265,5 @@ def test_command_prints_a_summary(text_file, monkeypatch, capfd):
 def test_command_tells_an_error_in_one_line(monkeypatch, capfd):
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, "/no/where")
-    message = "there is no file or folder /no/where; text is read from local disk only"
+    message = "there is no file or folder /no/where; a dataset of the hub is hf://NAME"
     assert capfd.readouterr() == ("", f"data.prepare: {message}\n")

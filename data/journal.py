@@ -1,0 +1,42 @@
+"""The list of what a run has finished, one JSON object per line, each on disk before the next."""
+
+import json
+import os
+from pathlib import Path
+
+from .cache import write_durably
+
+FILE = "journal.jsonl"
+
+
+def append(folder: Path, entry: dict) -> None:
+    """Add `entry`, and wait until the disk has it."""
+    with (folder / FILE).open("ab") as f:
+        f.write(json.dumps(entry).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def replace(folder: Path, entries: list[dict]) -> None:
+    """Write the journal anew with `entries`, whole or not at all."""
+    temporary = folder / f"{FILE}.tmp"
+    write_durably(temporary, b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+    temporary.replace(folder / FILE)
+
+
+def remove(folder: Path) -> None:
+    """Delete the journal: everything that it lists is in a manifest now."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
+def read(folder: Path) -> list[dict]:
+    """Return the entries, without a last one that was cut short; none if there is no journal."""
+    entries = []
+    try:
+        for line in (folder / FILE).read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            entries.append(json.loads(line))
+    except (FileNotFoundError, ValueError):
+        pass
+    return entries

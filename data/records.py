@@ -1,0 +1,196 @@
+"""Files to texts. What cannot be read is counted and passed over; one bad line ends no run."""
+
+import json
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from .error import DataError
+from .files import JSONL, PARQUET, kind, open_bytes
+
+PIECE = 65_536  # characters, about; a long text file is cut into documents of this length
+ROWS = 64  # rows of a table held at once: each may be a whole book
+_LINE = 1 << 20  # bytes of a text file read at once
+
+
+@dataclass
+class Tally:
+    """What one pass over a source met so far."""
+
+    kept: int = 0
+    """Documents given out."""
+    bad: Counter[str] = field(default_factory=Counter)
+    """Records that could not be read, by reason."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Records that were read and not wanted, by reason."""
+    first_bad: str = ""
+    """Where the first bad record is, and what is wrong with it."""
+    n_bytes: int = 0
+    """Bytes of the files that have been read to their end, as stored."""
+    stored: BinaryIO | None = None
+    """The file that is being read."""
+
+    def add_bad(self, reason: str, where: str, records: int = 1) -> None:
+        """Count records that cannot be used."""
+        self.bad[reason] += records
+        self.first_bad = self.first_bad or f"{where}: {reason}"
+
+    def position(self) -> int:
+        """Return how many bytes of the source's files have been read, as stored."""
+        return self.n_bytes + (self.stored.tell() if self.stored else 0)
+
+    def summary(self) -> str:
+        """Say what was left out and why, for people; nothing if nothing was."""
+        parts = []
+        if self.bad:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.bad.items())
+            parts.append(f"{self.bad.total():,} bad ({reasons}; first: {self.first_bad})")
+        parts += [f"{n:,} {reason}" for reason, n in self.left_out.items()]
+        return ", ".join(parts)
+
+
+def read_files(files: list[Path], column: str, tally: Tally, cut: bool) -> Iterator[str]:
+    """Yield the texts of files: each row of a table, each text file, or its pieces if `cut`."""
+    for file in files:
+        try:
+            with open_bytes(file) as (stored, plain):
+                tally.stored = stored
+                if kind(file) == JSONL:
+                    yield from _json_lines(plain, file, column, tally)
+                elif kind(file) == PARQUET:
+                    yield from _parquet_rows(plain, file, column, tally)
+                else:
+                    yield from _pieces(plain, file, tally) if cut else _whole(plain, file, tally)
+        except (OSError, EOFError, RuntimeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(f"cannot read {file}: {error}; repair or remove it") from error
+            tally.add_bad("damaged file", f"{file} ({error})")
+        finally:
+            tally.stored = None
+        tally.n_bytes += file.stat().st_size
+
+
+def read_modules(files: list[Path], tally: Tally) -> Iterator[str]:
+    """Yield each Python file, in the encoding that it declares."""
+    for file in files:
+        with tokenize.open(file) as f:
+            yield f.read()
+        tally.n_bytes += file.stat().st_size
+
+
+def check_text(value: object, column: str, where: str, tally: Tally) -> str | None:
+    """Return `value` if it is text or null, which is no text; else count it as bad."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        tally.add_bad(f"field '{column}' is {type(value).__name__}, not text", where)
+        return None
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            tally.add_bad("half of a surrogate pair", where)
+            return None
+    return value
+
+
+def _json_lines(plain: BinaryIO, file: Path, column: str, tally: Tally) -> Iterator[str]:
+    for number, line in enumerate(plain, 1):
+        if line.isspace():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            tally.add_bad("not UTF-8", where)
+            continue
+        except (ValueError, RecursionError):
+            tally.add_bad("not JSON", where)
+            continue
+        if not isinstance(row, dict):
+            tally.add_bad("not a JSON object", where)
+        elif column not in row:
+            tally.add_bad(f"no field '{column}'", f"{where} (it has {_names([*row])})")
+        elif (text := check_text(row[column], column, where, tally)) is not None:
+            yield text
+
+
+def _parquet_rows(plain: BinaryIO, file: Path, column: str, tally: Tally) -> Iterator[str]:
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(plain)
+    names = table.schema_arrow.names
+    if column not in names:
+        where = f"{file} (it has {_names(names)})"
+        tally.add_bad(f"no field '{column}'", where, max(1, table.metadata.num_rows))
+        return
+    number = 0
+    for batch in table.iter_batches(ROWS, columns=[column]):
+        for value in batch.column(0):
+            number += 1
+            where = f"{file} row {number}"
+            try:
+                text = check_text(value.as_py(), column, where, tally)
+            except UnicodeDecodeError:
+                tally.add_bad("not UTF-8", where)
+                continue
+            if text is not None:
+                yield text
+
+
+def _whole(plain: BinaryIO, file: Path, tally: Tally) -> Iterator[str]:
+    try:
+        text = plain.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        tally.add_bad("not UTF-8", f"{file} at byte {error.start}")
+        return
+    yield _line_feeds(text)
+
+
+def _pieces(plain: BinaryIO, file: Path, tally: Tally) -> Iterator[str]:
+    size = min(PIECE, max(1024, file.stat().st_size // 100))
+    piece, length = [], 0
+    for line in _lines(plain, file, tally):
+        for i in range(0, len(line), 4 * size):
+            part = line[i : i + 4 * size]
+            piece.append(part)
+            length += len(part)
+            if length >= size and (part.isspace() or length >= 4 * size):
+                yield "".join(piece)
+                piece, length = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def _lines(plain: BinaryIO, file: Path, tally: Tally) -> Iterator[str]:
+    position, rest, encoding = 0, b"", "utf-8-sig"
+    while data := rest + (part := plain.readline(_LINE)):
+        whole = not part or part.endswith(b"\n")
+        end = len(data) if whole else _last_boundary(data)
+        try:
+            yield _line_feeds(data[:end].decode(encoding))
+        except UnicodeDecodeError as error:
+            tally.add_bad("not UTF-8", f"{file} at byte {position + error.start}")
+        position, rest, encoding = position + end, data[end:], "utf-8"
+
+
+def _last_boundary(data: bytes) -> int:
+    # Where the last character or line end begins that may go on in the next part.
+    for i in range(len(data) - 1, max(-1, len(data) - 4), -1):
+        if data[i] >= 0xC0 or data[i] == 0x0D:
+            return i
+        if data[i] < 0x80:
+            break
+    return len(data)
+
+
+def _line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _names(names: list) -> str:
+    shown = ", ".join(map(repr, names[:8]))
+    return shown + (", ..." if len(names) > 8 else "") if names else "none"
