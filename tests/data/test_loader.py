@@ -271,3 +271,19 @@ def test_largest_fit(folder):
 def test_attributes(folder):
     reader = loader(folder)
     assert (reader.vocab_size, reader.n_tokens) == (2000, N)
+
+
+@pytest.mark.parametrize("shard", ["train-00000.bin", "train-00003.bin"])
+def test_a_flipped_bit_is_found_on_request(folder, shard):
+    content = bytearray((folder / shard).read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / shard).write_bytes(content)
+    loader(folder)
+    with pytest.raises(DataError, match=rf"the shard \S+{shard} is damaged: .*sha256.* again"):
+        loader(folder, verify=True)
+    loader(folder, "val", verify=True)
+
+
+def test_whole_shards_pass(folder):
+    reader = loader(folder, verify=True)
+    assert first_tokens(reader, 3) == first_tokens(loader(folder), 3)
