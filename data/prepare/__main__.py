@@ -5,13 +5,15 @@ import time
 from pathlib import Path
 
 import tyro
+from rich.console import Console
 
 from ..error import DataError
 from ..shards import Shard, open_prepared
 from . import VAL_FRACTION, VOCAB_SIZE, prepare
+from .inspection import inspect
 
 
-def main(
+def prepare_command(
     sources: tyro.conf.Positional[tuple[str, ...]] = (),
     *,
     vocab_size: int = VOCAB_SIZE,
@@ -56,6 +58,33 @@ def main(
     print(f"{time.perf_counter() - begin:.1f} s")
 
 
+def inspect_command(
+    folder: tyro.conf.Positional[Path],
+    *,
+    samples: int = 3,
+    seed: int = 0,
+    picture: Path | None = None,
+) -> None:
+    """Show what a prepared folder holds: counts, lengths, samples; and check every shard.
+
+    Args:
+        folder: as `python -m data.prepare` printed it.
+        samples: documents to show the beginning of.
+        seed: decides which.
+        picture: PNG file for the lengths of the documents; none: lengths.png in the folder.
+    """
+    console = Console(highlight=False, markup=False)
+    inspect(folder, console, samples=samples, seed=seed, picture=picture)
+
+
+def main() -> None:
+    """Inspect a folder if the first argument says so, else prepare."""
+    if sys.argv[1:2] == ["inspect"]:
+        tyro.cli(inspect_command, args=sys.argv[2:], prog="python -m data.prepare inspect")
+    else:
+        tyro.cli(prepare_command, prog="python -m data.prepare")
+
+
 def _summary(shards: list[Shard]) -> str:
     documents = sum(shard.documents for shard in shards)
     tokens = sum(shard.tokens for shard in shards)
@@ -65,7 +94,7 @@ def _summary(shards: list[Shard]) -> str:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main, prog="python -m data.prepare")
+        main()
     except DataError as error:
         print(f"data.prepare: {error}", file=sys.stderr)
         sys.exit(2)

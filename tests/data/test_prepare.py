@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import runpy
 import sys
 from collections import Counter
@@ -267,3 +268,29 @@ def test_command_tells_an_error_in_one_line(monkeypatch, capfd):
         command(monkeypatch, "/no/where")
     message = "there is no file or folder /no/where; a dataset of the hub is hf://NAME"
     assert capfd.readouterr() == ("", f"data.prepare: {message}\n")
+
+
+def test_inspect_shows_what_is_there(many, monkeypatch, capsys, tmp_path):
+    folder = quietly(many, val_fraction=0.3, deduplicate=True)
+    command(monkeypatch, "inspect", folder, "--samples", "2", "--picture", tmp_path / "a.png")
+    out = " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert f"from {many} 300 ids as uint16" in out
+    assert "each as its sha256 says" in out
+    assert "2 duplicate" in out
+    assert len(re.findall(r"train document [\d,]+, [\d,]+ tokens ─+ document \d+", out)) == 2
+    manifest, _ = open_prepared(folder)
+    for name in ("documents", "tokens"):
+        totals = (sum(getattr(s, name) for s in split) for split in manifest.splits.values())
+        assert f"{name} {' '.join(f'{total:,}' for total in totals)}" in out
+
+
+def test_inspect_finds_a_flipped_bit(text_file, monkeypatch, capfd):
+    folder = quietly(text_file)
+    content = bytearray((folder / "train-00000.bin").read_bytes())
+    content[99] ^= 1
+    (folder / "train-00000.bin").write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "inspect", folder)
+    assert "train-00000.bin is damaged" in capfd.readouterr().err
+    assert not (folder / "lengths.png").exists()
