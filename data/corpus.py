@@ -6,6 +6,7 @@ download. Only a source that begins with `hf://` touches the network.
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def parse_source(text: str | Path | None, field: str = "text") -> Source:
     Raises:
         DataError: a key is unknown, or its value is not of its type.
     """
-    if text is None or isinstance(text, Path) or Path(text).expanduser().exists():
+    if text is None or isinstance(text, Path) or os.path.exists(os.path.expanduser(text)):
         return Source(text, field=field)
     path, _, query = text.partition("?")
     options: dict = {"field": field}

@@ -126,7 +126,9 @@ def _sources(source: SourceLike | Sequence[SourceLike] | None, field: str) -> li
 
 
 def _is_prepared_already(sources: list[Source]) -> bool:
-    if len(sources) > 1 or not sources or sources[0].path is None:
+    if len(sources) != 1 or sources[0].path is None:
+        return False
+    if not {*settings(sources[0])} <= {"path", "field"}:
         return False
     folder = Path(sources[0].path).expanduser()
     return all((folder / name).is_file() for name in (MANIFEST_FILE, TOKENIZER_FILE))

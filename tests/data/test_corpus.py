@@ -185,6 +185,10 @@ def test_string_form():
     assert parse_source("hf://a/b@c", field="body") == Source("hf://a/b@c", field="body")
 
 
+def test_a_string_too_long_for_a_file_name():
+    assert parse_source("hf://a/b?match=" + "x" * 5000).match == "x" * 5000
+
+
 def test_a_file_of_that_name_comes_first(tmp_path):
     file = write(tmp_path, {"a?field=b": b"hello"}) / "a?field=b"
     assert parse_source(str(file)) == Source(str(file))
