@@ -81,6 +81,8 @@ def prepare(
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+    if threads is not None and threads < 1:
+        raise DataError(f"threads must be at least 1, got {threads}")
     sources = _sources(source, field)
     if _is_prepared_already(sources):
         open_prepared(str(sources[0].path))

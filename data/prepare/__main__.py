@@ -98,3 +98,6 @@ if __name__ == "__main__":
     except DataError as error:
         print(f"data.prepare: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("data.prepare: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

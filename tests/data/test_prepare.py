@@ -205,6 +205,11 @@ def test_refuses_a_fraction(val_fraction):
         prepare(val_fraction=val_fraction)
 
 
+def test_refuses_no_threads(text_file):
+    with pytest.raises(DataError, match="threads must be at least 1, got 0"):
+        quietly(text_file, threads=0)
+
+
 def test_refuses_a_small_vocabulary(text_file, home):
     with pytest.raises(DataError, match="vocab_size must be at least 257"):
         quietly(text_file, vocab_size=100)
@@ -261,6 +266,23 @@ def test_command_prints_a_summary(text_file, monkeypatch, capfd):
         "learned a tokenizer of 300 tokens",
         "encoded 0.0 MB",
     ]
+
+
+def test_command_mixes_sources(many, text_file, monkeypatch, capfd):
+    command(monkeypatch, f"{many}?weight=1", f"{text_file}?weight=3", "--vocab-size", "300")
+    manifest, _ = open_prepared(capfd.readouterr().out.splitlines()[0])
+    assert [source["weight"] for source in manifest.settings["sources"]] == [1, 3]
+    assert all(read["documents"] for read in manifest.read)
+
+
+def test_command_can_be_stopped(text_file, monkeypatch, capfd):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["data.prepare"], "_learn", stop)
+    with pytest.raises(SystemExit, match="130"):
+        command(monkeypatch, text_file)
+    assert capfd.readouterr().err == "data.prepare: stopped; the same command goes on from here\n"
 
 
 def test_command_tells_an_error_in_one_line(monkeypatch, capfd):
