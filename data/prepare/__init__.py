@@ -172,13 +172,10 @@ def _encode(
     threads: int | None,
     console: Console,
 ) -> dict[str, list[Shard]]:
-    begin = time.perf_counter()
     files = [source_files(source) for source in texts.sources]
     total = sum(file.stat().st_size for each in files for file in each) if all(files) else 0
     threads = threads or len(os.sched_getaffinity(0))
     splits = encode(texts, tokenizer, val_fraction, work, threads, console, total)
-    n_bytes = sum(shard.bytes for shards in splits.values() for shard in shards)
-    console.print(f"encoded {n_bytes / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s")
     for source, tally in zip(texts.sources, texts.tallies, strict=True):
         if tally.summary():
             console.print(f"{source}: left out {tally.summary()}")

@@ -5,6 +5,7 @@ document belongs to a split by its text, and a shard ends with the document that
 shards that an interrupted run left say how many documents of each split to pass over.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,9 +46,10 @@ def encode(
         val_fraction: see `assign_splits`.
         folder: where to write, and where an interrupted run may have left whole shards.
         threads: how many encode.
-        console: where to show progress.
+        console: where to report.
         total: bytes of the files of `texts`; 0 where they cannot be known.
     """
+    begin = time.perf_counter()
     finished = finished_shards(folder, tokenizer.fingerprint)
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {split: ShardWriter(folder, split, dtype, finished[split]) for split in SPLITS}
@@ -70,17 +72,19 @@ def encode(
         ThreadPoolExecutor(threads) as pool,
     ):
         task = progress.add_task("", total=total or None, speed="")
-        tokens = 0
+        tokens = n_bytes = 0
         for encoded in _in_order(pool, partial(_encode, tokenizer), batches, ahead=4 * threads):
             for split, (ids, ends, sizes) in encoded.items():
                 writers[split].add(ids, ends, sizes)
                 tokens += len(ids)
+                n_bytes += int(sizes.sum())
             seconds = max(progress.tasks[0].elapsed or 0, 1e-9)
             progress.update(
                 task, completed=texts.position(), speed=f"{tokens / seconds / 1e6:.2f}M tokens/s"
             )
     for writer in writers.values():
         writer.flush()
+    console.print(f"encoded {n_bytes / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s")
     return {split: writer.shards for split, writer in writers.items()}
 
 
