@@ -162,7 +162,7 @@ def verify(folder: str | Path, shards: Sequence[Shard]) -> None:
         if not _is_whole(Path(folder), shard):
             raise DataError(
                 f"the shard {Path(folder) / shard.file} is damaged: its bytes are not those that "
-                "were written (sha256); run prepare again"
+                "were written (sha256); remove the folder, then run prepare again"
             )
 
 

@@ -59,7 +59,7 @@ class Tokens:
         if highest >= self.vocab_size:
             raise DataError(
                 f"{self.name} holds the id {highest}, the vocabulary has {self.vocab_size}; "
-                "run prepare again"
+                "remove the folder, then run prepare again"
             )
 
     def document_ends(self) -> np.ndarray:
