@@ -114,7 +114,7 @@ class Tokenizer:
         path = _file(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with temporary.open("w", encoding="utf-8") as f:
-            json.dump(self._spec, f, ensure_ascii=False)
+            f.write(json.dumps(self._spec, ensure_ascii=False))
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)

@@ -22,7 +22,7 @@ from ..shards import SPLITS, Shard, ShardWriter, finished_shards, token_dtype
 from ..tokenizer import Tokenizer
 from .split import assign_splits
 
-BATCH_CHARS = 1 << 18  # text that a thread encodes at a time
+BATCH_CHARS = 1 << 20  # text that a thread encodes at a time
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
