@@ -4,6 +4,7 @@ from functools import partial
 
 from . import Mutant
 
+_formats = partial(Mutant, file="kernels/_formats.py")
 _update = partial(Mutant, file="kernels/_update.py")
 _reference = partial(Mutant, file="kernels/_update_reference.py")
 _optimizer = partial(Mutant, file="kernels/_optimizer.py")
@@ -27,8 +28,8 @@ MUTANTS = [
     ),
     _update(
         what="gradients not zeroed",
-        original="    if ZERO:\n        _store_grad(places[0]",
-        replacement="    if False:\n        _store_grad(places[0]",
+        original="    if ZERO:\n        store_grad(places[0]",
+        replacement="    if False:\n        store_grad(places[0]",
     ),
     _update(
         what="gradients of a skipped step kept",
@@ -75,7 +76,7 @@ MUTANTS = [
         original="key_N = hash_bits(seed_N ^ hash_bits(t_N.to(tl.uint32)))",
         replacement="key_N = hash_bits(seed_N ^ hash_bits(0 * t_N.to(tl.uint32)))",
     ),
-    _update(
+    _formats(
         what="bfloat16 gradients read as float32",
         original="    if FORMAT & 1:\n        g = load",
         replacement="    if FORMAT & 0:\n        g = load",
@@ -122,7 +123,7 @@ MUTANTS = [
     ),
     _tensors(
         what="gradients that were copied not zeroed",
-        original="return [p.grad for p, g in pairs if local(p.grad) is not g]",
+        original="return [g for g, read in pairs if local(g).data_ptr() != read.data_ptr()]",
         replacement="return []",
     ),
 ]

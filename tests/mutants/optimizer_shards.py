@@ -132,13 +132,13 @@ MUTANTS = [
     ),
     _norm(
         what="definition: each rank its own norm",
-        original="        sum_over_ranks(total, mesh)\n",
-        replacement="        total = total * 1\n",
+        original="        sum_over_ranks(total_G, mesh)\n",
+        replacement="        total_G = total_G * 1\n",
     ),
     _norm(
         what="definition: replicas counted by every rank",
-        original="total = (squares_N / torch.tensor(replicas).to(squares_N)).sum()",
-        replacement="total = squares_N.sum()",
+        original="shares_N = squares_N / torch.tensor(replicas).to(squares_N)",
+        replacement="shares_N = squares_N",
     ),
     _norm(
         what="kernels: replicas counted by every rank",

@@ -34,12 +34,12 @@ MUTANTS = [
     ),
     _mutant(
         what="a master that is not loaded",
-        original='kept = {"master": torch.float32, "remainder": torch.int16, "ema": torch.float32}',
-        replacement='kept = {"remainder": torch.int16, "ema": torch.float32}',
+        original='kept = {"master": torch.float32, "ema": torch.float32, "remainder": torch.int16}',
+        replacement='kept = {"ema": torch.float32, "remainder": torch.int16}',
     ),
     _mutant(
         what="a remainder that is not loaded",
-        original='kept = {"master": torch.float32, "remainder": torch.int16, "ema": torch.float32}',
+        original='kept = {"master": torch.float32, "ema": torch.float32, "remainder": torch.int16}',
         replacement='kept = {"master": torch.float32, "ema": torch.float32}',
     ),
     _mutant(

@@ -4,38 +4,39 @@ from functools import partial
 
 from . import Mutant
 
+_formats = partial(Mutant, file="kernels/_formats.py")
 _update = partial(Mutant, file="kernels/_update.py")
 _reference = partial(Mutant, file="kernels/_update_reference.py")
 
 MUTANTS = [
-    _update(
+    _formats(
         what="a gradient in bfloat16 read as float32",
         original="    if FORMAT & 1:\n        g = load(address, offs, end, tl.bfloat16, FULL)",
         replacement="    if FORMAT & 2:\n        g = load(address, offs, end, tl.bfloat16, FULL)",
     ),
-    _update(
+    _formats(
         what="the parameter not written beside its master",
         original="        store(extra, offs, p, end, tl.float32, FULL)\n"
         "        store(address, offs, p, end, tl.bfloat16, FULL)\n",
         replacement="        store(extra, offs, p, end, tl.float32, FULL)\n",
     ),
-    _update(
+    _formats(
         what="the master not written",
         original="        store(extra, offs, p, end, tl.float32, FULL)\n"
         "        store(address, offs, p, end, tl.bfloat16, FULL)\n",
         replacement="        store(address, offs, p, end, tl.bfloat16, FULL)\n",
     ),
-    _update(
+    _formats(
         what="the remainder not written",
         original="        store(extra, offs, low, end, tl.int16, FULL)\n",
         replacement="",
     ),
-    _update(
+    _formats(
         what="parameters rounded to nearest",
         original="store(address, offs, to_bfloat16(p, random_bits(bits, 0)), end,",
         replacement="store(address, offs, p, end,",
     ),
-    _update(
+    _formats(
         what="states rounded to nearest",
         original="store(address, offs, to_bfloat16(x, random_bits(bits, STREAM)), end,",
         replacement="store(address, offs, x, end,",
@@ -55,19 +56,19 @@ MUTANTS = [
         original="bits = element_bits(offs, key)",
         replacement="bits = element_bits(offs - first, key)",
     ),
-    _update(
+    _formats(
         what="what lies beyond a tensor in the scale of its last block",
         original="            x = tl.where(offs < end, x, 0.0)\n",
         replacement="            x = x\n",
     ),
-    _update(
+    _formats(
         what="scales of the first block for all",
         original="        scale_ptr_B = scales.to(tl.pointer_type(tl.float32)) + offs_B\n"
         "        scale_B = tl.load(",
         replacement="        scale_ptr_B = scales.to(tl.pointer_type(tl.float32)) + offs_B * 0\n"
         "        scale_B = tl.load(",
     ),
-    _update(
+    _formats(
         what="scales not written",
         original="        tl.store(scale_ptr_B, scale_B, mask=offs_B * Q < end)\n",
         replacement="",
@@ -81,12 +82,12 @@ MUTANTS = [
     ),
     _reference(
         what="the parameter's bits for the states too, by definition",
-        original="bits = random_bits_reference(hashed, i + 1)",
-        replacement="bits = random_bits_reference(hashed, 0)",
+        original="bits = random_bits_reference(bits, i + 1)",
+        replacement="bits = random_bits_reference(bits, 0)",
     ),
     _reference(
         what="the same key in every step, by definition",
-        original="mixed = hash_bits_reference(torch.tensor(t % (1 << 32)))",
-        replacement="mixed = hash_bits_reference(torch.tensor(1))",
+        original="hash_bits_reference(t % (1 << 32))",
+        replacement="hash_bits_reference(1)",
     ),
 ]
