@@ -18,10 +18,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.func import functional_call
 
-from data.corpus import describe, documents
+from data.corpus import Source, documents
 from kernels import AdamW
 from model import ModelConfig, Transformer
-from model.optim import learning_rate
+from model.schedule import Budget, Schedule
 
 from . import report
 from .harness import device_name
@@ -73,10 +73,9 @@ def train(contender: str, seed: int, steps: int, data: tuple[Tensor, Tensor]) ->
     optimizer = make(model.parameters(), weight_decay=0.1, betas=(0.9, 0.99), **options)
     generator = torch.Generator().manual_seed(seed)
     offs_L = torch.arange(CONFIG.max_seq_len + 1)
+    schedule = Schedule(learning_rate=3e-3, warmup_steps=steps // 20, final_lr=0.1)
     for step in range(steps):
-        lr = learning_rate(
-            step, peak=3e-3, warmup_steps=steps // 20, max_steps=steps, schedule="linear", final=0.1
-        )
+        lr = schedule.rate(step, Budget(steps=steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
         first_B = torch.randint(len(tokens) - len(offs_L), (BATCH, 1), generator=generator)
@@ -133,7 +132,7 @@ def main(steps: int = 1000, seeds: int = 3, write: bool = False) -> None:
     count = sum(p.numel() for p in Transformer(CONFIG).parameters())
     lines = [
         f"Loss of {VALIDATION} held-out sequences after {steps} steps of {BATCH} sequences of "
-        f"{CONFIG.max_seq_len} bytes; {describe(None)}; {count} parameters; {device_name(device)}.",
+        f"{CONFIG.max_seq_len} bytes; {Source()}; {count} parameters; {device_name(device)}.",
         f"Mean and standard deviation over {seeds} seeds. Last column: the distance from float32 "
         "in standard errors of the difference; within two of them, or outside.",
     ]
