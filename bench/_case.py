@@ -33,7 +33,7 @@ class Case:
     launch: Callable[[], object]
     wide: bool = True
     """Every row starts at a multiple of 16 elements: large tiles move 8 or 16 bytes per thread."""
-    narrow_on: tuple[str, ...] = ()
-    """Targets on which tiles move less all the same."""
     limits: Mapping[str, Limit] = field(default_factory=dict)
     """By the name of the kernel."""
+    narrow_on: tuple[str, ...] = ()
+    """Targets on which tiles move less all the same."""
