@@ -137,7 +137,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._op = type(self).__name__
         self._forget()
         for group in self.param_groups:
-            for name in _OPTIONAL:
+            for name in _OURS:
                 group.setdefault(name, self.defaults[name])
             self._check_group(group)
             for p in filter(self.state.get, group["params"]):
@@ -324,7 +324,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _before_load(self, _optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         for group in saved["param_groups"]:
-            if missing := self.defaults.keys() - _OPTIONAL - group.keys():
+            if missing := self.defaults.keys() - {*_OURS, *_TORCHS} - group.keys():
                 raise ValueError(
                     f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
                     "load what the same rule saved"
@@ -340,8 +340,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return saved | {"state": state}
 
 
-_OPTIONAL = ("maximize", "l1", "decoupled_weight_decay", "differentiable")
-"""Keys of groups that a state may lack; torch.optim adds the last to the defaults by itself."""
+_OURS = ("maximize", "l1", "decoupled_weight_decay")
+"""Keys of groups that a state may lack."""
+_TORCHS = ("differentiable",)
+"""What torch.optim adds to the defaults, but not to groups, when a state is loaded."""
 
 
 @dataclass(frozen=True)
