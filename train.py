@@ -234,7 +234,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     def seconds() -> float:
         return used_before + time.perf_counter() - started
 
-    with StopRequest() as stop, Display(budget, step, seconds()) as display:
+    with saver, StopRequest() as stop, Display(budget, step, seconds()) as display:
         last_read = time.perf_counter()
         final, stopping = budget.spent(step, seconds()), False
         while not final and not stopping:

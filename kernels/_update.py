@@ -39,8 +39,8 @@ from ._multi_tensor import (
     FORMAT,
     GRAD,
     GROUP,
+    KEY,
     LR,
-    NUMBER,
     SIZE,
     STEP,
     THREADS,
@@ -83,8 +83,8 @@ class Rule(NamedTuple):
     """An update rule, in Triton.
 
     `prepare(lr_N, hyper_ptr_N, t_N)` returns `coefs` coefficients for steps t_N; `update(g, state,
-    coefs, HELD)` returns u and state. Bit i of HELD says whether the tensors have state i at all:
-    without it `state[i]` is no tile, and what is returned for it is not stored.
+    coefs, FORMAT)` returns u and state. Where `held(FORMAT, i)` is false the tensors have no state
+    i: `state[i]` is no tile, and what is returned for it is not stored.
     """
 
     prepare: triton.JITFunction
@@ -136,7 +136,7 @@ def _optimizer_prepare_kernel(
         rate_ptr_N = rate_N.to(tl.pointer_type(tl.float32))
         lr_N = tl.load(rate_ptr_N, mask=rate_N != 0, other=0.0).to(tl.float64)
         lr_N = tl.where(rate_N != 0, lr_N, tl.load(hyper_ptr_N + RATE))
-        seed_N = tl.load(row_ptr_N + NUMBER, mask=mask_N, other=0).to(tl.uint32)
+        seed_N = tl.load(row_ptr_N + KEY, mask=mask_N, other=0).to(tl.uint32)
         key_N = hash_bits(seed_N ^ hash_bits(t_N.to(tl.uint32)))
         coef_ptr_N = coefs_ptr + offs_N * (BASE + COEFS)
         scale_N = tl.load(hyper_ptr_N + SIGN).to(tl.float32) * clip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -43,7 +44,8 @@ class Saver:
     """Write the checkpoints of one run, delete those not to be kept, and survive a full disk.
 
     An old one is deleted only when a newer is on the disk. A save that fails is reported and leaves
-    everything as it was; training may go on and save again.
+    everything as it was; training may go on and save again. To be used as a context manager, whose
+    end waits for what is being written, so that nobody is given the folder before.
 
     Args:
         folder: where the checkpoints lie; what a killed process left there is cleared away. No
@@ -62,6 +64,12 @@ class Saver:
         checkpoint.tidy(folder)
         newest = self.newest()
         self.last_step = None if newest is None else checkpoint.step_of(newest)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.wait()
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint, or None."""

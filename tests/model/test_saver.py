@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -101,6 +102,29 @@ def test_training_goes_on_while_it_writes(trained, tmp_path, monkeypatch):
     restored = checkpoint.load_model(tmp_path / "step-00000001")
     for name, p in restored.named_parameters():
         assert torch.equal(p, before[name])
+
+
+def test_an_error_of_training_lets_go_of_the_folder_only_when_it_is_written(
+    trained, tmp_path, monkeypatch
+):
+    write = checkpoint.write
+
+    def slow_write(*arguments):
+        time.sleep(0.5)  # training has failed long before
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", slow_write)
+    saver = Saver(tmp_path, SaveConfig(save_async=True), report=pytest.fail)
+
+    def fail():
+        with saver:
+            saver.save(1, *trained, {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert steps(tmp_path) == [1]
+    assert saver.last_step == 1
 
 
 def test_an_error_of_the_program_is_not_swallowed(trained, tmp_path, monkeypatch):
