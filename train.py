@@ -27,6 +27,7 @@ from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision, describe, set_threads
 from model.display import Display, clock, console, count, group_table
 from model.durable import write_durably
+from model.evaluation import evaluate
 from model.fingerprint import FingerprintError, code_version, require_same
 from model.optim import Optimizer, OptimizerConfig
 from model.plot import plot_losses
@@ -187,6 +188,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         field=config.text_field,
     )  # fmt: skip
     tokenizer = Tokenizer.load(folder)
+    byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
     per_step = config.batch_size * shape.max_seq_len
@@ -260,7 +262,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             for entry in entries:
                 entry["tokens_per_s"] = round(len(entries) * per_step / duration)
             if evaluates:
-                entries[-1] |= evaluate(model, validation, tokenizer, cast, config.eval_tokens)
+                batches = validation.fixed_batches(config.eval_tokens)
+                entries[-1] |= evaluate(model, batches, byte_lengths, cast)
                 val_loss = entries[-1]["val_loss"]
                 if math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
                     best = {"step": step, "val_loss": val_loss}
@@ -308,33 +311,6 @@ def accumulate_gradients(
         loss.backward()
         total += loss.detach()
     return total
-
-
-@torch.no_grad()
-def evaluate(
-    model: Transformer, validation: TokenLoader, tokenizer: Tokenizer,
-    cast: AbstractContextManager, eval_tokens: int,
-) -> dict:  # fmt: skip
-    """Measure the loss on the fixed validation tokens, in nats per token and in bits per byte.
-
-    The model is put back to training, and the random number generators to where they were.
-    """
-    device = model.embedding.weight.device
-    lengths = torch.from_numpy(tokenizer.byte_lengths)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    n_tokens = n_bytes = 0
-    model.eval()
-    with random_state.preserved(device):
-        for tokens, targets in validation.fixed_batches(eval_tokens):
-            counted = targets[targets >= 0]
-            with cast:
-                loss = model(tokens.to(device), targets.to(device))
-            nats += loss.double() * counted.numel()
-            n_tokens += counted.numel()
-            n_bytes += int(lengths[counted].sum())
-    model.train()
-    loss = nats.item() / n_tokens
-    return {"val_loss": loss, "val_bits_per_byte": loss * n_tokens / n_bytes / math.log(2)}
 
 
 def read_losses(unread: list[dict]) -> list[dict]:
