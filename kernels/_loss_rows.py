@@ -347,7 +347,7 @@ def rows(
     gradient: bool,
 ) -> Results:  # fmt: skip
     """Loss and statistics of every row; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
-    if not uses_triton(x_TV):
+    if not uses_triton(x_TV, "cross_entropy"):
         return rows_reference(x_TV, target_T, w_V, dloss_T, options, gradient)
     dx_TV = x_TV if gradient else None
     if not options.group:

@@ -171,7 +171,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if found.find(self.param_groups, names, rates, self.state, self._start):
             self.skipped = self.skipped.to(found.device)
             zero = self._options["zero_grads"]
-            if uses_triton(found.items[0].p):
+            if uses_triton(found.items[0].p, self._op):
                 with torch.cuda.device_of(found.items[0].p):
                     self._step_kernels(found)
                 torch.autograd.graph.increment_version(
@@ -211,7 +211,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     def _rate_address(self, group: dict[str, Any]) -> int:
         """Where kernels find the learning rate of `group`, if it lives where they run, or 0."""
         lr = group["lr"]
-        if not isinstance(lr, Tensor) or not uses_triton(lr):
+        if not isinstance(lr, Tensor) or not uses_triton(lr, self._op):
             return 0
         if lr.dtype != torch.float32:
             raise TypeError(

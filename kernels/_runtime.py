@@ -2,12 +2,13 @@
 
 A CUDA tensor goes to Triton. A CPU tensor goes to the PyTorch reference, or, with
 TRITON_INTERPRET=1, to the same Triton kernel in its interpreter. TRITIUM_REFERENCE=1 sends
-everything to the references.
+everything to the references, `fall_back` single operations.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import triton.language as tl
@@ -17,12 +18,69 @@ from triton import knobs
 CPU_KERNELS = knobs.runtime.interpret  # whether CPU tensors go to kernels (bench.static sets it)
 REFERENCE = os.environ.get("TRITIUM_REFERENCE") == "1"
 
+OPERATIONS = frozenset({
+    "softmax", "log_softmax", "cross_entropy", "mse_loss", "rms_norm", "add_rms_norm",
+    "layer_norm", "add_layer_norm", "rope", "swiglu", "geglu", "relu_squared", "dropout_add",
+    "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD", "RMSprop",
+    "Adagrad", "Lion",
+})  # fmt: skip
+"""What has a kernel to choose."""
+SHARED = {"linear_cross_entropy": "cross_entropy", "info_nce": "cross_entropy"}
+"""Operations whose kernel is that of another."""
+
 _library = torch.library.Library("tritium", "DEF")
+_fallen: frozenset[str] = frozenset()
 
 
-def uses_triton(x: Tensor) -> bool:
-    """Whether a kernel, rather than its reference, computes on `x`."""
-    return (x.is_cuda or CPU_KERNELS) and not REFERENCE
+def uses_triton(x: Tensor, op: str | None = None) -> bool:
+    """Whether the kernel of `op`, rather than its reference, computes on `x`.
+
+    Without `op`, whether kernels compute on `x` at all.
+    """
+    return (x.is_cuda or CPU_KERNELS) and not REFERENCE and op not in _fallen
+
+
+def fall_back(*ops: str) -> None:
+    """Send operations to their references, from now on and in this process.
+
+    What is compiled by torch.compile follows; what a CUDA graph has captured does not.
+
+    Args:
+        ops: names as they are imported from `kernels`, such as "rope" or "AdamW".
+            `linear_cross_entropy` and `info_nce` share the kernel of `cross_entropy`: one of the
+            three takes the others along.
+
+    Raises:
+        ValueError: there "is no kernel" of that name.
+    """
+    global _fallen
+    _fallen |= _named(ops)
+
+
+def fallen_back() -> frozenset[str]:
+    """The operations that `fall_back` has sent to their references."""
+    return _fallen
+
+
+@contextmanager
+def references(*ops: str) -> Iterator[None]:
+    """Send operations to their references inside the block."""
+    global _fallen
+    before, _fallen = _fallen, _fallen | _named(ops)
+    try:
+        yield
+    finally:
+        _fallen = before
+
+
+def _named(ops: tuple[str, ...]) -> frozenset[str]:
+    names = frozenset(SHARED.get(op, op) for op in ops)
+    if unknown := sorted(names - OPERATIONS):
+        raise ValueError(
+            f"fall_back: there is no kernel of {', '.join(map(repr, unknown))}; "
+            f"name some of {', '.join(sorted({*OPERATIONS, *SHARED}))}"
+        )
+    return names
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -98,7 +98,7 @@ def _launch_backward(
     *options,
 ) -> Tensor:  # fmt: skip
     dx_TV = torch.empty(x_TV.shape, dtype=x_TV.dtype, device=x_TV.device)
-    if uses_triton(x_TV):
+    if uses_triton(x_TV, "cross_entropy"):
         launch_rows(
             x_TV, target_T, w_V, Options(*options), values_RT=values_RT, dx_TV=dx_TV,
             dloss_T=dloss_T,
@@ -116,7 +116,7 @@ def _launch_inplace(
 
 def _launch_scale(dx_TV: Tensor, scale: Tensor) -> None:
     T, V = dx_TV.shape
-    if T and uses_triton(dx_TV):
+    if T and uses_triton(dx_TV, "cross_entropy"):
         _cross_entropy_scale_kernel[(T,)](dx_TV, scale, V, dx_TV.stride(0), BLOCK_V=4096)
     else:
         dx_TV.mul_(scale)
@@ -277,14 +277,14 @@ def cross_entropy(
     overwrite = inplace and logits.requires_grad and torch.is_grad_enabled()
     if overwrite:
         _check_inplace(logits, x_TV)
-    if not (uses_triton(logits) or return_stats or group):
+    if not (uses_triton(logits, "cross_entropy") or return_stats or group):
         loss = cross_entropy_reference(
             x_TV, target_T, weight=w_V, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
             logit_scale=logit_scale,
         )  # fmt: skip
         return loss.view(shape) if reduction == "none" else loss
-    if overwrite and reduction != "none" and uses_triton(logits):
+    if overwrite and reduction != "none" and uses_triton(logits, "cross_entropy"):
         w_T = token_weights(target_T, w_V, ignore_index, torch.float32)
         scale = 1 / w_T.sum() if reduction == "mean" else w_T.new_ones(())
         loss, values_RT, argmax_T = _CrossEntropyInPlace.apply(

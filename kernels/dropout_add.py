@@ -181,7 +181,7 @@ def dropout_add(
         return residual + x
     if n == WORDS:  # where, because the gradient of x must be 0, and NaN · 0 is not
         return residual + torch.where(x.new_zeros((), dtype=torch.bool), x, 0)
-    if not uses_triton(x):
+    if not uses_triton(x, "dropout_add"):
         return dropout_add_reference(x, residual, p, seed=seed)
     return _DropoutAdd.apply(x.contiguous(), residual.contiguous(), _seed(seed, x), n)
 

@@ -209,7 +209,7 @@ def embedding(tokens: Tensor, weight: Tensor, *, padding_idx: int | None = None)
             point, or `padding_idx` is not a row.
     """
     _validate(tokens, weight, padding_idx)
-    if not uses_triton(weight):
+    if not uses_triton(weight, "embedding"):
         return embedding_reference(tokens, weight, padding_idx=padding_idx)
     V, D = weight.shape
     excluded = -1 if padding_idx is None else padding_idx % V

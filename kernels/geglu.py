@@ -55,6 +55,6 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     validate_pair("geglu", gate, up)
     if approximate not in ACTIVATIONS:
         raise ValueError(f'geglu: approximate must be "none" or "tanh", got {approximate!r}')
-    if not uses_triton(gate):
+    if not uses_triton(gate, "geglu"):
         return geglu_reference(gate, up, approximate=approximate)
     return activate(ACTIVATIONS[approximate], gate, up)

@@ -333,7 +333,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     if not grads:
         return torch.tensor(0.0)
     grads, counts, mesh = _found("clip_grad_norm_", grads)
-    if uses_triton(grads[0]):
+    if uses_triton(grads[0], "clip_grad_norm_"):
         with torch.cuda.device_of(grads[0]):
             return _launch_clip(grads, counts, mesh, max_norm)
     norm = norm_reference(squares_reference(grads), counts, mesh)
@@ -368,7 +368,7 @@ def clip_grad_norms_(layers: Iterable[Tensor | Iterable[Tensor]], max_norm: floa
     if not grads:
         return torch.zeros(len(sizes))
     grads, counts, mesh = _found("clip_grad_norms_", grads)
-    if uses_triton(grads[0]):
+    if uses_triton(grads[0], "clip_grad_norms_"):
         with torch.cuda.device_of(grads[0]):
             return _launch_clip_layers(grads, sizes, counts, mesh, max_norm)
     norm_G = norms_reference(squares_reference(grads), sizes, counts, mesh)

@@ -72,7 +72,7 @@ def layer_norm(
             input is not floating point.
     """
     validate("layer_norm", x, None, weight, bias)
-    if not uses_triton(x):
+    if not uses_triton(x, "layer_norm"):
         return layer_norm_reference(x, weight, bias, eps)
     return norm(x, weight, bias, eps, offset=0.0, centred=True)
 
@@ -105,6 +105,6 @@ def add_layer_norm(
         ValueError: `residual` differs from `x` in shape or device; else as `layer_norm`.
     """
     validate("add_layer_norm", x, residual, weight, bias)
-    if not uses_triton(x):
+    if not uses_triton(x, "add_layer_norm"):
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     return add_norm(x, residual, weight, bias, eps, offset=0.0, centred=True)

@@ -200,7 +200,7 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
             `reduction` is another.
     """
     _validate(input, target, reduction)
-    if not uses_triton(input):
+    if not uses_triton(input, "mse_loss"):
         return mse_loss_reference(input, target, reduction=reduction)
     inputs = input.contiguous().view(-1), target.contiguous().view(-1)
     loss = _MSELoss.apply(*inputs, reduction)

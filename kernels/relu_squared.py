@@ -39,6 +39,6 @@ def relu_squared(x: Tensor) -> Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"relu_squared: x must be floating point, got {x.dtype}; convert it")
-    if not uses_triton(x):
+    if not uses_triton(x, "relu_squared"):
         return relu_squared_reference(x)
     return activate("relu_squared", x)

@@ -240,9 +240,9 @@ def rope(
     _validate(x, offset, cos=cos, sin=sin)
     if inplace and not torch.compiler.is_compiling():
         _validate_inplace(x)
-    if inplace and (torch.compiler.is_compiling() or not uses_triton(x)):
+    if inplace and (torch.compiler.is_compiling() or not uses_triton(x, "rope")):
         return x.copy_(rope(x, cos, sin, offset=offset, interleaved=interleaved))
-    if not uses_triton(x):
+    if not uses_triton(x, "rope"):
         return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
     if isinstance(offset, int):
         cos, sin, offset_B = *(_rows(table, x.shape[-3], offset) for table in (cos, sin)), None

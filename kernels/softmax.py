@@ -256,7 +256,7 @@ def softmax(
         IndexError: `x` has no axis `dim`.
     """
     _validate("softmax", x, dim, causal)
-    if not uses_triton(x):
+    if not uses_triton(x, "softmax"):
         return softmax_reference(x, dim, scale=scale, causal=causal, return_lse=return_lse)
     y, *lse = _apply(x, dim, scale, causal, log=False, return_lse=return_lse)
     return (y, lse[0]) if return_lse else y
@@ -268,7 +268,7 @@ def log_softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = 
     Arguments, dtypes and errors are those of `softmax`. What a query does not see is -inf.
     """
     _validate("log_softmax", x, dim, causal)
-    if not uses_triton(x):
+    if not uses_triton(x, "log_softmax"):
         return log_softmax_reference(x, dim, scale=scale, causal=causal)
     (y,) = _apply(x, dim, scale, causal, log=True, return_lse=False)
     return y

@@ -43,6 +43,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: `gate` and `up` differ in shape, dtype or device, or are not floating point.
     """
     validate_pair("swiglu", gate, up)
-    if not uses_triton(gate):
+    if not uses_triton(gate, "swiglu"):
         return swiglu_reference(gate, up)
     return activate("silu", gate, up)

@@ -1,0 +1,106 @@
+"""Prove that single operations can be sent to their references, and all others stay."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import kernels
+from kernels import _runtime, fall_back
+from kernels._runtime import OPERATIONS, SHARED, fallen_back, references
+
+TARGET = torch.tensor([1, 0, 3])
+
+
+def parameter():
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    p.grad = torch.ones(4, 8)
+    return p
+
+
+def angles():
+    return torch.ones(3, 2), torch.zeros(3, 2)
+
+
+CALLS = {
+    "softmax": lambda f, x: f(x),
+    "log_softmax": lambda f, x: f(x),
+    "cross_entropy": lambda f, x: f(x, TARGET),
+    "linear_cross_entropy": lambda f, x: f(x, torch.ones(5, 4), TARGET),
+    "info_nce": lambda f, x: f(x, x),
+    "mse_loss": lambda f, x: f(x, torch.zeros_like(x)),
+    "rms_norm": lambda f, x: f(x, None),
+    "add_rms_norm": lambda f, x: f(x, x, None),
+    "layer_norm": lambda f, x: f(x, torch.ones(4)),
+    "add_layer_norm": lambda f, x: f(x, x, torch.ones(4)),
+    "rope": lambda f, x: f(x[:, None], *angles()),
+    "swiglu": lambda f, x: f(x, x),
+    "geglu": lambda f, x: f(x, x),
+    "relu_squared": lambda f, x: f(x),
+    "dropout_add": lambda f, x: f(x, x, 0.5, seed=1),
+    "embedding": lambda f, x: f(TARGET[:2], x),
+    "clip_grad_norm_": lambda f, x: f([parameter()], 1.0),
+    "clip_grad_norms_": lambda f, x: f([parameter()], 1.0),
+    **dict.fromkeys(
+        ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "Lion"),
+        lambda f, x: f([parameter()], lr=0.1).step(),
+    ),
+}
+
+
+@contextmanager
+def launches(patch):
+    """Count what Triton launches in the interpreter."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched, launch = [], GridExecutor.__call__
+
+    def counting(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    patch.setattr(GridExecutor, "__call__", counting)
+    yield launched
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    monkeypatch.setattr(_runtime, "_fallen", frozenset())
+
+
+def test_every_operation_is_known():
+    assert set(kernels.__all__) - {"explain", "fall_back"} == OPERATIONS | SHARED.keys()
+    assert CALLS.keys() == OPERATIONS | SHARED.keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
+@pytest.mark.parametrize("op", CALLS)
+def test_its_kernel_is_launched_no_more(op, monkeypatch, pointer_tables):
+    x = torch.linspace(-1, 1, 12).view(3, 4)
+    with launches(monkeypatch) as launched:
+        call = lambda: CALLS[op](getattr(kernels, op), x)  # noqa: E731
+        call()
+        assert launched
+        launched.clear()
+        fall_back(*(OPERATIONS - {SHARED.get(op, op)}))
+        call()
+        assert launched, "fell back with the others"
+        launched.clear()
+        fall_back(op)
+        call()
+        assert not launched
+    assert fallen_back() == OPERATIONS
+
+
+def test_the_block_alone_is_on_the_reference():
+    with references("rope", "AdamW"):
+        assert fallen_back() == {"rope", "AdamW"}
+        with references("info_nce"):
+            assert fallen_back() == {"rope", "AdamW", "cross_entropy"}
+    assert not fallen_back()
+
+
+def test_refuses_what_is_no_operation():
+    with pytest.raises(ValueError, match=r"there is no kernel of 'ropes'; name some of .*rope"):
+        fall_back("swiglu", "ropes")
+    assert not fallen_back()
