@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .durable import sync, write_durably
 from .fingerprint import differences
-from .transformer import ModelConfig, Transformer
+from .transformer import ModelConfig, Transformer, to_dtype
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 RECORD = "state.json"
@@ -67,7 +67,11 @@ def snapshot(
             for file, named in tensors.items()
         }
     # Through JSON, because what `state` refers to may change before it is written.
-    record = {"format": FORMAT, "step": step, "model": asdict(model.config), "state": state}
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    record = {
+        "format": FORMAT, "step": step, "model": asdict(model.config), "dtype": dtype,
+        "state": state,
+    }  # fmt: skip
     return Snapshot(step, tensors, json.loads(json.dumps(record)))
 
 
@@ -172,7 +176,9 @@ def load(
 
 def load_model(checkpoint: Path) -> Transformer:
     """Make the model that a checkpoint holds. Raises CheckpointError like `load`."""
-    model = Transformer(ModelConfig(**read_record(checkpoint)["model"]))
+    record = read_record(checkpoint)
+    model = Transformer(ModelConfig(**record["model"]))
+    to_dtype(model, getattr(torch, record.get("dtype", "float32")))
     load(checkpoint, model)
     return model
 

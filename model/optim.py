@@ -12,6 +12,7 @@ from torch import nn
 from tyro.conf import arg
 
 from kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from kernels._options import StepOptions
 
 OPTIMIZERS = {
     "adamw": AdamW, "adam": Adam, "sgd": SGD, "rmsprop": RMSprop, "adagrad": Adagrad, "lion": Lion,
@@ -54,6 +55,13 @@ class OptimizerConfig:
     """How fast the step size falls with the count of steps (adagrad)."""
     initial_accumulator_value: float | None = None
     """Of the sum of squares (adagrad)."""
+    master_weights: Literal["float32", "split", "stochastic"] | None = None
+    """What keeps the bits that weights in bfloat16 lack (--precision bfloat16-true): a copy in
+    float32; 16 more bits each (split), the same arithmetic in two bytes less; or nothing, updates
+    are rounded stochastically. None: float32."""
+    state_dtype: Literal["float32", "bfloat16", "uint8"] | None = None
+    """Of the moments: bfloat16 is rounded stochastically, uint8 is 8 bits with a scale for every
+    128. None: float32."""
 
     def __post_init__(self):
         for name in ("weight_decay", "max_grad_norm"):
@@ -61,7 +69,7 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.options()
         # The optimizer's own checks, before anything is prepared for it.
-        self._make([{"params": [nn.Parameter(torch.zeros(1))]}])
+        self.make_of([{"params": [nn.Parameter(torch.zeros(1))]}])
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of the optimizer's class.
@@ -69,7 +77,7 @@ class OptimizerConfig:
         Raises:
             ValueError: an option is set that the optimizer "has no" use for.
         """
-        accepted = {*signature(OPTIMIZERS[self.name]).parameters, "max_grad_norm"}
+        accepted = {*signature(OPTIMIZERS[self.name]).parameters, *StepOptions.__annotations__}
         given = {
             field.name: value
             for field in fields(self)[1:]
@@ -78,6 +86,11 @@ class OptimizerConfig:
         if self.name in BETAS:
             own = BETAS[self.name]
             given["betas"] = (given.pop("beta1", own[0]), given.pop("beta2", own[1]))
+        if "master_weights" in given:
+            kept = given.pop("master_weights")
+            given["master"] = None if kept == "stochastic" else kept
+        if "state_dtype" in given:
+            given["state_dtype"] = getattr(torch, given["state_dtype"])
         for name in given:
             if name not in accepted:
                 raise ValueError(
@@ -87,10 +100,24 @@ class OptimizerConfig:
 
     def make(self, model: nn.Module) -> Optimizer:
         """Make the optimizer of a model's trainable parameters, in the groups of the rule."""
-        return self._make(parameter_groups(model, self.weight_decay))
+        return self.make_of(parameter_groups(model, self.weight_decay))
 
-    def _make(self, groups: list[dict]) -> Optimizer:
+    def make_of(self, groups: list[dict]) -> Optimizer:
+        """Make the optimizer of parameter groups."""
         return OPTIMIZERS[self.name](groups, **self.options())
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group.
+
+    On a GPU it is rounded to float32, so that a CUDA graph, which reads it from a tensor, takes the
+    same step as without one.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = torch.tensor(lr).item() if group["params"][0].is_cuda else lr
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

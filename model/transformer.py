@@ -312,6 +312,12 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
+def to_dtype(model: Transformer, dtype: torch.dtype) -> None:
+    """Convert the parameters of a model, but not its rotary tables, which stay float32."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+
+
 def rotary_tables(length: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cos and sin, `[length, head_width / 2]` float32, of every position's angles."""
     exponent_K = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
