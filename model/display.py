@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from .meters import columns
 from .schedule import Budget
 
 BAR = 1000  # what the bar counts to
@@ -48,6 +49,7 @@ class Display:
             f"step {entry['step']}{of}  loss {entry['loss']:.3f} nats/token  lr {entry['lr']:.2e}  "
             f"grad norm {entry['grad_norm']:.2f}  {entry['tokens_per_s']:,} tokens/s"
         )
+        text = "  ".join([text, *columns(entry)])
         if "val_loss" in entry:
             text += (
                 f"  validation {entry['val_loss']:.3f} nats/token, "
