@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
 
 from . import sampling
+from .attention import attend, document_mask
+from .linear import Linear
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,17 @@ class Transformer(nn.Module):
                     layer.weight.div_(10 * (2 * self.config.n_layers) ** 0.5)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Compute logits, or the loss where `targets` are given.
 
         Args:
             tokens: `[B, L]` ids below vocab_size; L at most max_seq_len.
             targets: `[B, L]` ids, or -100 where a token does not count; None for logits.
+            positions: `[B, L]`, of each token in its document, 0 where one begins: a token attends
+                to those before it in its own document, and the result is that of each document by
+                itself. None: each row is one document.
 
         Returns:
             Without targets: logits `[B, L, V]`. With targets: their mean cross-entropy in nats, a
@@ -165,7 +171,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: L exceeds max_seq_len.
         """
-        h_BLD = self.hidden(tokens)
+        h_BLD = self.hidden(tokens, positions=positions)
         if targets is None:
             return self.logits(h_BLD)
         return linear_cross_entropy(
@@ -174,7 +180,9 @@ class Transformer(nn.Module):
             z_loss=self.z_loss if self.training else 0.0,
         )  # fmt: skip
 
-    def hidden(self, tokens: Tensor, cache: sampling.Cache | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, cache: sampling.Cache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Return the normalised output of the last block, `[B, L, D]`, extending `cache`."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -183,18 +191,20 @@ class Transformer(nn.Module):
                 f"tokens reach position {end}, but max_seq_len is {self.config.max_seq_len}; "
                 "pass fewer tokens or a model with a longer context"
             )
-        angles = self.cos_LK[start:end], self.sin_LK[start:end]
+        mask_B1LL = None if positions is None else document_mask(positions)
+        # Angles run on through a row's documents: attention sees their differences alone.
+        places = self.cos_LK[start:end], self.sin_LK[start:end], mask_B1LL
         x_BLD, residual_BLD = self.embedding(tokens), None
         recompute = self.activation_checkpointing == "full" and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             if recompute:
                 x_BLD, residual_BLD = checkpoint(
-                    block, x_BLD, residual_BLD, angles, use_reentrant=False,
+                    block, x_BLD, residual_BLD, places, use_reentrant=False,
                     preserve_rng_state=self.dropout > 0,
                 )  # fmt: skip
             else:
-                x_BLD, residual_BLD = block(x_BLD, residual_BLD, angles, layer)
+                x_BLD, residual_BLD = block(x_BLD, residual_BLD, places, layer)
         if cache is not None:
             cache.length = end
         return self.norm.add(x_BLD, residual_BLD)[0]
@@ -233,10 +243,10 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps, dropout)
         self.feed_forward = FeedForward(config.d_model, config.feed_forward_width)
 
-    def forward(self, x_BLD, residual_BLD, angles, cache=None):
+    def forward(self, x_BLD, residual_BLD, places, cache=None):
         """Add `x` to the residual stream; return what is to be added next, and the stream."""
         h_BLD, residual_BLD = self.attention_norm.add(x_BLD, residual_BLD)
-        h_BLD = self.attention(h_BLD, angles, cache)
+        h_BLD = self.attention(h_BLD, places, cache)
         h_BLD, residual_BLD = self.feed_forward_norm.add(h_BLD, residual_BLD)
         return self.feed_forward(h_BLD), residual_BLD
 
@@ -247,30 +257,28 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
-        self.query = nn.Linear(D, H * K, bias=False)
-        self.key = nn.Linear(D, G * K, bias=False)
-        self.value = nn.Linear(D, G * K, bias=False)
-        self.output = nn.Linear(H * K, D, bias=False)
+        self.query = Linear(D, H * K)
+        self.key = Linear(D, G * K)
+        self.value = Linear(D, G * K)
+        self.output = Linear(H * K, D)
         self.query_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.head_width = K
 
-    def forward(self, x_BLD, angles, cache=None):
-        """Return the attention's output `[B, L, D]`."""
+    def forward(self, x_BLD, places, cache=None):
+        """Return the attention's output `[B, L, D]`; `places` are cos, sin and `attend`'s mask."""
+        cos_LK, sin_LK, mask_B1LL = places
         q_BLHK, k_BLGK, v_BLGK = (
             rearrange(layer(x_BLD), "B L (N K) -> B L N K", K=self.head_width)
             for layer in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
-        q_BLHK, k_BLGK = rope(q_BLHK, *angles), rope(k_BLGK, *angles)
+        q_BLHK, k_BLGK = rope(q_BLHK, cos_LK, sin_LK), rope(k_BLGK, cos_LK, sin_LK)
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
         q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
-        y_BHLK = F.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return self.output(rearrange(y_BHLK, "B H L K -> B L (H K)"))
+        return self.output(rearrange(attend(q, k, v, mask_B1LL), "B H L K -> B L (H K)"))
 
 
 class FeedForward(nn.Module):
@@ -278,9 +286,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden_width: int):
         super().__init__()
-        self.gate = nn.Linear(width, hidden_width, bias=False)
-        self.up = nn.Linear(width, hidden_width, bias=False)
-        self.down = nn.Linear(hidden_width, width, bias=False)
+        self.gate = Linear(width, hidden_width)
+        self.up = Linear(width, hidden_width)
+        self.down = Linear(hidden_width, width)
 
     def forward(self, x_BLD):
         """Return the layer's output, `[B, L, D]`."""

@@ -1,0 +1,71 @@
+"""A linear layer that multiplies float32 with whichever of the CPU's two libraries is faster.
+
+PyTorch gives products of float32 to MKL, which leaves the AVX-512 of other makers' CPUs unused, and
+those of bfloat16 to oneDNN, which does not. On one core of an AMD EPYC (Zen 5), `[768, 128]` times
+`[128, 512]` takes MKL 0.95 ms and oneDNN 0.43 ms.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` without a bias."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input` · weightᵀ, `[..., out_features]`."""
+        if not _suits_onednn(input, self.weight):
+            return super().forward(input)
+        y = _Product.apply(input.flatten(0, -2), self.weight)
+        return y.unflatten(0, input.shape[:-1])
+
+
+class _Product(torch.autograd.Function):
+    """a_MK · b_NKᵀ of float32, by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, a_MK: Tensor, b_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(a_MK, b_NK)
+        return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, d_MN: Tensor):
+        a_MK, b_NK = ctx.saved_tensors
+        wants_a, wants_b = ctx.needs_input_grad
+        return (
+            _Product.apply(d_MN, b_NK.T) if wants_a else None,
+            _Product.apply(d_MN.T, a_MK.T) if wants_b else None,
+        )
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.dim() > 1
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.enabled
+        and _mkl_is_slow()
+    )
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    """Whether float32 goes to MKL on a CPU with AVX-512 that is not Intel's."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (wide and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
