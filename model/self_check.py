@@ -23,9 +23,12 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from io import StringIO
 from math import isnan, nan
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -43,7 +46,6 @@ from .transformer import Transformer
 SLACK = 4.0
 OFF = 1 / 500  # share of the numbers that may be rounded to a neighbour
 
-Report = Callable[[str | Table], object]
 Tensors = dict[str, Tensor]
 Kept = dict[str, tuple[Tensor, bool]]
 
@@ -75,7 +77,7 @@ def check(
     batch: int,
     arithmetic: Arithmetic,
     samples: bool,
-    report: Report,
+    report: Callable[[str], object],
 ) -> None:
     """Compare every kernel that a run will use with its reference; send those that fail there.
 
@@ -99,14 +101,12 @@ def check(
     with random_state.preserved(device):
         calls = cases(model, batch, arithmetic, samples=samples)
         findings = [*map(compare, calls), compare_step(optimizer, config)]
-    for finding in findings:
-        if finding.reason:
-            fall_back(finding.op)
+    reasons = {finding.op: finding.reason for finding in findings if finding.reason}
+    fall_back(*reasons)
     where = "Triton on cuda" if device.type == "cuda" else "Triton, interpreted"
     report(table(findings, where, time.perf_counter() - started))
-    for finding in findings:
-        if finding.reason:
-            report(f"{finding.op} falls back to its reference: {finding.reason}")
+    for op, reason in reasons.items():
+        report(f"{op} falls back to its reference: {escape(reason)}")
 
 
 def compare(case: Case) -> Finding:
@@ -172,8 +172,8 @@ def compare_step(optimizer: Optimizer, config: OptimizerConfig) -> Finding:
     return _timed(Finding(op, shape, params[0][0].dtype, "step"), results, error, kernel.step)
 
 
-def table(findings: list[Finding], where: str, seconds: float) -> Table:
-    """Return what runs where, as a table."""
+def table(findings: list[Finding], where: str, seconds: float) -> str:
+    """Return what runs where, as the text of a table."""
     title = f"Self-check: kernels against their references, {seconds:.1f} s"
     result = Table("operation", "passes", "shape", "dtype", box=None, title=title, title_style="",
                    title_justify="left")  # fmt: skip
@@ -188,7 +188,9 @@ def table(findings: list[Finding], where: str, seconds: float) -> Table:
             _duration(finding.reference_seconds),
             "reference" if finding.op in fallen else where,
         )  # fmt: skip
-    return result
+    text = StringIO()
+    Console(file=text, width=200).print(result)  # as wide as it is, on a narrow terminal too
+    return "\n".join(map(str.rstrip, text.getvalue().splitlines()))
 
 
 def time_of(call: Callable[[], object]) -> float:
