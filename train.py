@@ -24,16 +24,20 @@ import tyro
 from data import DataError, Tokenizer, TokenLoader, prepare
 from model import ModelConfig, Transformer, checkpoint, random_state
 from model.checkpoint import CheckpointError
-from model.device import choose_device, choose_precision, describe, set_threads
+from model.compute import ComputeConfig
+from model.cuda_graph import training_step
+from model.device import choose_device, describe, set_threads
 from model.display import Display, clock, console, count, group_table
 from model.durable import write_durably
 from model.evaluation import evaluate
 from model.fingerprint import FingerprintError, code_version, require_same
-from model.optim import Optimizer, OptimizerConfig
+from model.meters import Meter
+from model.optim import Optimizer, OptimizerConfig, set_rate
 from model.plot import plot_losses
 from model.run_folder import RunFolderError, RunLog, claim
 from model.saver import SaveConfig, SaveError, Saver
 from model.schedule import Budget, Length, Schedule
+from model.self_check import check
 from model.stopping import StopRequest
 
 UNPREFIXED = tyro.conf.arg(name="")
@@ -81,8 +85,6 @@ class TrainConfig:
     """Probability with which an element of a block's output is left out, in training."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """What the forward pass keeps: everything, or each block's inputs only."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the matrix products. auto: bfloat16 where the device multiplies it natively."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. auto: a GPU if there is one."""
     threads: int = 0
@@ -97,6 +99,8 @@ class TrainConfig:
     """The learning rate."""
     optimizer: Annotated[OptimizerConfig, UNPREFIXED] = field(default_factory=OptimizerConfig)
     """The update of the parameters."""
+    compute: Annotated[ComputeConfig, UNPREFIXED] = field(default_factory=ComputeConfig)
+    """The arithmetic of a step."""
     saving: Annotated[SaveConfig, UNPREFIXED] = field(default_factory=SaveConfig)
     """The checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -112,7 +116,8 @@ class TrainConfig:
         for name in ("label_smoothing", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        choose_device(self.device)
+        redraws = self.dropout > 0 and self.activation_checkpointing != "none"
+        self.compute.check(choose_device(self.device), self.optimizer, redraws=redraws)
 
     def decisive(self) -> dict:
         """Return the settings that decide a run's weights.
@@ -125,7 +130,7 @@ class TrainConfig:
 
 FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
-    "log_every", "precision", "device", "threads", "sample_prompt", "sample_tokens",
+    "log_every", "compute", "device", "threads", "sample_prompt", "sample_tokens",
 }  # fmt: skip
 
 PRESETS = {
@@ -154,7 +159,7 @@ PRESETS = {
         eval_every=10,
         eval_tokens=1024,
         sample_tokens=20,
-        precision="float32",
+        compute=ComputeConfig(precision="float32"),
     ),
 }
 
@@ -202,17 +207,20 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         shape, activation_checkpointing=config.activation_checkpointing, dropout=config.dropout,
         label_smoothing=config.label_smoothing, z_loss=config.z_loss,
     )  # fmt: skip
-    model.to(device)
+    arithmetic = config.compute.apply(model, device)
+    cast = arithmetic.cast
     optimizer = config.optimizer.make(model)
-    dtype = choose_precision(config.precision, device)
-    # What autocast leaves in float32 may be multiplied in bfloat16 too.
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if config.compute.self_check:
+        check(
+            model, optimizer, config.optimizer, batch=micro_batch, arithmetic=arithmetic,
+            samples=config.sample_tokens > 0, report=console.print,
+        )  # fmt: skip
     fingerprint = {
         "data": loader.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "config": config.decisive(),
-        "machine": {"device": describe(device), "threads": threads, "dtype": str(dtype)},
+        "machine": {"device": describe(device), "threads": threads}
+        | config.compute.fingerprint(arithmetic),
         "code": code_version(),
     }
     step = 0
@@ -232,24 +240,28 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
     best, used_before = saved.get("best"), saved.get("seconds", 0.0)
     unread: list[dict] = []  # steps whose loss is still on the device
+    meter = Meter(shape, per_step, device, arithmetic.dtype)
+    console.print(meter)
+
+    take_step = training_step(
+        lambda batch: accumulate_gradients(model, batch, micro_batch, cast), optimizer,
+        graph=config.compute.cuda_graph, report=console.print,
+    )  # fmt: skip
 
     def seconds() -> float:
         return used_before + time.perf_counter() - started
 
     with saver, StopRequest() as stop, Display(budget, step, seconds()) as display:
-        last_read = time.perf_counter()
+        meter.start()
         final, stopping = budget.spent(step, seconds()), False
         while not final and not stopping:
             lr = config.schedule.rate(step, budget, seconds())
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = accumulate_gradients(model, loader.next_batch(), micro_batch, cast)
-            optimizer.step()
-            optimizer.zero_grad()
+            set_rate(optimizer, lr)
+            loss, grad_norm = take_step(loader.next_batch())
             step += 1
             unread.append(
                 {"step": step, "tokens": step * per_step, "loss": loss, "lr": lr,
-                 "grad_norm": optimizer.grad_norm}
+                 "grad_norm": grad_norm}
             )  # fmt: skip
             # Decided once: a signal that comes from here on stops after the next step.
             final, stopping = budget.spent(step, seconds()), stop.name is not None
@@ -258,9 +270,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             if not (evaluates or saves or step % config.log_every == 0):
                 continue
             entries = read_losses(unread)
-            duration = time.perf_counter() - last_read
-            for entry in entries:
-                entry["tokens_per_s"] = round(len(entries) * per_step / duration)
+            meter.read(entries)
             if evaluates:
                 batches = validation.fixed_batches(config.eval_tokens)
                 entries[-1] |= evaluate(model, batches, byte_lengths, cast)
@@ -278,7 +288,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                     "threads": threads, "fingerprint": fingerprint,
                 }  # fmt: skip
                 saver.save(step, model, optimizer, state, best_step=best["step"] if best else None)
-            unread, last_read = [], time.perf_counter()
+            unread = []
+            meter.resume()
         if step:
             saver.finish(step)
 
@@ -301,10 +312,10 @@ def accumulate_gradients(
     however it is cut.
     """
     device = model.embedding.weight.device
-    n_targets = max(1, (batch[1] >= 0).sum().item())  # on the host
+    n_targets = (batch[1] >= 0).sum().clamp(min=1)  # on the host, but in a CUDA graph
     total = torch.zeros((), device=device)
     for tokens, targets in zip(*(x.split(micro_batch) for x in batch), strict=True):
-        share = (targets >= 0).sum().item() / n_targets
+        share = (targets >= 0).sum() / n_targets
         tokens, targets = (x.to(device, non_blocking=True) for x in (tokens, targets))
         with cast:
             loss = model(tokens, targets) * share
