@@ -1,0 +1,35 @@
+"""Prove that the two models whose speed is compared are of one size, and both learn."""
+
+import torch
+
+from bench import throughput
+
+
+def test_the_models_have_as_many_parameters():
+    plain, ours = (
+        sum(p.numel() for p in model.parameters()) for model, _ in throughput.contenders().values()
+    )
+    assert plain == 804_096  # nanoGPT's count for this shape, its table of positions included
+    assert abs(ours - plain) < 0.01 * plain
+
+
+def test_both_learn_a_batch_by_heart(monkeypatch):
+    monkeypatch.setattr("kernels._runtime.REFERENCE", True)  # as a CPU computes
+    exact = torch.autocast("cpu", enabled=False)
+    tokens = torch.randint(65, (12, 65))
+    batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    for model, step in throughput.contenders().values():
+        before = model(*batch).item()
+        for _ in range(8):
+            step(batch, exact)
+        assert model(*batch).item() < before - 0.3
+
+
+def test_the_plain_model_is_causal():
+    model, _ = throughput.contenders()["plain PyTorch GPT"]
+    tokens = torch.randint(65, (1, 64))
+    targets = torch.full((1, 64), -100)
+    targets[0, 20] = 3
+    changed = tokens.clone()
+    changed[0, 21:] = (changed[0, 21:] + 1) % 65
+    torch.testing.assert_close(model(tokens, targets), model(changed, targets))
