@@ -6,8 +6,20 @@
 from .corpus import Source
 from .documents import DocumentLoader
 from .error import DataError
-from .loader import TokenLoader
+from .loader import Loader, TokenLoader
 from .prepare import prepare
 from .tokenizer import Tokenizer
 
-__all__ = ["DataError", "DocumentLoader", "Source", "TokenLoader", "Tokenizer", "prepare"]
+LOADERS = {"contiguous": TokenLoader, "documents": DocumentLoader}
+"""By what a window holds: text as it comes, or whole documents."""
+
+__all__ = [
+    "LOADERS",
+    "DataError",
+    "DocumentLoader",
+    "Loader",
+    "Source",
+    "TokenLoader",
+    "Tokenizer",
+    "prepare",
+]

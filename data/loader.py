@@ -29,6 +29,7 @@ class Loader(ABC, Generic[_Batch]):
     Attributes:
         vocab_size: V of the tokenizer. A batch with an id outside it raises DataError.
         n_tokens: N, the tokens of the split.
+        n_windows: of an epoch, over all ranks.
         fingerprint: hex digest of the tokenizer, of the tokens of the split, and of the packing.
     """
 
@@ -84,8 +85,14 @@ class Loader(ABC, Generic[_Batch]):
                 f"{batch} ({batch_size} on each of {world_size} ranks); add text, or lower "
                 "batch_size or length"
             )
+        self.n_windows = windows
         self._order = Order(windows, seed)
         self._taken = 0  # windows given out so far, by all ranks
+
+    @property
+    def epoch(self) -> float:
+        """How many times all ranks together have read the split."""
+        return self._taken / self.n_windows
 
     def next_batch(self) -> _Batch:
         """Return the next batch of the shuffled, endless sequence."""

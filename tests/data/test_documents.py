@@ -52,7 +52,7 @@ def loader(folder, **options) -> DocumentLoader:
 
 
 def epoch(reader: DocumentLoader) -> list:
-    return [reader.next_batch() for _ in range(reader._count())]
+    return [reader.next_batch() for _ in range(reader.n_windows)]
 
 
 def test_an_epoch_has_every_token_as_a_target_once(folder, lengths, tokenizer):
