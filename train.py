@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from data import DataError, Tokenizer, TokenLoader, prepare
+from data import LOADERS, DataError, Loader, Tokenizer, prepare
 from model import ModelConfig, Transformer, checkpoint, random_state
 from model.checkpoint import CheckpointError
 from model.compute import ComputeConfig
@@ -93,6 +93,8 @@ class TrainConfig:
     """Text that the sample at the end goes on from."""
     sample_tokens: int = 200
     """Length of the sample, in tokens. 0: none."""
+    packing: Literal["contiguous", "documents"] = "contiguous"
+    """What a sequence holds: text as it comes, or whole documents, each attending to itself."""
     length: Annotated[Length, UNPREFIXED] = field(default_factory=Length)
     """When the run ends."""
     schedule: Annotated[Schedule, UNPREFIXED] = field(default_factory=Schedule)
@@ -200,7 +202,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     budget = config.length.budget(per_step)
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
     loader, validation = (
-        TokenLoader(folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed)
+        LOADERS[config.packing](
+            folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed
+        )
         for split, size in (("train", config.batch_size), ("val", micro_batch))
     )
     model = Transformer(
@@ -260,8 +264,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             loss, grad_norm = take_step(loader.next_batch())
             step += 1
             unread.append(
-                {"step": step, "tokens": step * per_step, "loss": loss, "lr": lr,
-                 "grad_norm": grad_norm}
+                {"step": step, "tokens": step * per_step, "epoch": round(loader.epoch, 4),
+                 "loss": loss, "lr": lr, "grad_norm": grad_norm}
             )  # fmt: skip
             # Decided once: a signal that comes from here on stops after the next step.
             final, stopping = budget.spent(step, seconds()), stop.name is not None
@@ -303,7 +307,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
 
 def accumulate_gradients(
-    model: Transformer, batch: tuple[torch.Tensor, torch.Tensor], micro_batch: int,
+    model: Transformer, batch: tuple[torch.Tensor, ...], micro_batch: int,
     cast: AbstractContextManager,
 ) -> torch.Tensor:  # fmt: skip
     """Add the gradient of one whole batch; return its mean loss in nats per token, on the device.
@@ -314,11 +318,10 @@ def accumulate_gradients(
     device = model.embedding.weight.device
     n_targets = (batch[1] >= 0).sum().clamp(min=1)  # on the host, but in a CUDA graph
     total = torch.zeros((), device=device)
-    for tokens, targets in zip(*(x.split(micro_batch) for x in batch), strict=True):
-        share = (targets >= 0).sum() / n_targets
-        tokens, targets = (x.to(device, non_blocking=True) for x in (tokens, targets))
+    for inputs in zip(*(x.split(micro_batch) for x in batch), strict=True):
+        share = (inputs[1] >= 0).sum() / n_targets
         with cast:
-            loss = model(tokens, targets) * share
+            loss = model(*(x.to(device, non_blocking=True) for x in inputs)) * share
         loss.backward()
         total += loss.detach()
     return total
@@ -332,7 +335,7 @@ def read_losses(unread: list[dict]) -> list[dict]:
     ]
 
 
-def go_to(loader: TokenLoader, position: dict, *, anyway: bool) -> None:
+def go_to(loader: Loader, position: dict, *, anyway: bool) -> None:
     """Put the loader where the checkpoint was; other data is begun at its start, if `anyway`."""
     try:
         loader.load_state(position)
@@ -344,14 +347,14 @@ def go_to(loader: TokenLoader, position: dict, *, anyway: bool) -> None:
 
 def print_start(
     config: TrainConfig, preset: str, run: Path, model: Transformer,
-    optimizer: Optimizer, loader: TokenLoader, machine: dict, step: int,
+    optimizer: Optimizer, loader: Loader, machine: dict, step: int,
     budget: Budget,
 ) -> None:  # fmt: skip
     """Say what is about to run, and where."""
     batch = config.batch_size * model.config.max_seq_len
     length = f"{config.length.max_minutes} minutes, steps of {batch:,} tokens"
     if budget.steps is not None:
-        epochs = budget.steps * batch / loader.n_tokens
+        epochs = budget.steps * config.batch_size / loader.n_windows
         length = f"{budget.steps:,} steps of {batch:,} tokens, {epochs:.2f} epochs"
     console.print(
         f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
@@ -360,7 +363,7 @@ def print_start(
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"
         f"Length: {length}"
-        + (f", going on from step {step:,}" if step else "")
+        + (f", going on from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
         + f"\nRun folder: {run}"
     )
     console.print(group_table(optimizer))

@@ -14,7 +14,7 @@ from .optim import Optimizer
 
 WARM_UP = 3  # steps that make the optimizer's state, compile kernels and choose algorithms
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 Step = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
@@ -89,8 +89,7 @@ class GraphedStep:
 
     def _copied(self, batch: Batch) -> Batch:
         if self._batch is None:
-            tokens, targets = (torch.empty_like(x, device=self._device) for x in batch)
-            self._batch = tokens, targets
+            self._batch = tuple(torch.empty_like(x, device=self._device) for x in batch)
         for static, x in zip(self._batch, batch, strict=True):
             # Fresh pinned memory, which PyTorch keeps until the device has read it.
             static.copy_(x.pin_memory(), non_blocking=True)

@@ -16,7 +16,7 @@ from .transformer import Transformer
 @torch.no_grad()
 def evaluate(
     model: Transformer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     byte_lengths: Tensor,
     cast: AbstractContextManager,
 ) -> dict[str, float]:
@@ -27,7 +27,8 @@ def evaluate(
 
     Args:
         model: on any device.
-        batches: pairs of ids and targets, `[B, L]` on the host; a target of -100 does not count.
+        batches: what the model takes: ids, targets of which -100 does not count, and perhaps
+            positions, each `[B, L]` on the host.
         byte_lengths: `[V]`, bytes of each token id, on the host.
         cast: around every forward pass.
 
@@ -39,10 +40,10 @@ def evaluate(
     n_tokens = n_bytes = 0
     model.eval()
     with random_state.preserved(device):
-        for tokens, targets in batches:
-            counted = targets[targets >= 0]
+        for batch in batches:
+            counted = batch[1][batch[1] >= 0]
             with cast:
-                loss = model(tokens.to(device), targets.to(device))
+                loss = model(*(x.to(device) for x in batch))
             nats += loss.double() * counted.numel()
             n_tokens += counted.numel()
             n_bytes += int(byte_lengths[counted].sum())

@@ -27,6 +27,7 @@ def test_a_killed_run_ends_in_the_same_state(tmp_path):
         ("--optimizer", "sgd", "--momentum", "0.9", "--schedule", "cosine"),
         ("--activation-checkpointing", "full", "--schedule", "trapezoid"),
         ("--optimizer", "rmsprop", "--schedule", "inverse-sqrt", "--max-tokens", "3000"),
+        ("--packing", "documents", "--micro-batch-size", "3"),
     ],
     ids=" ".join,
 )  # fmt: skip
