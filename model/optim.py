@@ -98,13 +98,18 @@ class OptimizerConfig:
                 )
         return given
 
-    def make(self, model: nn.Module) -> Optimizer:
-        """Make the optimizer of a model's trainable parameters, in the groups of the rule."""
-        return self.make_of(parameter_groups(model, self.weight_decay))
+    def make(self, model: nn.Module, *, record_norms: bool = False) -> Optimizer:
+        """Make the optimizer of a model's trainable parameters, in the groups of the rule.
 
-    def make_of(self, groups: list[dict]) -> Optimizer:
+        Args:
+            model: whose parameters it updates.
+            record_norms: whether it keeps what `norms()` returns.
+        """
+        return self.make_of(parameter_groups(model, self.weight_decay), record_norms=record_norms)
+
+    def make_of(self, groups: list[dict], *, record_norms: bool = False) -> Optimizer:
         """Make the optimizer of parameter groups."""
-        return OPTIMIZERS[self.name](groups, **self.options())
+        return OPTIMIZERS[self.name](groups, **self.options(), record_norms=record_norms)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
