@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -114,3 +114,39 @@ def _check(tokens, max_new_tokens, temperature, top_k, top_p) -> None:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")
+
+
+class Tokenizer(Protocol):
+    """What turns text into ids and back."""
+
+    @property
+    def eot(self) -> int:
+        """The id that ends a document."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+        ...
+
+
+def write_on(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int
+) -> str:
+    """Return `prompt` and what the model goes on with, at temperature 0.8 and top-p 0.95.
+
+    The model is put back to training or evaluation, as it was; the global random number generators
+    are not used.
+    """
+    device, training = model.embedding.weight.device, model.training
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    model.eval()
+    tokens = model.generate(
+        torch.tensor([ids], device=device), max_new_tokens, temperature=0.8, top_p=0.95,
+        generator=torch.Generator(device).manual_seed(seed),
+    )  # fmt: skip
+    model.train(training)
+    return tokenizer.decode(tokens[0].tolist())

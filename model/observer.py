@@ -1,0 +1,135 @@
+"""What a run leaves to be looked at, besides its log: norms of layers, samples, events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from . import trackers
+from .layers import LayerNorms, LayerWatch
+from .optim import Optimizer
+from .plot import plot_layers
+from .run_folder import RunLog
+from .sampling import Tokenizer, write_on
+from .transformer import Transformer
+
+SEED = 1  # of samples, all of them, so that only the model makes them differ
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    """What is looked at while the run goes on; nothing of it changes the run."""
+
+    layer_norms_every: int = 10
+    """Steps from one look at the gradient, update and weight norms of every layer to the next. 0:
+    none."""
+    sample_every: int = 0
+    """Steps from one sample of text to the next, kept in samples.jsonl. 0: one at the end only."""
+    sample_prompt: str = "def "
+    """Text that samples go on from."""
+    sample_tokens: int = 200
+    """Length of a sample, in tokens. 0: none."""
+    track: tuple[trackers.Name, ...] = ()
+    """Where else the log goes; the package of that name must be installed."""
+
+    def __post_init__(self):
+        for name in ("layer_norms_every", "sample_every", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        trackers.require(self.track)
+
+    @property
+    def records_norms(self) -> bool:
+        """Whether the optimizer must record norms."""
+        return self.layer_norms_every > 0
+
+
+class Observer:
+    """Keeps layers.jsonl, samples.jsonl and events.jsonl, warns, and feeds the trackers.
+
+    Nothing here waits for the device but `log`, which is called where the losses are read. To be
+    used as a context manager, whose end closes the trackers.
+
+    Args:
+        run: the run folder.
+        config: what to look at.
+        model: what is trained.
+        tokenizer: for the samples.
+        step: where the run goes on; what the files hold of later steps is cut off.
+        settings: of the run, shown by trackers.
+        report: is told, in a sentence, what the user should know.
+    """
+
+    def __init__(
+        self, run: Path, config: ObserveConfig, model: Transformer, tokenizer: Tokenizer,
+        step: int, settings: dict, report: Callable[[str], None],
+    ):  # fmt: skip
+        self._run, self._config, self._report = run, config, report
+        self._model, self._tokenizer = model, tokenizer
+        self._layers, self._samples, self._events = (
+            RunLog(run / f"{name}.jsonl", step, report) for name in ("layers", "samples", "events")
+        )
+        self._norms = LayerNorms(model)
+        self._watch = LayerWatch(model, self._layers.entries)
+        self._trackers = trackers.Trackers(config.track, run, settings, step, report)
+        if step:
+            self._keep_event(step, "resume", f"Resumed from step {step:,}.")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._trackers.close()
+
+    def take(self, step: int, optimizer: Optimizer) -> None:
+        """Keep the norms of the step just taken, if it is their turn, on the device."""
+        every = self._config.layer_norms_every
+        if every and (step == 1 or step % every == 0):
+            self._norms.take(step, optimizer)
+
+    def log(self, entries: list[dict]) -> None:
+        """Read what was taken, warn of layers in trouble, and hand all on to the trackers."""
+        for entry in entries:
+            self._trackers.log(entry)
+        readings = self._norms.read()
+        for reading in readings:
+            self._trackers.log(reading)
+            for warning in self._watch.judge(reading):
+                self.warn(reading["step"], warning)
+        if readings:
+            self._layers.append(readings)
+
+    def warn(self, step: int, warning: str) -> None:
+        """Tell the user, and keep it."""
+        self._report(f"Warning: {warning}")
+        self._keep_event(step, "warning", warning)
+
+    def samples(self, step: int) -> bool:
+        """Whether it is the turn of a sample."""
+        return self._config.sample_every > 0 and step % self._config.sample_every == 0
+
+    def sample(self, step: int) -> str:
+        """Let the model write, if not done at this step, and keep it; "" if samples are not wanted.
+
+        The random numbers of training are not used.
+        """
+        prompt, length = self._config.sample_prompt, self._config.sample_tokens
+        for entry in self._samples.entries:
+            if entry["step"] == step and entry["prompt"] == prompt:
+                return entry["text"]
+        text = write_on(self._model, self._tokenizer, prompt, length, SEED) if length else ""
+        if text:
+            self._samples.append([{"step": step, "prompt": prompt, "text": text}])
+        return text
+
+    def draw(self, title: str) -> None:
+        """Draw layers.png, if there is anything to draw."""
+        if self._layers.entries:
+            plot_layers(self._layers.entries, self._run / "layers.png", title)
+
+    def _keep_event(self, step: int, kind: str, text: str) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._events.append([{"step": step, "kind": kind, "time": now, "text": text}])
