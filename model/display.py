@@ -3,63 +3,108 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from .meters import columns
+from .meters import figures_of
 from .schedule import Budget
 
-BAR = 1000  # what the bar counts to
+SMOOTHED = 50  # steps
+WIDTH = 100  # characters, where the terminal is as wide
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 class Display:
-    """The line that shows how far the run is; without a terminal, one every ten seconds."""
+    """The panel that shows how far the run is; without a terminal, a line every ten seconds.
 
-    def __init__(self, budget: Budget, step: int, seconds: float):
-        self._budget, self._printed = budget, 0.0
+    Args:
+        budget: how long the run is.
+        step: where it goes on.
+        seconds: used before.
+        title: of the panel.
+    """
+
+    def __init__(self, budget: Budget, step: int, seconds: float, title: str = ""):
+        self._budget, self._title, self._printed = budget, title, 0.0
         self._first, self._started = budget.used(step, seconds), 0.0
-        self._bar = Progress(
-            BarColumn(24), TextColumn("{task.description}"), console=console, transient=True,
-            disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task(
-            "first step ...", total=BAR, completed=round(BAR * self._first)
-        )
+        self._sum = self._weight = 0.0
+        self._validation = ""
+        waiting = self._panel(self._first, "first step ...", {})
+        self._live = Live(waiting, console=console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> Display:
-        self._bar.start()
+        if console.is_terminal:
+            self._live.start()
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.stop()
+        self._live.stop()
 
-    def show(self, entry: dict, seconds: float) -> None:
-        """Show a step's entry of the log, `seconds` after the run began."""
-        now = time.perf_counter()
+    def show(self, entries: list[dict], seconds: float) -> None:
+        """Show the last of the log's new entries.
+
+        Args:
+            entries: in order, at least one.
+            seconds: used by the run so far.
+        """
+        for other in entries:
+            self._smooth(other["loss"])
+        entry, now = entries[-1], time.perf_counter()
         used = self._budget.used(entry["step"], seconds)
         left = (now - self._started) / max(used - self._first, 1e-9) * (1 - used)
-        of = f"/{self._budget.steps}" if self._budget.steps else ""
-        text = (
-            f"step {entry['step']}{of}  loss {entry['loss']:.3f} nats/token  lr {entry['lr']:.2e}  "
-            f"grad norm {entry['grad_norm']:.2f}  {entry['tokens_per_s']:,} tokens/s"
-        )
-        text = "  ".join([text, *columns(entry)])
-        if "val_loss" in entry:
-            text += (
-                f"  validation {entry['val_loss']:.3f} nats/token, "
+        figures = {
+            "loss": f"{entry['loss']:.3f} nats/token",
+            "smoothed": f"{self._sum / self._weight:.3f} nats/token" if self._weight else "–",
+            "lr": f"{entry['lr']:.2e}",
+            "grad norm": f"{entry['grad_norm']:.2f}",
+            "speed": f"{entry['tokens_per_s']:,} tokens/s",
+            **figures_of(entry),
+        }
+        if evaluated := "val_loss" in entry:
+            self._validation = (
+                f"validation {entry['val_loss']:.3f} nats/token, "
                 f"{entry['val_bits_per_byte']:.3f} bits/byte"
             )
-        text += f"  {clock(left)} left"
-        self._bar.update(self._task, completed=BAR * used, description=text)
-        if "val_loss" in entry or not (console.is_terminal or now - self._printed < 10):
-            console.print(text)
+        of = f"/{self._budget.steps}" if self._budget.steps else ""
+        step, left = f"step {entry['step']}{of}", f"{clock(left)} left"
+        if console.is_terminal:
+            self._live.update(self._panel(used, f"{step}  {left}", figures))
+        if evaluated or not (console.is_terminal or now - self._printed < 10):
+            parts = [step, *(f"{name} {value}" for name, value in figures.items())]
+            console.print("  ".join([*parts, *[self._validation] * evaluated, left]))
             self._printed = now
+
+    def _smooth(self, loss: float) -> None:
+        """Take a loss into the mean, in which earlier ones fade over SMOOTHED steps."""
+        if isfinite(loss):
+            kept = 1 - 1 / SMOOTHED
+            self._sum = kept * self._sum + (1 - kept) * loss
+            self._weight = kept * self._weight + (1 - kept)
+
+    def _panel(self, used: float, text: str, figures: dict[str, str]) -> Panel:
+        progress = Table.grid(padding=(0, 2), expand=True)
+        progress.add_column(ratio=1)
+        progress.add_column(justify="right", no_wrap=True)
+        progress.add_row(ProgressBar(1.0, used), f"{used:.0%}  {text}")
+        cells = [
+            Text.assemble((name, "dim"), "\n", (value, "bold")) for name, value in figures.items()
+        ]
+        last = [Text(f"last {self._validation}", "cyan")] if self._validation else []
+        return Panel(
+            Group(progress, *([Columns(cells, padding=(0, 3))] if cells else []), *last),
+            title=self._title, title_align="left", width=min(WIDTH, console.width),
+            border_style="dim",
+        )  # fmt: skip
 
 
 def group_table(optimizer: torch.optim.Optimizer) -> Table:

@@ -95,15 +95,15 @@ class Meter:
         self._resumed = time.perf_counter()
 
 
-def columns(entry: dict) -> list[str]:
-    """Return what the progress display shows of an entry: utilization and memory."""
-    shown = []
+def figures_of(entry: dict) -> dict[str, str]:
+    """Return what the progress display shows of an entry: utilization and memory, with units."""
+    shown = {}
     if "mfu" in entry:
-        shown.append(f"MFU {entry['mfu']:.1%}")
+        shown["MFU"] = f"{entry['mfu']:.1%}"
     elif "mfu_measured" in entry:
-        shown.append(f"MFU {entry['mfu_measured']:.1%} of measured")
+        shown["MFU"] = f"{entry['mfu_measured']:.1%} of measured"
     if "memory_gib" in entry:
-        shown.append(f"{entry['memory_gib']:.2f} GiB")
+        shown["memory"] = f"{entry['memory_gib']:.2f} GiB"
     return shown
 
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, Transformer, meters
-from model.meters import Meter, columns, flops_per_token, matrix_rate, memory_in_use
+from model.meters import Meter, figures_of, flops_per_token, matrix_rate, memory_in_use
 
 CONFIG = ModelConfig(vocab_size=96, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=32)
 CPU = torch.device("cpu")
@@ -84,8 +84,8 @@ def test_memory_grows_with_what_is_held(device):
     assert memory_in_use(device) - before > 0.9 * held.nbytes
 
 
-def test_columns_say_what_they_are_of():
+def test_figures_say_what_they_are_of():
     entry = {"mfu": 0.4123, "mfu_measured": 0.5, "memory_gib": 12.345}
-    assert columns(entry) == ["MFU 41.2%", "12.35 GiB"]
-    assert columns({"mfu_measured": 0.5}) == ["MFU 50.0% of measured"]
-    assert columns({}) == []
+    assert figures_of(entry) == {"MFU": "41.2%", "memory": "12.35 GiB"}
+    assert figures_of({"mfu_measured": 0.5}) == {"MFU": "50.0% of measured"}
+    assert figures_of({}) == {}
