@@ -32,6 +32,7 @@ from model.durable import write_durably
 from model.evaluation import evaluate
 from model.fingerprint import FingerprintError, code_version, require_same
 from model.meters import Meter
+from model.observer import ObserveConfig, Observer
 from model.optim import Optimizer, OptimizerConfig, set_rate
 from model.plot import plot_losses
 from model.run_folder import RunFolderError, RunLog, claim
@@ -89,10 +90,6 @@ class TrainConfig:
     """Where to train. auto: a GPU if there is one."""
     threads: int = 0
     """CPU threads. 0: as many as this process may use."""
-    sample_prompt: str = "def "
-    """Text that the sample at the end goes on from."""
-    sample_tokens: int = 200
-    """Length of the sample, in tokens. 0: none."""
     packing: Literal["contiguous", "documents"] = "contiguous"
     """What a sequence holds: text as it comes, or whole documents, each attending to itself."""
     length: Annotated[Length, UNPREFIXED] = field(default_factory=Length)
@@ -105,6 +102,8 @@ class TrainConfig:
     """The arithmetic of a step."""
     saving: Annotated[SaveConfig, UNPREFIXED] = field(default_factory=SaveConfig)
     """The checkpoints."""
+    observing: Annotated[ObserveConfig, UNPREFIXED] = field(default_factory=ObserveConfig)
+    """What is looked at."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
 
@@ -112,7 +111,7 @@ class TrainConfig:
         for name in ("eval_every", "log_every", "batch_size", "micro_batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        for name in ("threads", "sample_tokens", "z_loss"):
+        for name in ("threads", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("label_smoothing", "dropout"):
@@ -132,7 +131,7 @@ class TrainConfig:
 
 FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
-    "log_every", "compute", "device", "threads", "sample_prompt", "sample_tokens",
+    "log_every", "compute", "device", "threads", "observing",
 }  # fmt: skip
 
 PRESETS = {
@@ -160,7 +159,7 @@ PRESETS = {
         schedule=Schedule(warmup_steps=5),
         eval_every=10,
         eval_tokens=1024,
-        sample_tokens=20,
+        observing=ObserveConfig(sample_tokens=20),
         compute=ComputeConfig(precision="float32"),
     ),
 }
@@ -213,11 +212,11 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     )  # fmt: skip
     arithmetic = config.compute.apply(model, device)
     cast = arithmetic.cast
-    optimizer = config.optimizer.make(model)
+    optimizer = config.optimizer.make(model, record_norms=config.observing.records_norms)
     if config.compute.self_check:
         check(
             model, optimizer, config.optimizer, batch=micro_batch, arithmetic=arithmetic,
-            samples=config.sample_tokens > 0, report=console.print,
+            samples=config.observing.sample_tokens > 0, report=console.print,
         )  # fmt: skip
     fingerprint = {
         "data": loader.fingerprint,
@@ -240,6 +239,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     write_durably(run / "config.json", f"{json.dumps(record, indent=2)}\n".encode())
     tokenizer.save(run / "tokenizer.json")
     log = RunLog(run / "log.jsonl", step, console.print)
+    observer = Observer(run, config.observing, model, tokenizer, step, record, console.print)
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
 
     best, used_before = saved.get("best"), saved.get("seconds", 0.0)
@@ -255,7 +255,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     def seconds() -> float:
         return used_before + time.perf_counter() - started
 
-    with saver, StopRequest() as stop, Display(budget, step, seconds()) as display:
+    display = Display(budget, step, seconds(), run.name)
+    with saver, observer, StopRequest() as stop, display:
         meter.start()
         final, stopping = budget.spent(step, seconds()), False
         while not final and not stopping:
@@ -263,6 +264,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             set_rate(optimizer, lr)
             loss, grad_norm = take_step(loader.next_batch())
             step += 1
+            observer.take(step, optimizer)
             unread.append(
                 {"step": step, "tokens": step * per_step, "epoch": round(loader.epoch, 4),
                  "loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -271,7 +273,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             final, stopping = budget.spent(step, seconds()), stop.name is not None
             evaluates = final or step % config.eval_every == 0
             saves = final or stopping or step % config.saving.save_every == 0
-            if not (evaluates or saves or step % config.log_every == 0):
+            samples = observer.samples(step)
+            if not (evaluates or saves or samples or step % config.log_every == 0):
                 continue
             entries = read_losses(unread)
             meter.read(entries)
@@ -283,7 +286,10 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                     best = {"step": step, "val_loss": val_loss}
                     saves = saves or config.saving.keep_best
             log.append(entries)
-            display.show(entries[-1], seconds())
+            observer.log(entries)
+            display.show(entries, seconds())
+            if samples:
+                observer.sample(step)
             if saves:
                 log.sync()
                 state = {
@@ -302,7 +308,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         return False
     if any("val_loss" in entry for entry in log.entries):  # not if the log of a whole run is lost
         plot_losses(log.entries, run / "loss.png", f"{run.name}: {count(model)}")
-    print_end(config, run, model, tokenizer, log.entries, device, time.perf_counter() - started)
+    observer.draw(f"{run.name}: {count(model)}")
+    print_end(run, log.entries, observer.sample(step), time.perf_counter() - started)
     return True
 
 
@@ -369,21 +376,11 @@ def print_start(
     console.print(group_table(optimizer))
 
 
-def print_end(
-    config: TrainConfig, run: Path, model: Transformer, tokenizer: Tokenizer, history: list[dict],
-    device: torch.device, seconds: float,
-) -> None:  # fmt: skip
+def print_end(run: Path, history: list[dict], sample: str, seconds: float) -> None:
     """Show a sample and the result."""
-    model.eval()
-    if config.sample_tokens:
-        generator = torch.Generator(device).manual_seed(config.seed)
-        prompt = torch.tensor([tokenizer.encode(config.sample_prompt) or [tokenizer.eot]])
-        tokens = model.generate(
-            prompt.to(device), config.sample_tokens, temperature=0.8, top_p=0.95,
-            generator=generator,
-        )  # fmt: skip
+    if sample:
         console.rule("sample")
-        console.print(tokenizer.decode(tokens[0].tolist()), markup=False)
+        console.print(sample, markup=False)
         console.rule()
     measured = [entry for entry in history if "val_loss" in entry]
     if measured:
@@ -392,7 +389,8 @@ def print_end(
             f"{measured[-1]['val_bits_per_byte']:.4f} bits per byte, after {clock(seconds)}"
         )
     console.print(
-        f"Run folder: {run} (loss.png, log.jsonl, config.json, tokenizer.json, checkpoints)"
+        f"Run folder: {run} (loss.png, layers.png, log.jsonl, config.json, tokenizer.json, "
+        "checkpoints)"
     )
 
 

@@ -11,10 +11,8 @@ from model.layers import FACTOR, HISTORY, IN_A_ROW, SETTLED, LayerNorms, LayerWa
 from model.plot import plot_layers
 
 CONFIG = ModelConfig(vocab_size=64, n_layers=3, d_model=32, n_heads=2, max_seq_len=16)
-LAYERS = [
-    "embedding", *(f"blocks.{i}.{part}" for i in range(3) for part in ("attention", "feed_forward")),
-    "norm",
-]  # fmt: skip
+PARTS = "attention", "feed_forward"
+LAYERS = ["embedding", *(f"blocks.{i}.{part}" for i in range(3) for part in PARTS), "norm"]
 
 
 def batch():
