@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from uuid import uuid4
 
 Name = Literal["tensorboard", "wandb"]
 
@@ -50,7 +51,7 @@ class WeightsAndBiases:
     def __init__(self, run: Path, config: dict, step: int):
         wandb: Any = import_module("wandb")
         kept = run / "wandb-id"
-        name = kept.read_text() if step and kept.exists() else wandb.util.generate_id()
+        name = kept.read_text() if step and kept.exists() else uuid4().hex[:8]
         kept.write_text(name)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tritium"), id=name, resume="allow",
