@@ -77,8 +77,8 @@ def test_wandb_goes_on_with_its_run(monkeypatch, tmp_path):
     assert follow(("wandb",), run, step=0) == []
     options, *logged = stub.asked
     assert options == {
-        "project": "tritium", "id": (run / "wandb-id").read_text(), "resume": "allow", "name": "run-7", "dir": str(run),
-        "config": {"preset": "tiny"},
+        "project": "tritium", "id": (run / "wandb-id").read_text(), "resume": "allow",
+        "name": "run-7", "dir": str(run), "config": {"preset": "tiny"},
     }  # fmt: skip
     assert logged == [*({"step": step, **scalars} for step, scalars in SCALARS), "finish"]
     follow(("wandb",), run, step=2)
