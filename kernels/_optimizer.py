@@ -205,6 +205,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             sum_over_ranks(squares_N, found.mesh)
         return Norms(found.params, *squares_N.sqrt().unbind(1))
 
+    def state_bytes(self, p: Tensor) -> int:
+        """Return the bytes of the state that a parameter like `p`, meta or not, has in group 0."""
+        group, state = self.param_groups[0], {}
+        like = torch.empty_like(p, device="meta")
+        self._storage.start(like, self._names(group), state, self._initial(group))
+        return sum(x.nbytes for x in state.values())
+
     def _start(self, p: Tensor, group: dict[str, Any]) -> None:
         self._storage.start(p, self._names(group), self.state[p], self._initial(group))
 

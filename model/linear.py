@@ -13,6 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+ONEDNN_PRODUCTS = (
+    (torch.ops.mkldnn._linear_pointwise.default,) if torch.backends.mkldnn.is_available() else ()
+)
+"""What it multiplies by, besides the operators of `torch.nn.Linear`."""
+
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` without a bias."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from inspect import signature
 from math import inf
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tyro.conf import arg
 
 from kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
@@ -106,6 +107,11 @@ class OptimizerConfig:
             record_norms: whether it keeps what `norms()` returns.
         """
         return self.make_of(parameter_groups(model, self.weight_decay), record_norms=record_norms)
+
+    def state_bytes(self, parameters: Iterable[Tensor]) -> int:
+        """Return the bytes of the states of such parameters, which need not hold memory."""
+        optimizer = self.make_of([{"params": [nn.Parameter(torch.zeros(1))]}])
+        return sum(map(optimizer.state_bytes, parameters))
 
     def make_of(self, groups: list[dict], *, record_norms: bool = False) -> Optimizer:
         """Make the optimizer of parameter groups."""

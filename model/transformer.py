@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
 
-from . import sampling
+from . import activations, sampling
 from .attention import attend, document_mask
 from .linear import Linear
 
@@ -92,8 +91,8 @@ class Transformer(nn.Module):
 
     Args:
         config: its shape.
-        activation_checkpointing: "none", or "full" to keep only each block's inputs for the
-            backward pass and compute the rest again.
+        activation_checkpointing: "none", "selective", "every-N" or "full": what of each block is
+            kept for the backward pass; the rest is computed again. See `model.activations`.
         dropout: probability with which an element of what a block adds to the residual stream is
             left out, in training mode.
         label_smoothing: share of the target's probability that is spread over the vocabulary, in
@@ -111,11 +110,7 @@ class Transformer(nn.Module):
         z_loss: float = 0.0,
     ):
         super().__init__()
-        if activation_checkpointing not in ("none", "full"):
-            raise ValueError(
-                'activation_checkpointing must be "none" or "full", '
-                f"got {activation_checkpointing!r}"
-            )
+        activations.check_policy(activation_checkpointing, config.n_layers)
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.dropout, self.label_smoothing, self.z_loss = dropout, label_smoothing, z_loss
@@ -195,16 +190,12 @@ class Transformer(nn.Module):
         # Angles run on through a row's documents: attention sees their differences alone.
         places = self.cos_LK[start:end], self.sin_LK[start:end], mask_B1LL
         x_BLD, residual_BLD = self.embedding(tokens), None
-        recompute = self.activation_checkpointing == "full" and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
-            if recompute:
-                x_BLD, residual_BLD = checkpoint(
-                    block, x_BLD, residual_BLD, places, use_reentrant=False,
-                    preserve_rng_state=self.dropout > 0,
-                )  # fmt: skip
-            else:
-                x_BLD, residual_BLD = block(x_BLD, residual_BLD, places, layer)
+            x_BLD, residual_BLD = activations.run_block(
+                self.activation_checkpointing, i, block, (x_BLD, residual_BLD, places, layer),
+                draws=self.dropout > 0,
+            )  # fmt: skip
         if cache is not None:
             cache.length = end
         return self.norm.add(x_BLD, residual_BLD)[0]
