@@ -1,4 +1,4 @@
-"""Where a run computes: device, threads, and the dtype of its matrix products."""
+"""Where a run computes: device, threads, memory, and the dtype of its matrix products."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still take on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) << 10
+    try:
+        limit, used = (int(_cgroup(f"memory.{name}")) for name in ("max", "current"))
+        stat = dict(line.split() for line in _cgroup("memory.stat").splitlines())
+        return max(0, min(available, limit - used + int(stat["inactive_file"])))
+    except (OSError, ValueError):  # no such file, or the limit is "max"
+        return available
+
+
 def describe(device: torch.device) -> str:
     """Name what decides the rounding of a result: the GPU's model, or the CPU's instructions."""
     if device.type == "cuda":
@@ -44,10 +58,14 @@ def describe(device: torch.device) -> str:
 def _cgroup_cores() -> int:
     """The whole cores that a container's quota allows; every core where there is none."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = _cgroup("cpu.max").split()
         return max(1, int(quota) // int(period))
     except (OSError, ValueError):  # no such file, or the quota is "max"
         return os.cpu_count() or 1
+
+
+def _cgroup(file: str) -> str:
+    return Path("/sys/fs/cgroup", file).read_text()
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
