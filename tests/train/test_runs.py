@@ -77,3 +77,9 @@ def test_lives_beside_the_libraries_of_the_same_field():
         [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"
+
+
+def test_help_waits_for_no_slow_import():
+    code = "import sys, train; print(*{'torch._dynamo', 'matplotlib.pyplot'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
