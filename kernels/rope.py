@@ -40,9 +40,10 @@ def rope_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (_rows(table.to(wide), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
     split, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
-    x1, x2 = x.to(wide).unflatten(-1, split).unbind(axis)
-    y = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=axis)
-    return y.flatten(-2).to(x.dtype)
+    cos_K, sin_K = (torch.stack(t, axis).flatten(-2) for t in ((cos, cos), (-sin, sin)))
+    x_K = x.to(wide)
+    other_K = x_K.unflatten(-1, split).roll(1, axis).flatten(-2)  # the other member of each pair
+    return torch.addcmul(x_K * cos_K, other_K, sin_K).to(x.dtype)
 
 
 def _rows(table: Tensor, L: int, offset: int | Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
 
 from . import activations, sampling
-from .attention import attend, document_mask
+from .attention import attend, document_mask, widen
 from .linear import Linear
 
 
@@ -260,7 +260,7 @@ class Attention(nn.Module):
         """Return the attention's output `[B, L, D]`; `places` are cos, sin and `attend`'s mask."""
         cos_LK, sin_LK, mask_B1LL = places
         q_BLHK, k_BLGK, v_BLGK = (
-            rearrange(layer(x_BLD), "B L (N K) -> B L N K", K=self.head_width)
+            rearrange(widen(layer(x_BLD)), "B L (N K) -> B L N K", K=self.head_width)
             for layer in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
@@ -269,7 +269,8 @@ class Attention(nn.Module):
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
         q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
-        return self.output(rearrange(attend(q, k, v, mask_B1LL), "B H L K -> B L (H K)"))
+        y_BLD = rearrange(attend(q, k, v, mask_B1LL), "B H L K -> B L (H K)")
+        return self.output(y_BLD.to(x_BLD.dtype))
 
 
 class FeedForward(nn.Module):

@@ -54,9 +54,21 @@ def test_one_document_is_causal(device):
     torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, None))
 
 
-def test_bfloat16_on_a_cpu_is_attended_in_float32():
-    q, k, v = (torch.randn(1, 2, 16, 8, dtype=torch.bfloat16) for _ in range(3))
+def test_bfloat16_on_a_cpu_is_attended_in_float32(monkeypatch):
+    dtypes, sdpa = [], F.scaled_dot_product_attention
+
+    def recording(q, k, v, *others, **options):
+        dtypes.append((q.dtype, k.dtype, v.dtype))
+        return sdpa(q, k, v, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
+    tokens = torch.randint(40, (2, 9))
+    wide = Transformer(CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
-        y = attend(q, k, v, None)
-    wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    assert torch.equal(y, wide.bfloat16())
+        wide(tokens, tokens)
+    narrow = Transformer(CONFIG)
+    for p in narrow.parameters():
+        p.data = p.data.bfloat16()
+    assert narrow(tokens).dtype == torch.bfloat16
+    assert narrow.generate(tokens, 3).shape == (2, 12)
+    assert {*dtypes} == {(torch.float32,) * 3}
