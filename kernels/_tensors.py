@@ -55,6 +55,7 @@ class Tensors:
         self._keys: list[int] = []
         self._rates: list[int] = []
         self._places: list[list[int]] = []
+        self._checked: set[tuple] = set()
         self._tables: dict[tuple, tuple[Tables, list[Format]]] = {}
 
     def find(
@@ -127,6 +128,7 @@ class Tensors:
         self._places = [
             [0 if x is None else x.data_ptr() for x in item.tensors()] for item in self.items
         ]
+        self._checked.clear()
         self._tables.clear()
 
     def _item(
@@ -155,10 +157,13 @@ class Tensors:
             gs = [in_order_of(self._op, p, g) for p, g in zip(ps, gs, strict=True)]
         self.grads = gs
         self._place = tuple(map(Tensor.data_ptr, gs)), tuple(map(attrgetter("dtype"), gs))
-        if self._place not in self._tables:
+        if self._place not in self._checked:
             for item, g in zip(self.items, gs, strict=True):
                 check_memory(self._op, g, self.device)
                 self._check_grad(item.p, g)
+            if len(self._checked) == REMEMBERED:
+                self._checked.clear()
+            self._checked.add(self._place)
 
     def release(self) -> None:
         """Let go of the gradients, which `zero_grad` would not free otherwise."""
