@@ -72,3 +72,10 @@ def test_bfloat16_on_a_cpu_is_attended_in_float32(monkeypatch):
     assert narrow(tokens).dtype == torch.bfloat16
     assert narrow.generate(tokens, 3).shape == (2, 12)
     assert {*dtypes} == {(torch.float32,) * 3}
+
+
+def test_packed_documents_compile(device):
+    model = Transformer(CONFIG).to(device)
+    inputs = windows(device, LENGTHS)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), model(*inputs))
