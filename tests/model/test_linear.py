@@ -13,6 +13,7 @@ def onednn(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(linear, "ROWS", 1)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24), (1, 1, 24), (2, 0, 24), (24,)])
@@ -39,6 +40,13 @@ def test_errs_no_more_than_float32_does():
     for got, exact in ((y, x @ w.T), (dx, dy @ w), (dw, dy.T @ x)):
         error = (got.double() - exact).norm() / exact.norm()
         assert error < 1e-6
+
+
+def test_leaves_a_few_rows_to_pytorch(monkeypatch):
+    monkeypatch.setattr(linear, "ROWS", 4)
+    layer, x = Linear(8, 8), torch.randn(2, 2, 8)
+    assert "_Product" in type(layer(x).grad_fn.next_functions[0][0]).__name__
+    assert "_Product" not in type(layer(x[:1]).grad_fn.next_functions[0][0]).__name__
 
 
 def test_is_differentiable_twice():
