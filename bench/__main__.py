@@ -13,6 +13,7 @@ VERBS = {
     "resume": "resume",  # whether a killed run, resumed, ends in the same bytes
     "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
     "low_precision": "low_precision",  # what keeping less than float32 costs a training run
+    "trainer": "trainer",  # what train.py does on a GPU: graphs, speed, precisions
     "data": "data",  # how fast text becomes shards, and shards become batches
     "throughput": "throughput",  # how fast the trainer trains, beside a plain PyTorch GPT
 }
