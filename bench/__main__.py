@@ -14,6 +14,7 @@ VERBS = {
     "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
     "low_precision": "low_precision",  # what keeping less than float32 costs a training run
     "trainer": "trainer",  # what train.py does on a GPU: graphs, speed, precisions
+    "activations": "activations",  # what a step keeps for its backward pass, predicted and counted
     "data": "data",  # how fast text becomes shards, and shards become batches
     "throughput": "throughput",  # how fast the trainer trains, beside a plain PyTorch GPT
 }
