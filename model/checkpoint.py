@@ -46,7 +46,13 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(
-    step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict, *, copy: bool
+    step: int,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    healthy: bool = True,
+    *,
+    copy: bool,
 ) -> Snapshot:
     """Collect what `write` writes.
 
@@ -55,6 +61,7 @@ def snapshot(
         model: its parameters are saved.
         optimizer: its state tensors are saved, by the names of the parameters.
         state: anything else, as JSON.
+        healthy: whether a run in trouble may go back to it.
         copy: whether to copy the tensors to memory of the host, so that training may go on while
             they are written.
     """
@@ -69,8 +76,8 @@ def snapshot(
     # Through JSON, because what `state` refers to may change before it is written.
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     record = {
-        "format": FORMAT, "step": step, "model": asdict(model.config), "dtype": dtype,
-        "state": state,
+        "format": FORMAT, "step": step, "healthy": healthy, "model": asdict(model.config),
+        "dtype": dtype, "state": state,
     }  # fmt: skip
     return Snapshot(step, tensors, json.loads(json.dumps(record)))
 
@@ -127,6 +134,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint's name tells."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def is_healthy(checkpoint: Path) -> bool:
+    """Whether a checkpoint says that it is, or says nothing; raises CheckpointError if damaged."""
+    return read_record(checkpoint).get("healthy", True)
 
 
 def load(

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from . import checkpoint
-from .checkpoint import Snapshot
+from .checkpoint import CheckpointError, Snapshot
 from .transformer import Transformer
 
 
@@ -43,7 +43,8 @@ class SaveError(RuntimeError):
 class Saver:
     """Write the checkpoints of one run, delete those not to be kept, and survive a full disk.
 
-    An old one is deleted only when a newer is on the disk. A save that fails is reported and leaves
+    An old one is deleted only when a newer is on the disk, and the last healthy one only when there
+    is a newer healthy one. A save that fails is reported and leaves
     everything as it was; training may go on and save again. To be used as a context manager, whose
     end waits for what is being written, so that nobody is given the folder before.
 
@@ -54,7 +55,8 @@ class Saver:
         report: is told, in a sentence, of every save that failed.
 
     Attributes:
-        last_step: step of the newest checkpoint that is on the disk; None if there is none.
+        last_step: step of the checkpoint that was written last, or that a run is to go on from;
+            None if there is none.
     """
 
     def __init__(self, folder: Path, config: SaveConfig, *, report: Callable[[str], None]):
@@ -62,8 +64,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.save_async else None
         self._writing: Future[None] | None = None
         checkpoint.tidy(folder)
-        newest = self.newest()
-        self.last_step = None if newest is None else checkpoint.step_of(newest)
+        last = self.last_healthy() or self.newest()
+        self.last_step = None if last is None else checkpoint.step_of(last)
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +78,36 @@ class Saver:
         found = checkpoint.checkpoints(self._folder)
         return found[-1] if found else None
 
+    def to_resume(self) -> Path | None:
+        """Return the newest healthy checkpoint, else the newest, or None; say if it is not healthy.
+
+        Raises:
+            CheckpointError: the newest is damaged.
+        """
+        newest = self.newest()
+        if newest is None or checkpoint.is_healthy(newest):
+            return newest
+        last = self.last_healthy() or newest
+        steps = f"step {checkpoint.step_of(newest):,}", f"step {checkpoint.step_of(last):,}"
+        self._report(f"The checkpoint of {steps[0]} is not healthy: going on from {steps[1]}.")
+        return last
+
+    def last_healthy(self, before: int | None = None) -> Path | None:
+        """Return the newest healthy checkpoint, or None.
+
+        Args:
+            before: a step; those that are older come first.
+        """
+        healthy = [*filter(_is_healthy, checkpoint.checkpoints(self._folder))]
+        older = [p for p in healthy if before is not None and checkpoint.step_of(p) < before]
+        return (older or healthy or [None])[-1]
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run went back to before them."""
+        for undone in checkpoint.checkpoints(self._folder):
+            if checkpoint.step_of(undone) > step:
+                checkpoint.remove(undone)
+
     def save(
         self,
         step: int,
@@ -83,16 +115,20 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         state: dict,
         *,
+        healthy: bool = True,
         best_step: int | None = None,
     ) -> None:
         """Save a checkpoint, or begin to; the arguments are those of `checkpoint.snapshot`.
 
+        Once it is on the disk, those of later steps are deleted.
+
         Args:
+            healthy: whether a run in trouble may go back to it.
             best_step: the step whose checkpoint `keep_best` keeps.
         """
         self.wait()
         asynchronous = self._thread is not None
-        taken = checkpoint.snapshot(step, model, optimizer, state, copy=asynchronous)
+        taken = checkpoint.snapshot(step, model, optimizer, state, healthy, copy=asynchronous)
         if self._thread is None:
             self._write(taken, best_step)
         else:
@@ -115,7 +151,7 @@ class Saver:
         try:
             checkpoint.write(self._folder, taken)
             self.last_step = taken.step
-            self._prune(best_step)
+            self._prune(taken.step, best_step)
         except OSError as error:
             last = "none yet" if self.last_step is None else f"that of step {self.last_step:,}"
             self._report(
@@ -123,10 +159,20 @@ class Saver:
                 "make room, the next save tries again."
             )
 
-    def _prune(self, best_step: int | None) -> None:
+    def _prune(self, written: int, best_step: int | None) -> None:
         keep = self._config
+        self.forget_after(written)
+        healthy = self.last_healthy()
         for old in checkpoint.checkpoints(self._folder)[: -keep.keep_last]:
             step = checkpoint.step_of(old)
             best = keep.keep_best and step == best_step
-            if not best and not (keep.keep_every and step % keep.keep_every == 0):
+            kept = best or (keep.keep_every and step % keep.keep_every == 0)
+            if not kept and old != healthy:
                 checkpoint.remove(old)
+
+
+def _is_healthy(path: Path) -> bool:
+    try:
+        return checkpoint.is_healthy(path)
+    except CheckpointError:  # of one that nothing needs yet
+        return False

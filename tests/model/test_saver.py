@@ -29,13 +29,15 @@ def steps(folder):
 
 @settings(max_examples=25)
 @given(
-    saves=st.lists(st.tuples(st.integers(1, 3), st.floats(0, 9)), min_size=1, max_size=9),
+    saves=st.lists(
+        st.tuples(st.integers(1, 3), st.floats(0, 9), st.booleans()), min_size=1, max_size=9
+    ),
     keep_last=st.integers(1, 3),
     keep_best=st.booleans(),
     keep_every=st.none() | st.integers(2, 5),
     asynchronous=st.booleans(),
 )
-def test_keeps_the_newest_the_best_and_every_nth(
+def test_keeps_the_newest_the_best_every_nth_and_the_last_healthy(
     saves, keep_last, keep_best, keep_every, asynchronous, trained, tmp_path_factory
 ):
     folder = tmp_path_factory.mktemp("run")
@@ -43,16 +45,18 @@ def test_keeps_the_newest_the_best_and_every_nth(
         keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, save_async=asynchronous
     )
     saver = Saver(folder, config, report=pytest.fail)
-    step, saved, losses = 0, [], {}
-    for distance, loss in saves:
+    step, saved, losses, last_healthy = 0, [], {}, None
+    for distance, loss, healthy in saves:
         step += distance
         losses[step] = loss
         saved.append(step)
         best = min(losses, key=losses.__getitem__)
-        saver.save(step, *trained, {"loss": loss}, best_step=best)
+        last_healthy = step if healthy else last_healthy
+        saver.save(step, *trained, {"loss": loss}, healthy=healthy, best_step=best)
     saver.finish(step)
     expected = {*saved[-keep_last:]}
     expected |= {best} if keep_best else set()
+    expected |= {last_healthy} if last_healthy else set()
     expected |= {s for s in saved if keep_every and s % keep_every == 0}
     assert steps(folder) == sorted(expected)
     assert not list(folder.glob(".*"))
@@ -145,3 +149,32 @@ def test_goes_on_from_what_is_there(trained, tmp_path):
     assert saver.last_step == 4
     assert saver.newest() == tmp_path / "step-00000004"
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_goes_on_from_the_last_healthy_one(trained, tmp_path):
+    told = []
+    saver = Saver(tmp_path, SaveConfig(keep_last=9), report=told.append)
+    assert saver.to_resume() is None
+    saver.save(1, *trained, {}, healthy=False)
+    assert saver.to_resume() == tmp_path / "step-00000001"
+    for step, healthy in ((2, True), (3, True), (4, False)):
+        saver.save(step, *trained, {}, healthy=healthy)
+    assert saver.to_resume() == tmp_path / "step-00000003"
+    assert told[-1] == "The checkpoint of step 4 is not healthy: going on from step 3."
+    assert saver.last_healthy() == saver.last_healthy(before=2) == tmp_path / "step-00000003"
+    assert saver.last_healthy(before=3) == tmp_path / "step-00000002"
+    (tmp_path / "step-00000003" / "state.json").write_text("{")
+    assert saver.last_healthy() == tmp_path / "step-00000002"
+    (tmp_path / "step-00000004" / "state.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        saver.to_resume()
+
+
+def test_a_run_that_went_back_forgets_what_came_after(trained, tmp_path):
+    saver = Saver(tmp_path, SaveConfig(keep_last=9), report=pytest.fail)
+    for step in (1, 4, 6, 8):
+        saver.save(step, *trained, {})
+    saver.forget_after(6)
+    assert steps(tmp_path) == [1, 4, 6]
+    saver.save(5, *trained, {})
+    assert steps(tmp_path) == [1, 4, 5]
