@@ -61,16 +61,18 @@ class Observer:
         step: where the run goes on; what the files hold of later steps is cut off.
         settings: of the run, shown by trackers.
         report: is told, in a sentence, what the user should know.
+        times: how often the run has gone back.
     """
 
     def __init__(
         self, run: Path, config: ObserveConfig, model: Transformer, tokenizer: Tokenizer,
-        step: int, settings: dict, report: Callable[[str], None],
+        step: int, settings: dict, report: Callable[[str], None], times: int = 0,
     ):  # fmt: skip
         self._run, self._config, self._report = run, config, report
         self._model, self._tokenizer = model, tokenizer
         self._layers, self._samples, self._events = (
-            RunLog(run / f"{name}.jsonl", step, report) for name in ("layers", "samples", "events")
+            RunLog(run / f"{name}.jsonl", step, report, times)
+            for name in ("layers", "samples", "events")
         )
         self._norms = LayerNorms(model)
         self._watch = LayerWatch(model, self._layers.entries)
@@ -94,6 +96,9 @@ class Observer:
         """Read what was taken, warn of layers in trouble, and hand all on to the trackers."""
         for entry in entries:
             self._trackers.log(entry)
+            for kind in ("skipped", "recovery"):
+                if kind in entry:
+                    self._keep_event(entry["step"], kind, str(entry[kind]))
         readings = self._norms.read()
         for reading in readings:
             self._trackers.log(reading)
@@ -101,6 +106,12 @@ class Observer:
                 self.warn(reading["step"], warning)
         if readings:
             self._layers.append(readings)
+
+    def rewind(self, step: int, times: int) -> None:
+        """Give up what was kept of later steps, as the run goes back there for the n-th time."""
+        self._layers.rewind(step, times)
+        self._samples.rewind(step, times)
+        self._watch = LayerWatch(self._model, self._layers.entries)
 
     def warn(self, step: int, warning: str) -> None:
         """Tell the user, and keep it."""

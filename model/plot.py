@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
+from math import ceil, isfinite, nan
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,17 @@ def plot_losses(entries: list[dict], path: Path, title: str) -> None:
     """Draw training and validation loss against steps, in nats and in bits.
 
     Args:
-        entries: of the log, in order; at least one with `val_loss`.
+        entries: of the log, in order; at least one with a finite `val_loss`. Losses that are not
+            finite are left out.
         path: of the PNG, which appears whole or not at all.
         title: of the picture.
     """
     plt = _pyplot()
-    steps = [entry["step"] for entry in entries]
-    losses = [entry["loss"] for entry in entries]
+    finite = [entry for entry in entries if isfinite(entry["loss"])]
+    steps = [entry["step"] for entry in finite]
+    losses = [entry["loss"] for entry in finite]
     smooth = list(moving_average(losses))
-    measured = [entry for entry in entries if "val_loss" in entry]
+    measured = [entry for entry in entries if isfinite(entry.get("val_loss", nan))]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth, color="tab:blue", label="training, smoothed")

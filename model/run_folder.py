@@ -83,23 +83,46 @@ def _unwritable(run: Path, error: OSError) -> RunFolderError:
 
 
 class RunLog:
-    """log.jsonl: one JSON object per line, each with its `step`.
+    """A file such as log.jsonl: one JSON object per line, each with its `step`.
+
+    Where a run in trouble goes back and does steps again, their first entries move to a file beside
+    it, abandoned-log.jsonl, each with `abandoned`: how often the run had gone back by then.
 
     Args:
         path: the file. What it holds of later steps than `step` is cut off: it is done again.
         step: where the run goes on.
         report: is told, in a sentence, of lines that could not be written; they are kept, and
             written with the next.
+        times: how often the run has gone back.
 
     Attributes:
         entries: all there are.
     """
 
-    def __init__(self, path: Path, step: int, report: Callable[[str], None]):
+    def __init__(self, path: Path, step: int, report: Callable[[str], None], times: int = 0):
+        self._abandoned = path.with_name(f"abandoned-{path.name}")
+        if self._abandoned.exists():
+            known = [entry for entry in _read(self._abandoned) if entry["abandoned"] <= times]
+            write_durably(self._abandoned, b"".join(map(_line, known)))
         self.entries = [entry for entry in _read(path) if entry["step"] <= step]
         kept = b"".join(map(_line, self.entries))
         write_durably(path, kept)
         self._path, self._report, self._size, self._waiting = path, report, len(kept), b""
+
+    def rewind(self, step: int, times: int) -> None:
+        """Give up the entries of later steps than `step`, as the run goes back there.
+
+        Raises:
+            OSError: they could not be written elsewhere; nothing has changed.
+        """
+        kept = [entry for entry in self.entries if entry["step"] <= step]
+        given_up = [{**x, "abandoned": times} for x in self.entries[len(kept) :]]
+        if given_up:
+            before = _read(self._abandoned)
+            write_durably(self._abandoned, b"".join(map(_line, before + given_up)))
+            content = b"".join(map(_line, kept))
+            write_durably(self._path, content)
+            self.entries, self._size, self._waiting = kept, len(content), b""
 
     def append(self, entries: list[dict]) -> None:
         """Write entries, or keep them for the next time."""

@@ -92,6 +92,23 @@ def test_a_log_is_cut_where_the_run_goes_on(tmp_path):
     assert log.entries == read(path) == entries(1, 2, 3, 4, 5)
 
 
+def test_what_is_done_again_moves_to_another_file(tmp_path):
+    path, abandoned = tmp_path / "log.jsonl", tmp_path / "abandoned-log.jsonl"
+    log = RunLog(path, 0, pytest.fail)
+    log.append(entries(1, 2, 3, 4))
+    log.rewind(2, 1)
+    log.append(entries(3, 4, 5))
+    log.rewind(4, 2)
+    log.append(entries(5))
+    assert log.entries == read(path) == entries(1, 2, 3, 4, 5)
+    given_up = [(3, 1), (4, 1), (5, 2)]
+    assert [(x["step"], x["abandoned"]) for x in read(abandoned)] == given_up
+    # Killed, and resumed from a checkpoint that knows of one time only.
+    log = RunLog(path, 4, pytest.fail, 1)
+    assert log.entries == read(path) == entries(1, 2, 3, 4)
+    assert [(x["step"], x["abandoned"]) for x in read(abandoned)] == given_up[:2]
+
+
 class FullDisk(io.FileIO):
     """Takes half of what it is given, then nothing, until there is room."""
 
