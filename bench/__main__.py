@@ -11,6 +11,7 @@ VERBS = {
     "explain": "bounds",  # what no version of an operation can beat
     "optimizer": "optimizer",  # their steps on the parameters of real models
     "resume": "resume",  # whether a killed run, resumed, ends in the same bytes
+    "faults": "faults",  # what a user sees when something goes wrong, and what is left
     "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
     "low_precision": "low_precision",  # what keeping less than float32 costs a training run
     "trainer": "trainer",  # what train.py does on a GPU: graphs, speed, precisions

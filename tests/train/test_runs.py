@@ -1,5 +1,6 @@
 """Prove that train.py does what the README promises: it runs, learns, and uses every kernel."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import triton
 from train_runs import log, losses
 
+import train
 from data import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -83,3 +85,31 @@ def test_help_waits_for_no_slow_import():
     code = "import sys, train; print(*{'torch._dynamo', 'matplotlib.pyplot'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
+
+
+def test_no_garbage_is_collected_within_a_step(run, tmp_path, monkeypatch):
+    within, collected, before = [], [], gc.get_threshold()
+    accumulate, read = train.accumulate_gradients, train.read_losses
+
+    def begin(*arguments):
+        within.append(True)
+        return accumulate(*arguments)
+
+    def end(unread):
+        within.clear()
+        return read(unread)
+
+    def collection(phase, _):
+        collected.append(bool(within))
+
+    monkeypatch.setattr(train, "accumulate_gradients", begin)
+    monkeypatch.setattr(train, "read_losses", end)
+    gc.callbacks.append(collection)
+    gc.set_threshold(1, 1, 1)
+    try:
+        assert run(tmp_path / "run", *SHORT, "--log-every", "4") == 0
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(collection)
+    assert collected.count(False) > 6
+    assert not any(collected)
