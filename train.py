@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from data import LOADERS, DataError, Loader, Tokenizer, prepare
+from data.verification import Verification
 from model import ModelConfig, Transformer, checkpoint, random_state
 from model.checkpoint import CheckpointError
 from model.compute import ComputeConfig
@@ -31,10 +32,12 @@ from model.display import Display, clock, console, count, group_table
 from model.durable import write_durably
 from model.evaluation import evaluate
 from model.fingerprint import FingerprintError, code_version, require_same
+from model.garbage import collected_on_request
 from model.meters import Meter
 from model.observer import ObserveConfig, Observer
 from model.optim import Optimizer, OptimizerConfig, set_rate
 from model.plot import plot_losses
+from model.recovery import Recovery, RecoveryConfig, UnrecoverableError, restore
 from model.run_folder import RunFolderError, RunLog, claim
 from model.saver import SaveConfig, SaveError, Saver
 from model.schedule import Budget, Length, Schedule
@@ -102,6 +105,8 @@ class TrainConfig:
     """The arithmetic of a step."""
     saving: Annotated[SaveConfig, UNPREFIXED] = field(default_factory=SaveConfig)
     """The checkpoints."""
+    recovery: Annotated[RecoveryConfig, UNPREFIXED] = field(default_factory=RecoveryConfig)
+    """Losses that are not finite or far too high."""
     observing: Annotated[ObserveConfig, UNPREFIXED] = field(default_factory=ObserveConfig)
     """What is looked at."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -178,11 +183,12 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
     Raises:
         SaveError: the last step could not be saved.
+        UnrecoverableError: the losses went wrong and nothing helped.
     """
     started = time.perf_counter()
     device = choose_device(config.device)
     saver = Saver(run / "checkpoints", config.saving, report=console.print)
-    last = saver.newest()
+    last = saver.to_resume()
     if config.resume and last is None:
         console.print(f"No checkpoint in {run} yet: starting from the beginning.")
     saved = {} if last is None else checkpoint.read_record(last)["state"]
@@ -193,6 +199,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         config.data, vocab_size=config.model.vocab_size, tokenizer=config.tokenizer,
         field=config.text_field,
     )  # fmt: skip
+    verification = Verification(folder)
     tokenizer = Tokenizer.load(folder)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)
@@ -226,20 +233,22 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         | config.compute.fingerprint(arithmetic),
         "code": code_version(),
     }
+    recovery = Recovery(config.recovery, model, config.batch_size, console.print)
     step = 0
     if last is not None:
         differ = require_same(saved["fingerprint"], fingerprint, last, anyway=config.resume_anyway)
         console.print(differ, end="")
-        step, saved = checkpoint.load(last, model, optimizer, same_model=not config.resume_anyway)
+        same = not config.resume_anyway
+        step, saved = restore(last, model, optimizer, device, same_model=same)
         go_to(loader, saved["loader"], anyway=config.resume_anyway)
-        random_state.restore(saved["random"], device)
-        optimizer.skipped = torch.tensor(saved["skipped"], device=device)
+        recovery.load_state(saved.get("recovery", {}), same_data=not differ)
 
     record = {"preset": preset, "config": asdict(config), "fingerprint": fingerprint}
     write_durably(run / "config.json", f"{json.dumps(record, indent=2)}\n".encode())
     tokenizer.save(run / "tokenizer.json")
-    log = RunLog(run / "log.jsonl", step, console.print)
-    observer = Observer(run, config.observing, model, tokenizer, step, record, console.print)
+    times = len(recovery.went_back)
+    log = RunLog(run / "log.jsonl", step, console.print, times)
+    observer = Observer(run, config.observing, model, tokenizer, step, record, console.print, times)
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
 
     best, used_before = saved.get("best"), saved.get("seconds", 0.0)
@@ -248,19 +257,19 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     console.print(meter)
 
     take_step = training_step(
-        lambda batch: accumulate_gradients(model, batch, micro_batch, cast), optimizer,
-        graph=config.compute.cuda_graph, report=console.print,
+        lambda batch: recovery.guard(accumulate_gradients(model, batch, micro_batch, cast)),
+        optimizer, graph=config.compute.cuda_graph, report=console.print,
     )  # fmt: skip
 
     def seconds() -> float:
         return used_before + time.perf_counter() - started
 
     display = Display(budget, step, seconds(), run.name)
-    with saver, observer, StopRequest() as stop, display:
+    with saver, observer, StopRequest() as stop, display, collected_on_request() as collect:
         meter.start()
         final, stopping = budget.spent(step, seconds()), False
         while not final and not stopping:
-            lr = config.schedule.rate(step, budget, seconds())
+            lr = recovery.lr_factor * config.schedule.rate(step, budget, seconds())
             set_rate(optimizer, lr)
             loss, grad_norm = take_step(loader.next_batch())
             step += 1
@@ -277,6 +286,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             if not (evaluates or saves or samples or step % config.log_every == 0):
                 continue
             entries = read_losses(unread)
+            recovery.judge(entries, loader.state()["windows"])
             meter.read(entries)
             if evaluates:
                 batches = validation.fixed_batches(config.eval_tokens)
@@ -290,14 +300,22 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             display.show(entries, seconds())
             if samples:
                 observer.sample(step)
-            if saves:
+            if back := recovery.climb(saver, log, model, optimizer):
+                (step, best), final, stopping = back, False, False
+                observer.rewind(step, len(recovery.went_back))
+            elif saves:
                 log.sync()
                 state = {
                     "loader": loader.state(), "random": random_state.capture(device),
                     "seconds": seconds(), "best": best, "skipped": optimizer.skipped.item(),
-                    "threads": threads, "fingerprint": fingerprint,
+                    "threads": threads, "fingerprint": fingerprint, "recovery": recovery.state(),
                 }  # fmt: skip
-                saver.save(step, model, optimizer, state, best_step=best["step"] if best else None)
+                saver.save(
+                    step, model, optimizer, state, healthy=recovery.healthy(model, optimizer),
+                    best_step=best["step"] if best else None,
+                )  # fmt: skip
+            verification.check()
+            collect()
             unread = []
             meter.resume()
         if step:
@@ -306,7 +324,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     if not final:
         console.print(f"Stopped by {stop.name} after step {step:,}, which is saved in {run}.")
         return False
-    if any("val_loss" in entry for entry in log.entries):  # not if the log of a whole run is lost
+    if best and any("val_loss" in x for x in log.entries):  # not if the log of a whole run is lost
         plot_losses(log.entries, run / "loss.png", f"{run.name}: {count(model)}")
     observer.draw(f"{run.name}: {count(model)}")
     print_end(run, log.entries, observer.sample(step), time.perf_counter() - started)
@@ -416,9 +434,10 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
 def main() -> None:
     """Run the command line.
 
-    Exit status: 0 after the last step; 2 for a wrong input, with nothing changed; 74 if the run
-    folder could not be written; 75 after a signal, with the step saved, to be resumed; that of
-    the signal if it killed the process, before the first step or as the second one.
+    Exit status: 0 after the last step; 2 for a wrong input, with nothing changed; 70 if the losses
+    went wrong and nothing on the recovery ladder helped; 74 if the run folder could not be written;
+    75 after a signal, with the step saved, to be resumed; that of the signal if it killed the
+    process, before the first step or as the second one.
     """
     try:
         config, preset, run = parse(sys.argv[1:])
@@ -427,6 +446,9 @@ def main() -> None:
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except UnrecoverableError as report:
+        print(f"train.py: {report}", file=sys.stderr)
+        sys.exit(70)
     except (SaveError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
