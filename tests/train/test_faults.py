@@ -22,6 +22,10 @@ BAD = 4 * 22  # the first window of step 23
 ENDLESS = range(BAD, 10**6)
 
 
+def lines(run, name):
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
 def files(run):
     return checkpoint.read_record(checkpoint.checkpoints(run / "checkpoints")[-1])["files"]
 
@@ -69,12 +73,10 @@ def test_goes_back_and_past_the_data(crash_at, run, tmp_path, monkeypatch):
     event = {"from_step": 25, "to_step": 20, "windows": [80, 100], "lr_factor": 1.0}
     assert [(x["step"], x["recovery"]) for x in log(back) if "recovery" in x] == [(21, event)]
     assert [x["step"] for x in log(back)] == list(range(1, 37))
-    given_up = [
-        json.loads(line) for line in (back / "abandoned-log.jsonl").read_text().splitlines()
-    ]
+    given_up = lines(back, "abandoned-log")
     assert [(x["step"], x["abandoned"]) for x in given_up] == [(s, 1) for s in range(21, 26)]
     assert "skipped" in given_up[-1]
-    layers = [json.loads(line)["step"] for line in (back / "layers.jsonl").open()]
+    layers = [x["step"] for x in lines(back, "layers")]
     assert layers == [1, 4, 8, 12, 16, 20, 24, 28, 32, 36]
 
     run.at_step(22, crash)
