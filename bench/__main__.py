@@ -16,6 +16,8 @@ VERBS = {
     "low_precision": "low_precision",  # what keeping less than float32 costs a training run
     "trainer": "trainer",  # what train.py does on a GPU: graphs, speed, precisions
     "activations": "activations",  # what a step keeps for its backward pass, predicted and counted
+    "report": "runs_page",  # one HTML page that compares runs
+    "pictures": "pictures",  # of a run, for the README
     "data": "data",  # how fast text becomes shards, and shards become batches
     "throughput": "throughput",  # how fast the trainer trains, beside a plain PyTorch GPT
 }
