@@ -282,7 +282,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             final, stopping = budget.spent(step, seconds()), stop.name is not None
             evaluates = final or step % config.eval_every == 0
             saves = final or stopping or step % config.saving.save_every == 0
-            samples = observer.samples(step)
+            samples = observer.samples(step) and not final
             if not (evaluates or saves or samples or step % config.log_every == 0):
                 continue
             entries = read_losses(unread)

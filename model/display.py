@@ -6,6 +6,7 @@ import time
 from math import isfinite
 
 import torch
+from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,21 +32,28 @@ class Display:
         step: where it goes on.
         seconds: used before.
         title: of the panel.
+        to: where it is shown.
     """
 
-    def __init__(self, budget: Budget, step: int, seconds: float, title: str = ""):
-        self._budget, self._title, self._printed = budget, title, 0.0
-        self._first, self._started = budget.used(step, seconds), 0.0
+    def __init__(
+        self, budget: Budget, step: int, seconds: float, title: str = "", *, to: Console = console
+    ):
+        self._budget, self._title, self._to, self._printed = budget, title, to, 0.0
+        self._first, self._began = budget.used(step, seconds), seconds
         self._sum = self._weight = 0.0
         self._validation = ""
-        waiting = self._panel(self._first, "first step ...", {})
-        self._live = Live(waiting, console=console, transient=True, refresh_per_second=4)
+        self._panel = self._draw(self._first, "first step ...", {})
+        self._live = Live(
+            console=to, transient=True, refresh_per_second=4, get_renderable=lambda: self
+        )
 
     def __enter__(self) -> Display:
-        if console.is_terminal:
+        if self._to.is_terminal:
             self._live.start()
-        self._started = time.perf_counter()
         return self
+
+    def __rich__(self) -> Panel:
+        return self._panel
 
     def __exit__(self, *_) -> None:
         self._live.stop()
@@ -61,7 +69,7 @@ class Display:
             self._smooth(other["loss"])
         entry, now = entries[-1], time.perf_counter()
         used = self._budget.used(entry["step"], seconds)
-        left = (now - self._started) / max(used - self._first, 1e-9) * (1 - used)
+        left = (seconds - self._began) / max(used - self._first, 1e-9) * (1 - used)
         figures = {
             "loss": f"{entry['loss']:.3f} nats/token",
             "smoothed": f"{self._sum / self._weight:.3f} nats/token" if self._weight else "–",
@@ -77,11 +85,11 @@ class Display:
             )
         of = f"/{self._budget.steps}" if self._budget.steps else ""
         step, left = f"step {entry['step']}{of}", f"{clock(left)} left"
-        if console.is_terminal:
-            self._live.update(self._panel(used, f"{step}  {left}", figures))
-        if evaluated or not (console.is_terminal or now - self._printed < 10):
-            parts = [step, *(f"{name} {value}" for name, value in figures.items())]
-            console.print("  ".join([*parts, *[self._validation] * evaluated, left]))
+        self._panel = self._draw(used, f"{step}  {left}", figures)
+        if evaluated or not (self._to.is_terminal or now - self._printed < 10):
+            wide = ("smoothed",) if self._to.is_terminal else figures  # the panel has the others
+            parts = [step, *(f"{name} {figures[name]}" for name in wide)]
+            self._to.print("  ".join([*parts, *[self._validation] * evaluated, left]))
             self._printed = now
 
     def _smooth(self, loss: float) -> None:
@@ -91,7 +99,7 @@ class Display:
             self._sum = kept * self._sum + (1 - kept) * loss
             self._weight = kept * self._weight + (1 - kept)
 
-    def _panel(self, used: float, text: str, figures: dict[str, str]) -> Panel:
+    def _draw(self, used: float, text: str, figures: dict[str, str]) -> Panel:
         progress = Table.grid(padding=(0, 2), expand=True)
         progress.add_column(ratio=1)
         progress.add_column(justify="right", no_wrap=True)
@@ -102,8 +110,8 @@ class Display:
         last = [Text(f"last {self._validation}", "cyan")] if self._validation else []
         return Panel(
             Group(progress, *([Columns(cells, padding=(0, 3))] if cells else []), *last),
-            title=self._title, title_align="left", width=min(WIDTH, console.width),
-            border_style="dim",
+            title=self._title, title_align="left", width=min(WIDTH, self._to.width),
+            border_style="dim", box=box.HORIZONTALS,
         )  # fmt: skip
 
 

@@ -123,17 +123,17 @@ class Observer:
         return self._config.sample_every > 0 and step % self._config.sample_every == 0
 
     def sample(self, step: int) -> str:
-        """Let the model write, if not done at this step, and keep it; "" if samples are not wanted.
+        """Let the model write, and keep it; "" if samples are not wanted.
 
         The random numbers of training are not used.
         """
         prompt, length = self._config.sample_prompt, self._config.sample_tokens
-        for entry in self._samples.entries:
-            if entry["step"] == step and entry["prompt"] == prompt:
-                return entry["text"]
-        text = write_on(self._model, self._tokenizer, prompt, length, SEED) if length else ""
-        if text:
-            self._samples.append([{"step": step, "prompt": prompt, "text": text}])
+        if not length:
+            return ""
+        text = write_on(self._model, self._tokenizer, prompt, length, SEED)
+        entry = {"step": step, "prompt": prompt, "text": text}
+        if entry not in self._samples.entries[-1:]:  # of a run that had come to its end
+            self._samples.append([entry])
         return text
 
     def draw(self, title: str) -> None:

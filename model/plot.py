@@ -79,7 +79,7 @@ def plot_layers(entries: list[dict], path: Path, title: str) -> None:
         panel.set_facecolor("0.8")
         every = ceil(len(names) / ROWS)
         rows = range(0, len(names), every)
-        panel.set_yticks([row + 0.5 for row in rows], [_spoken(names[row]) for row in rows])
+        panel.set_yticks([row + 0.5 for row in rows], [names[row] for row in rows])
         figure.colorbar(image, ax=panel, label=label, extend="both")
     axes[1].set_xlabel("optimizer step")
     figure.suptitle(title)
@@ -106,14 +106,6 @@ def _colours(logs_CN: np.ndarray):
         return LogNorm(0.1, 10)
     low, high = np.exp(np.percentile(known, (1, 99)))
     return LogNorm(low / 1.05, high * 1.05)
-
-
-def _spoken(layer: str) -> str:
-    """Name a layer for people, blocks counted from 1."""
-    parts = layer.split(".")
-    if parts[0] != "blocks":
-        return {"norm": "last norm"}.get(layer, layer)
-    return f"{parts[2].replace('_', ' ')} {int(parts[1]) + 1}"
 
 
 def _pyplot():

@@ -35,11 +35,12 @@ def test_a_killed_run_keeps_what_an_uninterrupted_one_keeps(run, tmp_path):
     with pytest.raises(CrashError):
         run(tmp_path / "killed", *RANDOM, *LOOK)
     assert run(tmp_path / "killed", *RANDOM, *LOOK, "--resume") == 0
+    assert run(tmp_path / "killed", *RANDOM, *LOOK, "--resume") == 0  # with nothing left to do
     for name in ("layers", "samples"):
         assert lines(tmp_path / "killed", name) == lines(tmp_path / "whole", name)
     assert lines(tmp_path / "whole", "events") == []
     events = [(event["step"], event["kind"]) for event in lines(tmp_path / "killed", "events")]
-    assert events == [(6, "resume")]
+    assert events == [(6, "resume"), (12, "resume")]
 
 
 def test_a_broken_block_is_reported_and_kept(run, tmp_path, monkeypatch):
