@@ -35,7 +35,7 @@ def test_without_a_terminal_lines_appear_and_nothing_moves():
     with Display(Budget(steps=8), 0, 10.0, "run", to=to) as display:
         display.show([entry(1)], 12.0)
         display.show([entry(2)], 14.0)  # too soon after the last line
-        display.show([entry(3), entry(4, **VALIDATED)], 18.0, {"MFU": "41 %"})
+        display.show([entry(3), entry(4, mfu=0.41, **VALIDATED)], 18.0)
     lines = text_of(to).splitlines()
     assert lines[0] == (
         "step 1/8  loss 7.000 nats/token  smoothed 7.000 nats/token  lr 1.00e-03  grad norm 1.50"
@@ -44,7 +44,7 @@ def test_without_a_terminal_lines_appear_and_nothing_moves():
     assert len(lines) == 2
     assert lines[1].startswith("step 4/8  loss 4.000 nats/token  smoothed 5.4")
     assert lines[1].endswith(
-        "MFU 41 %  validation 4.000 nats/token, 1.500 bits/byte  0 min 08 s left"
+        "MFU 41.0%  validation 4.000 nats/token, 1.500 bits/byte  0 min 08 s left"
     )
     assert "\x1b" not in text_of(to)
 
@@ -54,12 +54,12 @@ def test_the_panel_holds_every_figure_at_any_width(width):
     to = console(width, terminal=True)
     display = Display(Budget(steps=8), 0, 0.0, "my-run", to=to)
     assert "first step" in text_of(to, display)
-    display.show([entry(2, **VALIDATED)], 10.0, {"MFU": "41 %", "memory": "3.1 GiB"})
+    display.show([entry(2, mfu=0.41, memory_gib=3.1, **VALIDATED)], 10.0)
     assert text_of(to).count("bits/byte") == 1  # a line that stays, above the panel
     shown = text_of(to, display)
     assert all(len(line) <= width for line in shown.splitlines())
     for part in ("my-run", "25%", "step 2/8", "30 s left", "6.000 nats/token", "1.00e-03", "1.50",
-                 "12,345 tokens/s", "41 %", "3.1 GiB", "4.000 nats/token"):  # fmt: skip
+                 "12,345 tokens/s", "41.0%", "3.10 GiB", "4.000 nats/token"):  # fmt: skip
         assert part in shown.replace("\n", " "), part
 
 
