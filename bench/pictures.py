@@ -22,7 +22,7 @@ from ._browser import BrowserError, photograph
 from .report import RESULTS
 from .runs_page import RunError, read_lines, render
 
-WIDTH, HEIGHT = 1280, 1600  # of the page, in pixels
+WIDTH, HEIGHT = 1280, 1275  # of the page, in pixels
 COLUMNS = 104  # of the terminal
 
 

@@ -120,13 +120,13 @@ def facts(run: Path, record: dict, log: list[dict]) -> dict[str, str]:
         "tokens": f"{log[-1]['tokens']:,}",
         "loss, smoothed": f"{list(moving_average(losses))[-1]:.4f} nats/token" if losses else "–",
         "best validation": (
-            f"{best['val_loss']:.4f} nats/token, {best['val_bits_per_byte']:.4f} bits/byte, "
-            f"step {best['step']:,}"
+            f"{best['val_loss']:.4f} nats/token, {best['val_bits_per_byte']:.4f} bits/byte"
             if best
             else "–"
         ),
+        "at step": f"{best['step']:,}" if best else "–",
         "speed, median": f"{statistics.median(x['tokens_per_s'] for x in log):,.0f} tokens/s",
-        "time to the last checkpoint": "–" if seconds is None else clock(seconds),
+        "time until saved": "–" if seconds is None else clock(seconds),
         "machine": f"{machine['device']}, threads: {machine['threads']}, {machine['dtype'][6:]}",
     }
 
@@ -148,17 +148,17 @@ def curve(log: list[dict], key: str) -> list[list[float]]:
 
 
 def skips(log: list[dict]) -> Iterator[dict]:
-    """Turn each stretch of steps that changed no weight into an event."""
-    for bad, stretch in itertools.groupby(log, key=_why_skipped):
+    """Turn each stretch of steps that the optimizer alone left out into an event."""
+    for bad, stretch in itertools.groupby(log, key=_is_untold):
         if bad:
             steps = [entry["step"] for entry in stretch]
-            text = f"{bad[0].upper()}{bad[1:]}: {len(steps)} steps, to {steps[-1]:,}, left out."
-            yield {"step": steps[0], "kind": "skip", "time": "", "text": text}
+            text = f"Loss or gradient not finite: {len(steps)} steps, to {steps[-1]:,}, left out."
+            yield {"step": steps[0], "kind": "skipped", "time": "", "text": text}
 
 
-def _why_skipped(entry: dict) -> str:
-    finite = math.isfinite(entry["loss"] + entry["grad_norm"])
-    return entry.get("skipped") or ("" if finite else "loss or gradient not finite")
+def _is_untold(entry: dict) -> bool:
+    """Whether a step changed no weight, and events.jsonl, where recovery is noted, lacks it."""
+    return "skipped" not in entry and not math.isfinite(entry["loss"] + entry["grad_norm"])
 
 
 def differences(settings: list[dict[str, str]]) -> list[list[str]]:

@@ -98,7 +98,7 @@ class Observer:
             self._trackers.log(entry)
             for kind in ("skipped", "recovery"):
                 if kind in entry:
-                    self._keep_event(entry["step"], kind, str(entry[kind]))
+                    self._keep_event(entry["step"], kind, _spoken(entry[kind]))
         readings = self._norms.read()
         for reading in readings:
             self._trackers.log(reading)
@@ -144,3 +144,9 @@ class Observer:
     def _keep_event(self, step: int, kind: str, text: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._events.append([{"step": step, "kind": kind, "time": now, "text": text}])
+
+
+def _spoken(what: str | dict) -> str:
+    if isinstance(what, str):
+        return f"{what[:1].upper()}{what[1:]}."
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in what.items())
