@@ -23,7 +23,7 @@ from .report import RESULTS
 from .runs_page import RunError, read_lines, render
 
 WIDTH, HEIGHT = 1280, 1275  # of the page, in pixels
-COLUMNS = 104  # of the terminal
+COLUMNS = 122  # of the terminal
 
 
 def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Path = RESULTS) -> None:

@@ -5,12 +5,10 @@ pictures of the layers, and what happened. Its form is in runs_page.html.
 """
 
 import base64
-import itertools
 import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,9 +87,7 @@ def describe(run: Path, name: str) -> dict[str, Any]:
         "curves": {key: curve(log, key) for key in (*KEYS, *FURTHER)},
         "settings": flatten(record["config"]) | flatten(record["fingerprint"]["machine"]),
         "samples": spread(latest(read_lines(run / "samples.jsonl")), SAMPLES),
-        "events": sorted(
-            [*read_lines(run / "events.jsonl"), *skips(log)], key=lambda event: event["step"]
-        ),
+        "events": events_of(run, log),
         "layers": _layers(run, name),
     }
 
@@ -147,18 +143,26 @@ def curve(log: list[dict], key: str) -> list[list[float]]:
     return points
 
 
-def skips(log: list[dict]) -> Iterator[dict]:
-    """Turn each stretch of steps that the optimizer alone left out into an event."""
-    for bad, stretch in itertools.groupby(log, key=_is_untold):
-        if bad:
-            steps = [entry["step"] for entry in stretch]
-            text = f"Loss or gradient not finite: {len(steps)} steps, to {steps[-1]:,}, left out."
-            yield {"step": steps[0], "kind": "skipped", "time": "", "text": text}
+def events_of(run: Path, log: list[dict]) -> list[dict]:
+    """Return what happened, in the order of steps, a stretch of steps skipped alike as one event.
 
-
-def _is_untold(entry: dict) -> bool:
-    """Whether a step changed no weight, and events.jsonl, where recovery is noted, lacks it."""
-    return "skipped" not in entry and not math.isfinite(entry["loss"] + entry["grad_norm"])
+    Steps that the optimizer alone left out, without recovery, are taken from the log.
+    """
+    noted = read_lines(run / "events.jsonl")
+    for entry in log:
+        if "skipped" not in entry and not math.isfinite(entry["loss"] + entry["grad_norm"]):
+            text = "Loss or gradient not finite."
+            noted.append({"step": entry["step"], "kind": "skipped", "time": "", "text": text})
+    noted.sort(key=lambda event: event["step"])
+    events: list[dict] = []
+    for event in noted:
+        last: dict = events[-1] if events else {"kind": ""}
+        alike = event["kind"] == last["kind"] == "skipped" and event["text"] == last["text"]
+        if alike and event["step"] == last.get("until", last["step"]) + 1:
+            last["until"] = event["step"]
+        else:
+            events.append(event)
+    return events
 
 
 def differences(settings: list[dict[str, str]]) -> list[list[str]]:

@@ -19,7 +19,7 @@ from .meters import figures_of
 from .schedule import Budget
 
 SMOOTHED = 50  # steps
-WIDTH = 100  # characters, where the terminal is as wide
+WIDTH = 120  # characters, where the terminal is as wide
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -149,4 +149,8 @@ class Observer:
 def _spoken(what: str | dict) -> str:
     if isinstance(what, str):
         return f"{what[:1].upper()}{what[1:]}."
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in what.items())
+    parts = (
+        name if value is True else f"{name.replace('_', ' ')} {value}"
+        for name, value in what.items()
+    )
+    return _spoken(", ".join(parts))

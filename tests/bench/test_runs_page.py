@@ -68,7 +68,7 @@ def test_the_page_holds_the_runs(tmp_path):
     assert [(x["step"], x["kind"]) for x in first["events"]] == [
         (5, "skipped"), (30, "resume"), (40, "skipped"), (100, "skipped")
     ]  # fmt: skip
-    assert "2 steps, to 6, left out" in first["events"][0]["text"]
+    assert [x.get("until") for x in first["events"]] == [6, None, None, None]
     assert first["facts"]["steps"] == "1,200"
     assert first["facts"]["best validation"] == "4.0000 nats/token, 2.0000 bits/byte"
     assert first["facts"]["at step"] == "1,200"
