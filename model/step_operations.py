@@ -24,6 +24,7 @@ from kernels import (
     swiglu,
 )
 
+from .attention import widen
 from .compute import Arithmetic
 from .optim import Optimizer
 from .transformer import Transformer
@@ -88,9 +89,10 @@ def cases(
     scale_D, scale_K = (1 + 0.1 * random((n,), weights) for n in (D, K))
     yield Case("rms_norm", norm, (tensor(D, dtype=weights), scale_D), (0, 1))
     for heads in sorted({config.n_heads, config.kv_heads}, reverse=True):
+        head = widen(tensor(heads, K))
         if config.qk_norm:
-            yield Case("rms_norm", norm, (tensor(heads, K), scale_K), (0, 1))
-        yield Case("rope", rope, (tensor(heads, K), model.cos_LK, model.sin_LK), (0,))
+            yield Case("rms_norm", norm, (head, scale_K), (0, 1))
+        yield Case("rope", rope, (head, model.cos_LK, model.sin_LK), (0,))
     added = tensor(D), tensor(D, dtype=weights), scale_D
     yield Case("add_rms_norm", add_norm, added, (0, 1, 2))
     if model.dropout:
