@@ -121,22 +121,25 @@ class Recovery:
         if self._note and entries:
             entries[0]["recovery"], self._note = self._note, None
         first = position - self._batch * len(entries)
-        skipped = []
+        skipped, begun = [], []
         for i, entry in enumerate(entries):
             if why := self._fault(entry):
                 start = first + self._batch * i
                 entry |= {"skipped": why, "windows": [start, start + self._batch]}
                 skipped.append(entry)
-                self._first_bad = self._first_bad if self._streak else _essence(entry)
+                if not self._streak:
+                    self._first_bad = _essence(entry)
+                    begun.append(entry)
                 self._streak += 1
             else:
                 self._streak = 0
                 self._losses.append(entry["loss"])
         self._position, self._good = position, self._streak == 0
         self._set_limit()
-        if skipped:
-            more = f"; {len(skipped) - 1} more until step {entries[-1]['step']:,}"
-            self._report(f"Skipped {_place(skipped[0])}" + (more if len(skipped) > 1 else ""))
+        if begun:  # of a streak that goes on, nothing more is said
+            more = sum(entry["step"] > begun[0]["step"] for entry in skipped)
+            others = f"; {more} more until step {entries[-1]['step']:,}" if more else ""
+            self._report(f"Skipped {_place(begun[0])}{others}")
         self.due = self._config.recovery and self._streak >= self._config.max_skips
         if self.due:
             step = entries[-1]["step"]

@@ -35,6 +35,12 @@ def state(run):
     return json.dumps(resume.final_state(run, set()))
 
 
+def usual(run):
+    """The losses by which a spike was to be known five steps after step 20."""
+    at_25 = checkpoint.read_record(run / "checkpoints" / "step-00000025")
+    return at_25["state"]["recovery"]["losses"]
+
+
 def curve(run, first=1):
     return [(x["step"], x["loss"], x["lr"]) for x in log(run) if x["step"] >= first]
 
@@ -62,7 +68,7 @@ def test_goes_back_and_past_the_data(crash_at, run, tmp_path, monkeypatch):
     # Steps 23 to 25 are bad: back to step 20, and on with the data after step 25's.
     back, other = tmp_path / "back", tmp_path / "other"
     bad = range(BAD, BAD + 12)
-    more = ("--save-async",) if crash_at == 27 else ()
+    more = ("--keep-every", "5", *(("--save-async",) if crash_at == 27 else ()))
     if crash_at is not None:
         run.at_step(crash_at, crash)
         with disturbed(bad, batch=garbage), pytest.raises(CrashError):
@@ -81,15 +87,16 @@ def test_goes_back_and_past_the_data(crash_at, run, tmp_path, monkeypatch):
 
     run.at_step(22, crash)
     with pytest.raises(CrashError):
-        run(other, *SPIKES)
+        run(other, *SPIKES, *more)
 
     def further(loader, position, *, anyway):
         loader.load_state(position | {"windows": 100})
 
     monkeypatch.setattr(train, "go_to", further)
-    assert run(other, *SPIKES, "--resume") == 0
+    assert run(other, *SPIKES, *more, "--resume") == 0
     assert files(back) == files(other)
     assert curve(back) == curve(other)
+    assert usual(back) == usual(other)
 
 
 def test_lowers_the_rate_then_stops_with_a_report(run, tmp_path):
