@@ -2,11 +2,13 @@
 
 Predicted by `model.memory`, from the shape of the model alone, and counted in a real forward pass
 through saved-tensor hooks, for the PyTorch references and for the Triton kernels, which off a GPU
-run in Triton's interpreter. On a GPU also the peak of a whole step, as the allocator saw it.
+run in Triton's interpreter. On a GPU also the peak of a whole step, as the allocator saw it; and
+one step in too little memory, which falls back to smaller plans and must give the same gradient.
 """
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +25,11 @@ from rich.table import Table
 from kernels import _runtime
 from model import ModelConfig, Transformer
 from model.activations import saved_bytes
+from model.fallback import Fallback
 from model.memory import Memory
 from model.optim import OptimizerConfig
+from model.plan import MemoryConfig, Planner
+from train import accumulate_gradients
 
 from .harness import device_name
 
@@ -70,16 +75,17 @@ def main(sequences: int = 2, write: bool = False) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [*_rows(device, sequences)]
+    trial = _out_of_memory(device) if device.type == "cuda" else ()
     head = (
         f"`python -m bench activations --sequences {sequences} --write`, torch {torch.__version__},"
         f" {device_name(device)}",
         f"{MODEL.n_layers} layers of width {MODEL.d_model}, vocabulary {MODEL.vocab_size:,}, "
         f"{sequences} × {MODEL.max_seq_len} tokens; MiB",
     )
-    _print(Console(width=WIDTH), box.SIMPLE, head, rows)
+    _print(Console(width=WIDTH), box.SIMPLE, head, rows, trial)
     if write:
         with RESULTS.open("w") as file:
-            _print(Console(file=file, width=WIDTH), box.MARKDOWN, head, rows)
+            _print(Console(file=file, width=WIDTH), box.MARKDOWN, head, rows, trial)
     if not all(abs(row.predicted / row.counted - 1) <= WITHIN for row in rows):
         raise SystemExit(1)
 
@@ -119,7 +125,41 @@ def _row(path: str, memory: Memory, policy: str) -> Row:
     return Row(path, memory.dtype, policy, step.activations, counted, peak, measured)
 
 
-def _print(console: Console, style: box.Box, head: tuple[str, ...], rows: list[Row]) -> None:
+def _out_of_memory(device: torch.device, sequences: int = 64) -> tuple[str, ...]:
+    """Take a step in a third of the memory that its activations need; say what came of it."""
+    memory = Memory(Transformer, MODEL, OptimizerConfig(), device, torch.float32, sequences)
+    model = Transformer(MODEL).to(device)
+    tokens = torch.randint(MODEL.vocab_size, (sequences, MODEL.max_seq_len))
+    compute = partial(accumulate_gradients, model, (tokens, tokens), cast=nullcontext())
+    compute(sequences)
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    said = []
+    fallback = Fallback(Planner(memory, MemoryConfig()), None, lambda x: said.append(f"- {x}"))
+    with _limited(device, memory.step("none", sequences).activations // 3):
+        fallback.attempt(model, compute)
+    got = [p.grad for p in model.parameters() if p.grad is not None]
+    error = max(((x - y).norm() / y.norm()).item() for x, y in zip(got, expected, strict=True))
+    title = f"One step of {sequences} sequences in a third of the memory of its activations:"
+    return title, *said, f"- relative error of the gradient, the largest of all: {error:.1e}"
+
+
+@contextmanager
+def _limited(device: torch.device, nbytes: int) -> Iterator[None]:
+    """Let this process take that many bytes of a GPU more than it has taken."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = torch.cuda.memory_reserved(device) + nbytes
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _print(
+    console: Console, style: box.Box, head: tuple[str, ...], rows: list[Row], trial: tuple[str, ...]
+) -> None:
     table = Table("path", "dtype", "policy", box=style)
     titles = ["predicted", "counted", "error", "of none"]
     on_gpu = rows[0].peak_measured is not None
@@ -129,3 +169,5 @@ def _print(console: Console, style: box.Box, head: tuple[str, ...], rows: list[R
     for row in rows:
         table.add_row(*row.cells(none[row.path, row.dtype]))
     console.print(*head, table, sep="\n\n")
+    if trial:
+        console.print(*trial, sep="\n")

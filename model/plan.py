@@ -45,8 +45,12 @@ class MemoryConfig:
             raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
+        self.check(None)
+
+    def check(self, n_layers: int | None) -> None:
+        """Raise ValueError unless activation_checkpointing fits a model of that many blocks."""
         if self.activation_checkpointing != AUTO:
-            check_policy(self.activation_checkpointing)
+            check_policy(self.activation_checkpointing, n_layers)
 
 
 @dataclass(frozen=True)
@@ -72,22 +76,13 @@ class Planner:
     Args:
         memory: predicts what a plan takes.
         config: what was asked for.
-
-    Raises:
-        ValueError: activation_checkpointing "must reach a block" of the model.
     """
 
     def __init__(self, memory: Memory, config: MemoryConfig):
-        self.memory = memory
-        self.policy, size, batch = (
-            config.activation_checkpointing,
-            config.micro_batch_size,
-            memory.batch_size,
-        )
+        self.memory, self.policy = memory, config.activation_checkpointing
+        size, batch = config.micro_batch_size, memory.batch_size
         self.micro_batch = size if isinstance(size, str) else min(size or batch, batch)
         self._given = config.memory_gib
-        if self.policy != AUTO:
-            check_policy(self.policy, memory.config.n_layers)
 
     @cached_property
     def budget(self) -> int:
