@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,11 +32,14 @@ from model.device import choose_device, describe, set_threads
 from model.display import Display, clock, console, count, group_table
 from model.durable import write_durably
 from model.evaluation import evaluate
+from model.fallback import Fallback
 from model.fingerprint import FingerprintError, code_version, require_same
 from model.garbage import collected_on_request
+from model.memory import Memory
 from model.meters import Meter
 from model.observer import ObserveConfig, Observer
 from model.optim import Optimizer, OptimizerConfig, set_rate
+from model.plan import MemoryConfig, Planner
 from model.plot import plot_losses
 from model.recovery import Recovery, RecoveryConfig, UnrecoverableError, restore
 from model.run_folder import RunFolderError, RunLog, claim
@@ -78,17 +82,12 @@ class TrainConfig:
     """Steps from one reading of the losses to the next; each stalls a GPU for a moment."""
     batch_size: int = 16
     """Sequences per optimizer step."""
-    micro_batch_size: int | None = None
-    """Sequences per forward pass, the last one of a step may have fewer; less memory. None:
-    batch_size."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the vocabulary, in training."""
     z_loss: float = 0.0
     """Weight of the squared logarithm of the softmax's denominator in the loss, in training."""
     dropout: float = 0.0
     """Probability with which an element of a block's output is left out, in training."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """What the forward pass keeps: everything, or each block's inputs only."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. auto: a GPU if there is one."""
     threads: int = 0
@@ -109,20 +108,23 @@ class TrainConfig:
     """Losses that are not finite or far too high."""
     observing: Annotated[ObserveConfig, UNPREFIXED] = field(default_factory=ObserveConfig)
     """What is looked at."""
+    memory: Annotated[MemoryConfig, UNPREFIXED] = field(default_factory=MemoryConfig)
+    """What is kept of a step, so that it fits the device."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
 
     def __post_init__(self):
-        for name in ("eval_every", "log_every", "batch_size", "micro_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("eval_every", "log_every", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("threads", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("label_smoothing", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        redraws = self.dropout > 0 and self.activation_checkpointing != "none"
+        self.memory.check(self.model.n_layers)
+        redraws = self.dropout > 0 and self.memory.activation_checkpointing != "none"
         self.compute.check(choose_device(self.device), self.optimizer, redraws=redraws)
 
     def decisive(self) -> dict:
@@ -131,12 +133,13 @@ class TrainConfig:
         Data, tokenizer and device are left out: what they turn out to be is compared instead.
         """
         free = FREE if self.schedule.has_end else FREE | {"length"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        kept = {name: value for name, value in asdict(self).items() if name not in free}
+        return kept | {"micro_batch_size": self.memory.micro_batch_size}
 
 
 FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
-    "log_every", "compute", "device", "threads", "observing",
+    "log_every", "compute", "device", "threads", "observing", "memory",
 }  # fmt: skip
 
 PRESETS = {
@@ -150,7 +153,7 @@ PRESETS = {
     "gpt2": TrainConfig(
         model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
         batch_size=64,
-        micro_batch_size=32,
+        memory=MemoryConfig(micro_batch_size=32),
         schedule=Schedule(warmup_steps=100),
         log_every=10,
         eval_tokens=131072,
@@ -206,24 +209,22 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     config = replace(config, model=shape)
     per_step = config.batch_size * shape.max_seq_len
     budget = config.length.budget(per_step)
-    micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    plan = Fallback(make_planner(config, device), saved.get("plan"), console.print)
     loader, validation = (
         LOADERS[config.packing](
             folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed
         )
-        for split, size in (("train", config.batch_size), ("val", micro_batch))
+        for split, size in (("train", config.batch_size), ("val", plan.first.micro_batch_size))
     )
-    model = Transformer(
-        shape, activation_checkpointing=config.activation_checkpointing, dropout=config.dropout,
-        label_smoothing=config.label_smoothing, z_loss=config.z_loss,
-    )  # fmt: skip
+    model = make_model(config, shape)
     arithmetic = config.compute.apply(model, device)
     cast = arithmetic.cast
     optimizer = config.optimizer.make(model, record_norms=config.observing.records_norms)
     if config.compute.self_check:
         check(
-            model, optimizer, config.optimizer, batch=micro_batch, arithmetic=arithmetic,
-            samples=config.observing.sample_tokens > 0, report=console.print,
+            model, optimizer, config.optimizer, batch=plan.now.micro_batch_size,
+            arithmetic=arithmetic, samples=config.observing.sample_tokens > 0,
+            report=console.print,
         )  # fmt: skip
     fingerprint = {
         "data": loader.fingerprint,
@@ -256,10 +257,13 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     meter = Meter(shape, per_step, device, arithmetic.dtype)
     console.print(meter)
 
+    def gradients(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        compute = partial(accumulate_gradients, model, batch, cast=cast)
+        return recovery.guard(plan.attempt(model, compute))
+
     take_step = training_step(
-        lambda batch: recovery.guard(accumulate_gradients(model, batch, micro_batch, cast)),
-        optimizer, graph=config.compute.cuda_graph, report=console.print,
-    )  # fmt: skip
+        gradients, optimizer, graph=config.compute.cuda_graph, report=console.print
+    )
 
     def seconds() -> float:
         return used_before + time.perf_counter() - started
@@ -308,7 +312,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                 state = {
                     "loader": loader.state(), "random": random_state.capture(device),
                     "seconds": seconds(), "best": best, "skipped": optimizer.skipped.item(),
-                    "threads": threads, "fingerprint": fingerprint, "recovery": recovery.state(),
+                    "threads": threads, "plan": plan.state(), "fingerprint": fingerprint,
+                    "recovery": recovery.state(),
                 }  # fmt: skip
                 saver.save(
                     step, model, optimizer, state, healthy=recovery.healthy(model, optimizer),
@@ -329,6 +334,22 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     observer.draw(f"{run.name}: {count(model)}")
     print_end(run, log.entries, observer.sample(step), time.perf_counter() - started)
     return True
+
+
+def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
+    """Make the model of a shape, on the host."""
+    return Transformer(
+        shape, dropout=config.dropout, label_smoothing=config.label_smoothing, z_loss=config.z_loss
+    )
+
+
+def make_planner(config: TrainConfig, device: torch.device) -> Planner:
+    """Make what knows how a step fits the device."""
+    memory = Memory(
+        lambda shape: config.compute.convert(make_model(config, shape)), config.model,
+        config.optimizer, device, config.compute.product_dtype(device), config.batch_size,
+    )  # fmt: skip
+    return Planner(memory, config.memory)
 
 
 def accumulate_gradients(
@@ -358,6 +379,15 @@ def read_losses(unread: list[dict]) -> list[dict]:
         {key: x.item() if isinstance(x, torch.Tensor) else x for key, x in entry.items()}
         for entry in unread
     ]
+
+
+def show_plan(config: TrainConfig) -> None:
+    """Print what would fit; of data that is not prepared yet the vocabulary is as asked for."""
+    given = config.tokenizer or config.data
+    if given and (config.tokenizer or Path(given, "tokenizer.json").is_file()):
+        vocab_size = Tokenizer.load(given).vocab_size
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    make_planner(config, choose_device(config.device)).show(console.print)
 
 
 def go_to(loader: Loader, position: dict, *, anyway: bool) -> None:
@@ -441,6 +471,9 @@ def main() -> None:
     """
     try:
         config, preset, run = parse(sys.argv[1:])
+        if config.memory.plan:
+            show_plan(config)
+            return
         with claim(run, resume=config.resume):
             finished = train(config, preset, run)
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:

@@ -74,19 +74,27 @@ class ComputeConfig:
                 "one, name it in CXX, or leave --compile out"
             )
 
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of the matrix products."""
+        true = self.precision == "bfloat16-true"
+        return torch.bfloat16 if true else choose_precision(self.precision, device)
+
+    def convert(self, model: Transformer) -> Transformer:
+        """Return the model, with its weights in the dtype that they are trained in."""
+        if self.precision == "bfloat16-true":
+            to_dtype(model, torch.bfloat16)
+        return model
+
     def apply(self, model: Transformer, device: torch.device) -> Arithmetic:
         """Move a model to where and into what it is trained in; compile it if asked to.
 
         The names of its parameters stay, so checkpoints do not depend on `compile`.
         """
-        true = self.precision == "bfloat16-true"
-        dtype = torch.bfloat16 if true else choose_precision(self.precision, device)
-        model.to(device)
-        if true:
-            to_dtype(model, torch.bfloat16)
+        dtype = self.product_dtype(device)
+        self.convert(model).to(device)
         # What autocast leaves in float32 may be multiplied in bfloat16 too.
         torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
-        cast = dtype == torch.bfloat16 and not true
+        cast = dtype == torch.bfloat16 and self.precision != "bfloat16-true"
         if self.compile:
             model.compile(fullgraph=True)
         return Arithmetic(dtype, torch.autocast(device.type, torch.bfloat16, enabled=cast))

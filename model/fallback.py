@@ -63,6 +63,9 @@ class Fallback:
         """
         device = self._planner.memory.device
         on_gpu = device.type == "cuda"
+        model.activation_checkpointing = self.now.activation_checkpointing
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return gradients(self.now.micro_batch_size)  # a graph of what eager steps have tried
         host_random = torch.get_rng_state()
         device_random = torch.cuda.get_rng_state(device) if on_gpu else None
         while True:

@@ -155,7 +155,10 @@ def unlaunchable(module, name, patch):
 
 DOES_NOT_RUN = r"it does not run \(RuntimeError: out of resource: shared memory\)"
 FAULTS = {
-    "swiglu": (partial(scaled, "kernels.swiglu", "activate", 1.00001), r"its (output 0|gradient \d) errs by \d"),
+    "swiglu": (
+        partial(scaled, "kernels.swiglu", "activate", 1.00001),
+        r"its (output 0|gradient \d) errs by \d",
+    ),
     "rope": (partial(scaled, "kernels.rope", "_backward", 1.00001), r"its gradient 0 errs by \d"),
     "add_rms_norm": (partial(unlaunchable, "kernels.rms_norm", "add_norm"), DOES_NOT_RUN),
     "linear_cross_entropy": (

@@ -40,6 +40,7 @@ def write(path: Path, content: str | bytes) -> Path:
         (["tiny", "--model.n-heads", "5"], "n_heads must divide d_model"),
         (["tiny", "--model.n-layers", "-1"], "n_layers must be at least 1, got -1"),
         (["tiny", "--micro-batch-size", "0"], "micro_batch_size must be at least 1, got 0"),
+        (["tiny", "--activation-checkpointing", "every-3"], "'every-3'"),
         (["tiny", "--max-minutes", "1", "--max-tokens", "9"], "exclude each other"),
         (["tiny", "--optimizer", "sgd", "--beta1", "0.9"], "sgd has no beta1"),
         (["tiny", "--dropout", "1"], "dropout must lie in [0, 1), got 1"),
