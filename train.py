@@ -29,7 +29,7 @@ from model.checkpoint import CheckpointError
 from model.compute import ComputeConfig
 from model.cuda_graph import training_step
 from model.device import choose_device, describe, set_threads
-from model.display import Display, clock, console, count, group_table
+from model.display import Display, console, count, group_table, show_end
 from model.durable import write_durably
 from model.evaluation import evaluate
 from model.fallback import Fallback
@@ -332,7 +332,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     if best and any("val_loss" in x for x in log.entries):  # not if the log of a whole run is lost
         plot_losses(log.entries, run / "loss.png", f"{run.name}: {count(model)}")
     observer.draw(f"{run.name}: {count(model)}")
-    print_end(run, log.entries, observer.sample(step), time.perf_counter() - started)
+    show_end(run, log.entries, observer.sample(step), time.perf_counter() - started)
     return True
 
 
@@ -422,24 +422,6 @@ def print_start(
         + f"\nRun folder: {run}"
     )
     console.print(group_table(optimizer))
-
-
-def print_end(run: Path, history: list[dict], sample: str, seconds: float) -> None:
-    """Show a sample and the result."""
-    if sample:
-        console.rule("sample")
-        console.print(sample, markup=False)
-        console.rule()
-    measured = [entry for entry in history if "val_loss" in entry]
-    if measured:
-        console.print(
-            f"Validation: {measured[-1]['val_loss']:.4f} nats per token, "
-            f"{measured[-1]['val_bits_per_byte']:.4f} bits per byte, after {clock(seconds)}"
-        )
-    console.print(
-        f"Run folder: {run} (loss.png, layers.png, log.jsonl, config.json, tokenizer.json, "
-        "checkpoints)"
-    )
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:

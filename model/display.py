@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from math import isfinite
+from pathlib import Path
 
 import torch
 from rich import box
@@ -129,6 +130,31 @@ def group_table(optimizer: torch.optim.Optimizer) -> Table:
         numbers = f"{len(ps):,}", f"{sum(p.numel() for p in ps):,}", f"{group['weight_decay']:g}"
         table.add_row(group["name"], *numbers)
     return table
+
+
+def show_end(run: Path, history: list[dict], sample: str, seconds: float) -> None:
+    """Print a sample and the result.
+
+    Args:
+        run: the run folder.
+        history: all entries of the log.
+        sample: what the model wrote; may be empty.
+        seconds: that the run took.
+    """
+    if sample:
+        console.rule("sample")
+        console.print(sample, markup=False)
+        console.rule()
+    measured = [entry for entry in history if "val_loss" in entry]
+    if measured:
+        console.print(
+            f"Validation: {measured[-1]['val_loss']:.4f} nats per token, "
+            f"{measured[-1]['val_bits_per_byte']:.4f} bits per byte, after {clock(seconds)}"
+        )
+    console.print(
+        f"Run folder: {run} (loss.png, layers.png, log.jsonl, config.json, tokenizer.json, "
+        "checkpoints)"
+    )
 
 
 def clock(seconds: float) -> str:

@@ -40,16 +40,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a_MK: Tensor, b_NK: Tensor) -> Tensor:
         ctx.save_for_backward(a_MK, b_NK)
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+        return _product(a_MK, b_NK)
 
     @staticmethod
     def backward(ctx, d_MN: Tensor):
         a_MK, b_NK = ctx.saved_tensors
         wants_a, wants_b = ctx.needs_input_grad
+        product = _Product.apply if torch.is_grad_enabled() else _product
         return (
-            _Product.apply(d_MN, b_NK.T) if wants_a else None,
-            _Product.apply(d_MN.T, a_MK.T) if wants_b else None,
+            product(d_MN, b_NK.T) if wants_a else None,
+            product(d_MN.T, a_MK.T) if wants_b else None,
         )
+
+
+def _product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
