@@ -15,7 +15,6 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -258,8 +257,10 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     console.print(meter)
 
     def gradients(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        compute = partial(accumulate_gradients, model, batch, cast=cast)
-        return recovery.guard(plan.attempt(model, compute))
+        def of_batch(micro_batch: int) -> torch.Tensor:
+            return accumulate_gradients(model, batch, micro_batch, cast)
+
+        return recovery.guard(plan.attempt(model, of_batch))
 
     take_step = training_step(
         gradients, optimizer, graph=config.compute.cuda_graph, report=console.print

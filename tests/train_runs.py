@@ -64,11 +64,11 @@ class Run:
         """Let something happen in the middle of that step, once."""
         steps, accumulate = itertools.count(1), train.accumulate_gradients
 
-        def accumulate_gradients(*arguments, **named):
+        def accumulate_gradients(*arguments):
             if next(steps) == step:
                 self.monkeypatch.setattr(train, "accumulate_gradients", accumulate)
                 happen()
-            return accumulate(*arguments, **named)
+            return accumulate(*arguments)
 
         self.monkeypatch.setattr(train, "accumulate_gradients", accumulate_gradients)
 
