@@ -43,7 +43,7 @@ def photograph(page: Path, picture: Path, width: int, height: int, *, dark: bool
     said: list[str] = []
 
     class Page(engine.QWebEnginePage):
-        def javaScriptConsoleMessage(self, level: Any, message: str, line: int, source: str):  # noqa: N802
+        def javaScriptConsoleMessage(self, level: Any, message: str, line: int, source: str):  # noqa: N802 (Qt's)
             said.append(f"line {line}: {message}")
 
     application = widgets.QApplication.instance() or widgets.QApplication([])

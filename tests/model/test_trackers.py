@@ -32,7 +32,7 @@ def tensorboard(monkeypatch):
             asked.append("close")
 
     module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    vars(module)["SummaryWriter"] = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     return asked
 
@@ -94,7 +94,7 @@ def test_a_tracker_that_fails_is_left_out(tensorboard, monkeypatch, tmp_path):
     told = follow(("wandb", "tensorboard"), tmp_path)
     assert told == ["wandb failed (division by zero); the run goes on without it."]
     assert tensorboard[-1] == "close"
-    writer = sys.modules["torch.utils.tensorboard"].SummaryWriter  # type: ignore[attr-defined]
+    writer = vars(sys.modules["torch.utils.tensorboard"])["SummaryWriter"]
     monkeypatch.setattr(writer, "add_scalar", lambda *_: 1 / 0)
     told = follow(("tensorboard",), tmp_path)
     assert told == ["tensorboard failed (division by zero); the run goes on without it."]
