@@ -207,7 +207,9 @@ def test_takes_no_more_memory_than_a_step(cast, monkeypatch):
 
 def peak_of(call) -> int:
     """Most bytes that were allocated at once in a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         call()
     events = profiled.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
