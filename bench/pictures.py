@@ -16,11 +16,12 @@ from rich.console import Console
 
 from model.display import Display
 from model.plot import plot_layers
+from model.run_folder import read_lines
 from model.schedule import Budget
 
 from ._browser import BrowserError, photograph
 from .report import RESULTS
-from .runs_page import RunError, read_lines, render
+from .runs_page import RunError, render
 
 WIDTH, HEIGHT = 1280, 1275  # of the page, in pixels
 COLUMNS = 122  # of the terminal

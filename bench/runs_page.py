@@ -19,6 +19,7 @@ from model import checkpoint
 from model.display import clock
 from model.durable import write_durably
 from model.plot import moving_average, plot_layers
+from model.run_folder import read_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SLOT = "/*DATA*/"
@@ -194,21 +195,6 @@ def spread(entries: list[dict], count: int) -> list[dict]:
     if len(entries) <= count:
         return entries
     return [entries[round(i * (len(entries) - 1) / (count - 1))] for i in range(count)]
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Return the entries of a .jsonl file, in order; none without a file."""
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # a run that goes on is writing it
-            break
-    return entries
 
 
 def _finite(tree: Any) -> Any:

@@ -102,9 +102,9 @@ class RunLog:
     def __init__(self, path: Path, step: int, report: Callable[[str], None], times: int = 0):
         self._abandoned = path.with_name(f"abandoned-{path.name}")
         if self._abandoned.exists():
-            known = [entry for entry in _read(self._abandoned) if entry["abandoned"] <= times]
+            known = [entry for entry in read_lines(self._abandoned) if entry["abandoned"] <= times]
             write_durably(self._abandoned, b"".join(map(_line, known)))
-        self.entries = [entry for entry in _read(path) if entry["step"] <= step]
+        self.entries = [entry for entry in read_lines(path) if entry["step"] <= step]
         kept = b"".join(map(_line, self.entries))
         write_durably(path, kept)
         self._path, self._report, self._size, self._waiting = path, report, len(kept), b""
@@ -118,7 +118,7 @@ class RunLog:
         kept = [entry for entry in self.entries if entry["step"] <= step]
         given_up = [{**x, "abandoned": times} for x in self.entries[len(kept) :]]
         if given_up:
-            before = _read(self._abandoned)
+            before = read_lines(self._abandoned)
             write_durably(self._abandoned, b"".join(map(_line, before + given_up)))
             content = b"".join(map(_line, kept))
             write_durably(self._path, content)
@@ -155,7 +155,8 @@ class RunLog:
             self._report(f"Could not write {self._path} ({error.strerror}).")
 
 
-def _read(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
+    """Return the entries of a .jsonl file up to the first broken line; none without a file."""
     entries = []
     try:
         lines = path.read_text().splitlines()
@@ -164,7 +165,7 @@ def _read(path: Path) -> list[dict]:
     for line in lines:
         try:
             entries.append(json.loads(line))
-        except ValueError:  # the line at which the process was killed
+        except ValueError:  # still being written, or the process was killed there
             break
     return entries
 
