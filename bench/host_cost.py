@@ -21,7 +21,7 @@ from kernels import _runtime
 from ._stub_driver import StubDriver
 from .harness import Call
 
-CALLS = 30
+CALLS = 100
 LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel|Memcpy|Memset|GraphLaunch)")
 
 

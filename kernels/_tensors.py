@@ -6,6 +6,7 @@ parameters of GPT-2 in Python would take several times as long.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress, filterfalse, repeat
 from operator import attrgetter, is_, is_not
@@ -51,12 +52,11 @@ class Tensors:
         self.mesh = None
         self._op, self._storage, self._seed = op, storage, seed
         self._held: tuple = ()
-        self._place: tuple = ()
         self._keys: list[int] = []
         self._rates: list[int] = []
         self._places: list[list[int]] = []
-        self._checked: set[tuple] = set()
-        self._tables: dict[tuple, tuple[Tables, list[Format]]] = {}
+        self._visited: dict[tuple, _Place] = {}
+        self._here = _Place()
 
     def find(
         self,
@@ -98,7 +98,7 @@ class Tensors:
 
     def _held_by(self, ps: list[Tensor], states: States, distributed: bool) -> list[int]:
         # All the state there is: to look up that of `ps` would take a third of the time.
-        xs = [*ps, *chain.from_iterable(map(dict.values, states.values()))]
+        xs = chain(ps, chain.from_iterable(map(dict.values, states.values())))
         try:
             return list(map(Tensor.data_ptr, map(local, xs) if distributed else xs))
         except TypeError as error:
@@ -128,8 +128,7 @@ class Tensors:
         self._places = [
             [0 if x is None else x.data_ptr() for x in item.tensors()] for item in self.items
         ]
-        self._checked.clear()
-        self._tables.clear()
+        self._visited.clear()
 
     def _item(
         self, p: Tensor, group: int, number: int, own: tuple[str, ...], state: dict[str, Any]
@@ -156,14 +155,16 @@ class Tensors:
         if not _are_alike(ps, gs):
             gs = [in_order_of(self._op, p, g) for p, g in zip(ps, gs, strict=True)]
         self.grads = gs
-        self._place = tuple(map(Tensor.data_ptr, gs)), tuple(map(attrgetter("dtype"), gs))
-        if self._place not in self._checked:
+        place = tuple(map(Tensor.data_ptr, gs)), tuple(map(attrgetter("dtype"), gs))
+        known = self._visited.get(place)
+        if known is None:
             for item, g in zip(self.items, gs, strict=True):
                 check_memory(self._op, g, self.device)
                 self._check_grad(item.p, g)
-            if len(self._checked) == REMEMBERED:
-                self._checked.clear()
-            self._checked.add(self._place)
+            if len(self._visited) == REMEMBERED:
+                self._visited.clear()
+            known = self._visited[place] = _Place()
+        self._here = known
 
     def release(self) -> None:
         """Let go of the gradients, which `zero_grad` would not free otherwise."""
@@ -196,13 +197,11 @@ class Tensors:
         Raises:
             ValueError: two tensors lie at one address.
         """
-        if self._place in self._tables:
-            return self._tables[self._place]
+        if self._here.tables is not None:
+            return self._here.tables
         made = self._make_tables()
         if not is_capturing():
-            if len(self._tables) == REMEMBERED:
-                self._tables.clear()
-            self._tables[self._place] = made
+            self._here.tables = made
         return made
 
     def _make_tables(self) -> tuple[Tables, list[Format]]:
@@ -245,9 +244,19 @@ class Tensors:
             )
 
 
+@dataclass
+class _Place:
+    """Where gradients lay that were checked."""
+
+    tables: tuple[Tables, list[Format]] | None = None
+
+
 def _are_alike(ps: list[Tensor], gs: list[Tensor]) -> bool:
     """Whether each of `gs` holds its elements in the order in which its parameter does."""
-    if {*map(attrgetter("layout"), gs)} != {torch.strided}:
+    try:
+        if all(map(Tensor.is_contiguous, gs)) and all(map(Tensor.is_contiguous, ps)):
+            return True
+    except RuntimeError:  # of sparse rows
         return False
-    contiguous = all(map(Tensor.is_contiguous, gs)) and all(map(Tensor.is_contiguous, ps))
-    return contiguous or list(map(Tensor.stride, gs)) == list(map(Tensor.stride, ps))
+    strided = {*map(attrgetter("layout"), gs)} == {torch.strided}
+    return strided and list(map(Tensor.stride, gs)) == list(map(Tensor.stride, ps))

@@ -50,6 +50,7 @@ from ._multi_tensor import (
     store,
 )
 from ._precision import element_bits, hash_bits
+from ._runtime import Launcher
 from .grad_norm import P, clip_coefficient, is_finite, total_norm
 
 BLOCK = 1024  # elements of each tensor that a program holds at a time: 16 bytes per thread
@@ -319,17 +320,24 @@ def launch_update(
     coefs = torch.empty(n_tensors, BASE.value + rule.coefs, device=hyper.device)
     n_partials = 0 if partials_P is None else len(partials_P)
     block = BLOCK * (2 if all(format.is_narrow for format in formats) else 1)
-    _optimizer_prepare_kernel[(1,)](
-        tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials,
-        RULE=rule.prepare, COEFS=rule.coefs, COLUMNS=columns, HYPERS=hyper.shape[1],
-        BLOCK_N=128, BLOCK_P=P,
+    _prepare(
+        1,
+        (tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials),
+        (rule.prepare, rule.coefs, columns, hyper.shape[1], 128, P),
+    )
+    _update(
+        len(tables.chunks),
+        (*tables, coefs, norm, sums, options.ema_weight),
+        (
+            rule.update, rule.coefs, (columns - STATE.value) // 2, tuple(map(int, formats)),
+            options.l1, options.l2, options.zero, columns, _multi_tensor.CHUNK, block,
+        ),
+        num_warps=THREADS.value // 32,
     )  # fmt: skip
-    _optimizer_update_kernel[(len(tables.chunks),)](
-        *tables, coefs, norm, sums, options.ema_weight,
-        RULE=rule.update, COEFS=rule.coefs, STATES=(columns - STATE.value) // 2,
-        FORMATS=tuple(map(int, formats)), L1=options.l1, L2=options.l2, ZERO=options.zero,
-        COLUMNS=columns, CHUNK=_multi_tensor.CHUNK, BLOCK=block, num_warps=THREADS.value // 32,
-    )  # fmt: skip
+
+
+_prepare = Launcher(_optimizer_prepare_kernel)
+_update = Launcher(_optimizer_update_kernel)
 
 
 def launch_norms(tables: Tables, sums: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from ._multi_tensor import (
     upload,
 )
 from ._multi_tensor import tables as tables_of
-from ._runtime import uses_triton
+from ._runtime import Launcher, uses_triton
 from ._shards import are_distributed, local, mesh_of, replicas, sum_over_ranks
 
 if TYPE_CHECKING:
@@ -230,14 +230,17 @@ def launch_partials(
     n_chunks = len(tables.chunks)
     programs = P if mesh is not None else min(P, n_chunks)
     partials_P = torch.empty(programs, dtype=torch.float32, device=tables.tensors.device)
-    _grad_norm_partials_kernel[(programs,)](
-        *tables, partials_P, sums, n_chunks,
-        COLUMNS=tables.tensors.shape[1], SUMS=0 if sums is None else sums.shape[1],
-        CHUNK=_multi_tensor.CHUNK, BLOCK=BLOCK, num_warps=THREADS.value // 32,
+    columns, n_sums = tables.tensors.shape[1], 0 if sums is None else sums.shape[1]
+    _partials(
+        programs, (*tables, partials_P, sums, n_chunks),
+        (columns, n_sums, _multi_tensor.CHUNK, BLOCK), num_warps=THREADS.value // 32,
     )  # fmt: skip
     if mesh is not None:
         sum_over_ranks(partials_P, mesh)
     return partials_P
+
+
+_partials = Launcher(_grad_norm_partials_kernel)
 
 
 def _tables(grads: list[Tensor], counts: list[int], layers: Iterable[int]) -> Tables:

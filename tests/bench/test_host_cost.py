@@ -47,7 +47,7 @@ def test_the_cost_of_a_gpu_call_is_counted_after_its_first(monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("cudaDeviceSynchronize"))
-    launches = iter([9, *[2] * 99])
+    launches = iter([9, *[2] * (host_cost.CALLS + 1)])
     cost = host_cost.of_gpu_call(lambda: log.extend(["cuLaunchKernelEx"] * next(launches)))
     assert cost.launches == 2
     assert cost.microseconds > 0

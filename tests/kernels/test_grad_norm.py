@@ -5,6 +5,7 @@ clip_grad_norms_ is that of one layer after another.
 
 import pytest
 import torch
+from recorded import record_launches
 from torch import nn
 from training import programs_in
 
@@ -162,20 +163,7 @@ def test_is_bitwise_repeatable(path, device):
 
 @pytest.fixture
 def grids(monkeypatch):
-    """The grid of every launch."""
-    launched = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            launched.append(grid)
-            return self.kernel[grid]
-
-    for name in [name for name in vars(grad_norm) if name.endswith("_kernel")]:
-        monkeypatch.setattr(grad_norm, name, Recorder(getattr(grad_norm, name)))
-    return launched
+    return record_launches(monkeypatch, grad_norm)
 
 
 def test_takes_two_launches_of_a_fixed_grid(grids, device):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from recorded import record_launches
 from torch import nn
 from training import (
     SMALL,
@@ -23,27 +24,12 @@ from kernels.adamw import AdamW
 pytestmark = pytest.mark.usefixtures("pointer_tables")
 
 
-class Counter:
-    """A kernel that counts its launches."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid):
-        self.launches += 1
-        return self.kernel[grid]
-
-
 @pytest.mark.parametrize("shapes", [[(5,)], [(5000,), (0,), *SMALL]], ids=str)
 @pytest.mark.parametrize(("max_grad_norm", "launches"), [(None, 2), (1.0, 3)])
 def test_launches_do_not_depend_on_the_model(max_grad_norm, launches, shapes, monkeypatch, device):
-    counters = []
-    for module in (_update, grad_norm):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            counters.append(Counter(getattr(module, name)))
-            monkeypatch.setattr(module, name, counters[-1])
+    grids = record_launches(monkeypatch, _update, grad_norm)
     train(lambda ps: AdamW(ps, max_grad_norm=max_grad_norm), parameters(shapes, device), 1)
-    assert sum(counter.launches for counter in counters) == launches
+    assert len(grids) == launches
 
 
 def test_uploads_nothing_while_addresses_stand(monkeypatch, device):

@@ -11,8 +11,8 @@ _states = partial(Mutant, file="kernels/_states.py")
 MUTANTS = [
     _tensors(
         what="moved gradients not noticed",
-        original="if self._place in self._tables:\n            return self._tables[self._place]",
-        replacement="if self._tables:\n            return next(iter(self._tables.values()))",
+        original="known = self._visited.get(place)",
+        replacement="known = next(iter(self._visited.values()), None)",
     ),
     _tensors(
         what="moved parameters and moments not noticed",
