@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
+from ._written_out import is_written_out
 
 TILE = 2048  # pairs per program: 16 a thread. In place no two threads may hold one element.
 
@@ -44,6 +45,29 @@ def rope_reference(
     x_K = x.to(wide)
     other_K = x_K.unflatten(-1, split).roll(1, axis).flatten(-2)  # the other member of each pair
     return torch.addcmul(x_K * cos_K, other_K, sin_K).to(x.dtype)
+
+
+class _WrittenOut(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor, interleaved: bool
+    ) -> Tensor:
+        return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, cos, sin, offset, ctx.interleaved = inputs
+        ctx.offset = offset if isinstance(offset, int) else None
+        ctx.save_for_backward(cos, sin, *([offset] if ctx.offset is None else []))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        cos, sin, *offset = ctx.saved_tensors
+        offset = offset[0] if offset else ctx.offset
+        dx = rope_reference(dy, cos, -sin, offset=offset, interleaved=ctx.interleaved)
+        return dx, None, None, None, None
 
 
 def _rows(table: Tensor, L: int, offset: int | Tensor) -> Tensor:
@@ -244,6 +268,8 @@ def rope(
     if inplace and (torch.compiler.is_compiling() or not uses_triton(x, "rope")):
         return x.copy_(rope(x, cos, sin, offset=offset, interleaved=interleaved))
     if not uses_triton(x, "rope"):
+        if is_written_out(x):
+            return _WrittenOut.apply(x, cos, sin, offset, interleaved)
         return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
     if isinstance(offset, int):
         cos, sin, offset_B = *(_rows(table, x.shape[-3], offset) for table in (cos, sin)), None

@@ -18,12 +18,38 @@ from torch.nn.functional import silu
 
 from ._activation import activate, validate_pair
 from ._runtime import uses_triton
+from ._written_out import differentiate, is_written_out
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The definition of `swiglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    return (silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    return (silu(_widen(gate)) * _widen(up)).to(gate.dtype)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _WrittenOut(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return silu(_widen(gate)).mul_(up).to(gate.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dh: Tensor):
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*differentiate(swiglu_reference, (gate, up), ctx.needs_input_grad, dh),)
+        wide = _widen(gate)
+        dup = silu(wide).mul_(dh)
+        dgate = torch.ops.aten.silu_backward(torch.mul(_widen(dh), up), wide)
+        return dgate.to(gate.dtype), dup.to(up.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -44,5 +70,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     validate_pair("swiglu", gate, up)
     if not uses_triton(gate, "swiglu"):
-        return swiglu_reference(gate, up)
+        define = _WrittenOut.apply if is_written_out(gate, up) else swiglu_reference
+        return define(gate, up)
     return activate("silu", gate, up)
