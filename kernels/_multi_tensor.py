@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 8192  # elements; a multiple of every kernel's BLOCK
+SLICE = 1 << 18  # elements that the definitions take at a time; of float32 1 MB, for a CPU's cache
 THREADS = tl.constexpr(256)  # of every program
 
 # Columns of `tensors`. An optimizer fills those from GROUP to STEP, grad_norm.py GROUP alone.
@@ -86,6 +87,11 @@ def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[T
     tensor_K = torch.repeat_interleave(count_N)
     index_K = torch.arange(len(tensor_K)) - first_N[tensor_K]
     return first_N, upload(torch.stack([tensor_K, index_K], dim=1).int(), device)
+
+
+def flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory, `[n]`: a view."""
+    return x.as_strided((x.numel(),), (1,))
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -30,6 +30,7 @@ from ._update import (
     launch_norms,
     launch_update,
 )
+from ._update_fused import Fused, step_fused
 from ._update_reference import Move, Terms, key_reference, update_reference
 from .grad_norm import (
     clip_coefficient_reference,
@@ -53,6 +54,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     """States that are never negative."""
     decoupled = False
     """Whether weight decay is decoupled unless a group says otherwise."""
+    fused: Fused | None = None
+    """The step by PyTorch's kernel for CPUs, if there is one."""
     refused: tuple[str, ...] = ()
     """Options of torch's class that must be off in a state that is loaded."""
 
@@ -240,7 +243,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             coef = clip_coefficient_reference(norm, self.max_grad_norm).item()
         groups = [group | {"lr": float(group["lr"])} for group in self.param_groups]
         terms = [self._terms(group, coef) for group in groups]
+        taken = step_fused(self.fused, found, groups, coef, sums)
         for i, (item, g) in enumerate(zip(found.items, found.grads, strict=True)):
+            if i in taken:
+                continue
             t = 0.0 if item.step is None else item.step.add_(1).item()
             update_reference(
                 item, g, partial(self._rule_reference, groups[item.group], t), terms[item.group],

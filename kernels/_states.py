@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._formats import Format
-from ._multi_tensor import in_order_of
+from ._multi_tensor import flat, in_order_of
 from ._precision import (
     ABSENT,
     BFLOAT16,
@@ -192,11 +192,6 @@ class Storage:
 
 
 _EIGHT_BITS = (SIGNED.value, UNSIGNED.value)
-
-
-def flat(x: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of memory, `[n]`: a view."""
-    return x.as_strided((x.numel(),), (1,))
 
 
 def _constant(p: Tensor, value: float, kind: int) -> tuple[Tensor, Tensor | None]:

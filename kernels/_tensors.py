@@ -7,9 +7,8 @@ parameters of GPT-2 in Python would take several times as long.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, compress, filterfalse, repeat
-from operator import attrgetter, is_, is_not
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -52,6 +51,7 @@ class Tensors:
         self.mesh = None
         self._op, self._storage, self._seed = op, storage, seed
         self._held: tuple = ()
+        self._contiguous = False
         self._keys: list[int] = []
         self._rates: list[int] = []
         self._places: list[list[int]] = []
@@ -74,8 +74,9 @@ class Tensors:
         counts, ps, gs = [], [], []
         for group in groups:
             here = list(map(attrgetter("grad"), group["params"]))
-            ps += compress(group["params"], map(is_not, here, repeat(None)))
-            gs += filterfalse(partial(is_, None), here)
+            there = list(map(is_not, here, repeat(None)))
+            ps += group["params"] if all(there) else compress(group["params"], there)
+            gs += here if all(there) else compress(here, there)
             counts.append(len(ps))
         if not ps:
             return False
@@ -125,6 +126,7 @@ class Tensors:
                     self._check(self.items[-1])
                 number += 1
         self._keys = list(map(self.key, self.items))
+        self._contiguous = _are_contiguous([item.p for item in self.items])
         self._places = [
             [0 if x is None else x.data_ptr() for x in item.tensors()] for item in self.items
         ]
@@ -152,7 +154,7 @@ class Tensors:
         )  # fmt: skip
 
     def _find_grads(self, ps: list[Tensor], gs: list[Tensor]) -> None:
-        if not _are_alike(ps, gs):
+        if not (self._contiguous and _are_contiguous(gs)) and not _are_alike(ps, gs):
             gs = [in_order_of(self._op, p, g) for p, g in zip(ps, gs, strict=True)]
         self.grads = gs
         place = tuple(map(Tensor.data_ptr, gs)), tuple(map(attrgetter("dtype"), gs))
@@ -253,10 +255,14 @@ class _Place:
 
 def _are_alike(ps: list[Tensor], gs: list[Tensor]) -> bool:
     """Whether each of `gs` holds its elements in the order in which its parameter does."""
-    try:
-        if all(map(Tensor.is_contiguous, gs)) and all(map(Tensor.is_contiguous, ps)):
-            return True
-    except RuntimeError:  # of sparse rows
-        return False
+    if _are_contiguous(gs) and _are_contiguous(ps):
+        return True
     strided = {*map(attrgetter("layout"), gs)} == {torch.strided}
     return strided and list(map(Tensor.stride, gs)) == list(map(Tensor.stride, ps))
+
+
+def _are_contiguous(xs: list[Tensor]) -> bool:
+    try:
+        return all(map(Tensor.is_contiguous, xs))
+    except RuntimeError:  # of sparse rows
+        return False

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._multi_tensor import SLICE, flat
 from ._precision import (
     ABSENT,
     BFLOAT16,
@@ -26,9 +27,7 @@ from ._precision import (
     split_reference,
     to_bfloat16_reference,
 )
-from ._states import Item, flat
-
-SLICE = 1 << 18  # elements, a multiple of Q; of float32, 1 MB
+from ._states import Item
 
 
 class Move(NamedTuple):

@@ -17,6 +17,7 @@ from typing import Any, Unpack
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.optim.adam import adam
 
 from ._optimizer import MultiTensorOptimizer
 from ._options import StepOptions
@@ -70,6 +71,18 @@ def _adam_update(g, state, coefs, FORMAT: tl.constexpr):
     return divide(step_size * m, tl.sqrt(v) * rsqrt + eps), (m, v)
 
 
+def _adam_fused(
+    group: dict[str, Any], ps: list[Tensor], gs: list[Tensor], states: list[list[Tensor]],
+    steps: list[Tensor],
+) -> None:  # fmt: skip
+    (beta1, beta2), (ms, vs) = group["betas"], states
+    adam(
+        ps, gs, ms, vs, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        maximize=group["maximize"], decoupled_weight_decay=group["decoupled_weight_decay"],
+    )  # fmt: skip
+
+
 class Adam(MultiTensorOptimizer):
     """Update every parameter by Adam in one launch, clipping the global gradient norm on the way.
 
@@ -95,6 +108,7 @@ class Adam(MultiTensorOptimizer):
     rule = Rule(_adam_prepare, _adam_update, coefs=6)
     states = ("exp_avg", "exp_avg_sq")
     squares = ("exp_avg_sq",)
+    fused = staticmethod(_adam_fused)
     refused = ("amsgrad",)
 
     def __init__(

@@ -31,9 +31,11 @@ from ._multi_tensor import (
     GRAD,
     GROUP,
     REPLICAS,
+    SLICE,
     THREADS,
     Tables,
     check_memory,
+    flat,
     load,
     locate,
     store,
@@ -54,8 +56,15 @@ LAYER_BLOCK = 1024  # sums of chunks, or of layers, that one program reads at a 
 
 def squares_reference(grads: Sequence[Tensor]) -> Tensor:
     """The definition of the sums of squares in plain PyTorch: `[N]` for N gradients, float32."""
+    return torch.stack([_square_sum(g) for g in grads])
+
+
+def _square_sum(x: Tensor) -> Tensor:
     # Not vector_norm, which on a CPU adds one by one: off by 8e-5 at 4M elements, this by 6e-8.
-    return torch.stack([g.float().square().sum() for g in grads])
+    if x.numel() <= SLICE:
+        return x.float().square().sum()
+    # Each square in a cache, not one whole tensor of them in fresh memory: eight times as fast.
+    return torch.stack([part.float().square().sum() for part in flat(x).split(SLICE)]).sum()
 
 
 def norm_reference(squares_N: Tensor, replicas: Sequence[int], mesh: "DeviceMesh | None") -> Tensor:

@@ -40,34 +40,28 @@ def rope_reference(
     """The definition of `rope` in plain PyTorch, in float32 or the wider dtype of `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (_rows(table.to(wide), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
-    split, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
-    cos_K, sin_K = (torch.stack(t, axis).flatten(-2) for t in ((cos, cos), (-sin, sin)))
     x_K = x.to(wide)
-    other_K = x_K.unflatten(-1, split).roll(1, axis).flatten(-2)  # the other member of each pair
+    x1, x2 = (x_K[..., ::2], x_K[..., 1::2]) if interleaved else x_K.chunk(2, -1)
+    cos_K, sin_K, other_K = (
+        torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+        for pair in ((cos, cos), (-sin, sin), (x2, x1))
+    )
     return torch.addcmul(x_K * cos_K, other_K, sin_K).to(x.dtype)
 
 
 class _WrittenOut(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        x: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor, interleaved: bool
+        ctx, x: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor, interleaved: bool
     ) -> Tensor:
-        return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, cos, sin, offset, ctx.interleaved = inputs
-        ctx.offset = offset if isinstance(offset, int) else None
-        ctx.save_for_backward(cos, sin, *([offset] if ctx.offset is None else []))
+        ctx.save_for_backward(cos, sin)
+        ctx.how = {"offset": offset, "interleaved": interleaved}
+        return rope_reference(x, cos, sin, **ctx.how)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        cos, sin, *offset = ctx.saved_tensors
-        offset = offset[0] if offset else ctx.offset
-        dx = rope_reference(dy, cos, -sin, offset=offset, interleaved=ctx.interleaved)
-        return dx, None, None, None, None
+        cos, sin = ctx.saved_tensors
+        return rope_reference(dy, cos, -sin, **ctx.how), None, None, None, None
 
 
 def _rows(table: Tensor, L: int, offset: int | Tensor) -> Tensor:

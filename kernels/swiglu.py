@@ -31,15 +31,10 @@ def _widen(x: Tensor) -> Tensor:
 
 
 class _WrittenOut(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
         return silu(_widen(gate)).mul_(up).to(gate.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, dh: Tensor):

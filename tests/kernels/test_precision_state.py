@@ -10,8 +10,8 @@ from torch import nn
 from training import assert_equal, bits
 
 from kernels import SGD, AdamW, Lion, _precision
+from kernels._multi_tensor import flat
 from kernels._precision import Q
-from kernels._states import flat
 
 pytestmark = pytest.mark.usefixtures("pointer_tables")
 
