@@ -27,7 +27,7 @@ from model import ModelConfig, Transformer, checkpoint, random_state
 from model.checkpoint import CheckpointError
 from model.compute import ComputeConfig
 from model.cuda_graph import training_step
-from model.device import choose_device, describe, set_threads
+from model.device import choose_device, describe, keep_freed_memory, set_threads
 from model.display import Display, console, count, group_table, show_end
 from model.durable import write_durably
 from model.evaluation import evaluate
@@ -195,6 +195,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         console.print(f"No checkpoint in {run} yet: starting from the beginning.")
     saved = {} if last is None else checkpoint.read_record(last)["state"]
     threads = set_threads(config.threads or saved.get("threads", 0))
+    if device.type == "cpu":
+        keep_freed_memory()
 
     random_state.seed(config.seed)
     folder = prepare(
@@ -276,6 +278,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         while not final and not stopping:
             lr = recovery.lr_factor * config.schedule.rate(step, budget, seconds())
             set_rate(optimizer, lr)
+            observer.prepare(step + 1, optimizer)
             loss, grad_norm = take_step(loader.next_batch())
             step += 1
             observer.take(step, optimizer)

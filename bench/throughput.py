@@ -3,26 +3,34 @@
 The shape is that of nanoGPT's published command for a CPU: 4 layers of 4 heads, 128 wide, batches
 of 12 sequences of 64 tokens, vocabulary 65. The plain GPT (bench/plain_gpt.py) is of PyTorch's own
 modules, with `torch.optim.AdamW` at its defaults behind `clip_grad_norm_`; this project's model is
-a Llama-like one of as many parameters, to within 1 %, in `train.py`'s own step. Both learn the same
-batches in the same precision. They take turns, one beginning each second turn, and "of plain" is
-the median over the turns, with its quartiles.
+a Llama-like one of as many parameters, to within 1 %, in `train.py`'s own step with all that it
+does by default. Both learn the same batches in the same precision, each in a process of its own.
+They take turns, one beginning each second turn, and "of plain" is the median over the turns, with
+its quartiles.
 """
 
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor, nn
 
 from model import ModelConfig, Transformer
-from model.optim import OptimizerConfig
+from model.device import keep_freed_memory
+from model.observer import ObserveConfig
+from model.optim import OptimizerConfig, set_rate
 from train import accumulate_gradients
 
 from .harness import device_name
@@ -37,6 +45,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 LEARNING_RATE = 1e-3
 MAX_NORM = 1.0
+PAUSE = 0.05  # seconds, for the threads of the one before, which go on spinning for a while
 PRECISIONS = torch.float32, torch.bfloat16
 COLUMNS = "threads", "precision", "model", "parameters", "ms/step", "tokens/s", "of plain"
 
@@ -56,15 +65,13 @@ def main(
         write: keep the table in bench/results/throughput.md.
     """
     table = Table(*COLUMNS)
-    before = torch.get_num_threads()
     runs = [(n, dtype) for n in threads for dtype in PRECISIONS]
-    try:
-        for n, dtype in track(runs, "rates", transient=True):
-            torch.set_num_threads(n)
-            for row in _rows(dtype, turns, steps):
+    # Shown between turns alone: a thread that refreshed it would take a core from one of them.
+    with Progress(transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("rates", total=len(runs) * (turns + 1))
+        for n, dtype in runs:
+            for row in _rows(n, dtype, turns, steps, partial(_advance, progress, task)):
                 table.add_row(str(n), *row)
-    finally:
-        torch.set_num_threads(before)
     command = f"python -m bench throughput --turns {turns} --steps {steps}"
     command += f" --threads {' '.join(map(str, threads))} --write"
     lines = (
@@ -80,46 +87,95 @@ def main(
             _print(Console(file=file, width=WIDTH), box.MARKDOWN, lines, table)
 
 
-def contenders() -> dict[str, tuple[nn.Module, Step]]:
-    """Return each model with its training step, the plain one first."""
-    torch.manual_seed(0)
-    plain = PlainGPT(VOCABULARY, LENGTH, LAYERS, WIDE, HEADS)
-    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE)
-    ours = Transformer(CONFIG)
-    optimizer = OptimizerConfig(max_grad_norm=MAX_NORM).make(ours)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
-
-    def plain_step(batch: Batch, cast: torch.autocast) -> None:
-        with cast:
-            loss = plain(*batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
+def plain() -> tuple[nn.Module, Step]:
+    """Return the plain model with its training step."""
+    model = PlainGPT(VOCABULARY, LENGTH, LAYERS, WIDE, HEADS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 
     def step(batch: Batch, cast: torch.autocast) -> None:
-        accumulate_gradients(ours, batch, BATCH, cast)
+        with cast:
+            loss = model(*batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
 
-    return {"plain PyTorch GPT": (plain, plain_step), "train.py": (ours, step)}
+    return model, step
 
 
-def _rows(dtype: torch.dtype, turns: int, steps: int) -> Iterator[tuple[str, ...]]:
-    models = contenders()
+def ours() -> tuple[nn.Module, Step]:
+    """Return this project's model with `train.py`'s step, at its defaults."""
+    keep_freed_memory()
+    model = Transformer(CONFIG)
+    observing, config = ObserveConfig(), OptimizerConfig(max_grad_norm=MAX_NORM)
+    optimizer = config.make(model, record_norms=observing.records_norms)
+    set_rate(optimizer, LEARNING_RATE)
+    steps = itertools.count(1)
+
+    def step(batch: Batch, cast: torch.autocast) -> None:
+        optimizer.records_norms = observing.takes_norms(next(steps))
+        accumulate_gradients(model, batch, BATCH, cast)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+CONTENDERS = {"plain PyTorch GPT": plain, "train.py": ours}
+
+
+def _serve(asked: Connection, name: str, threads: int, dtype: torch.dtype, steps: int) -> None:
+    """Send the number of parameters, then seconds per step whenever asked; None ends it."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model, step = CONTENDERS[name]()
     cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     sequences = torch.randint(VOCABULARY, (steps, BATCH, LENGTH + 1))
     batches = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in sequences]
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(-1, turns):
-        for name in [*models][:: -1 if turn % 2 else 1]:
-            step = models[name][1]
-            start = time.perf_counter()
-            for batch in batches:
-                step(batch, cast)
-            if turn >= 0:  # the first is for warming up
-                times[name].append((time.perf_counter() - start) / steps)
+    asked.send(sum(p.numel() for p in model.parameters()))
+    while asked.recv():
+        step(batches[0], cast)  # brings back to the caches what the other contender drove out
+        start = time.perf_counter()
+        for batch in batches:
+            step(batch, cast)
+        asked.send((time.perf_counter() - start) / steps)
+
+
+@contextmanager
+def _processes(threads: int, dtype: torch.dtype, steps: int) -> Iterator[dict[str, Connection]]:
+    """Each contender in a process of its own, as a user has it."""
+    context, connections = get_context("spawn"), {}
+    with ExitStack() as stack:
+        for name in CONTENDERS:
+            connections[name], theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, name, threads, dtype, steps), daemon=True
+            )
+            process.start()
+            stack.callback(process.join)
+            stack.callback(connections[name].send, None)
+        yield connections
+
+
+def _advance(progress: Progress, task: TaskID) -> None:
+    progress.advance(task)
+    progress.refresh()
+
+
+def _rows(
+    threads: int, dtype: torch.dtype, turns: int, steps: int, advance: Callable[[], None]
+) -> Iterator[tuple[str, ...]]:
+    with _processes(threads, dtype, steps) as connections:
+        sizes = {name: connection.recv() for name, connection in connections.items()}
+        times: dict[str, list[float]] = {name: [] for name in connections}
+        for turn in range(-1, turns):
+            advance()
+            for name in [*connections][:: -1 if turn % 2 else 1]:
+                time.sleep(PAUSE)
+                connections[name].send(True)
+                seconds = connections[name].recv()
+                if turn >= 0:  # the first is for warming up
+                    times[name].append(seconds)
     plain = next(iter(times.values()))
     for name, seconds in times.items():
         low, median, high = statistics.quantiles(seconds, n=4)
@@ -128,7 +184,7 @@ def _rows(dtype: torch.dtype, turns: int, steps: int) -> Iterator[tuple[str, ...
         yield (
             str(dtype)[6:],
             name,
-            f"{sum(p.numel() for p in models[name][0].parameters()):,}",
+            f"{sizes[name]:,}",
             f"{median * 1e3:.1f} ({low * 1e3:.1f}-{high * 1e3:.1f})",
             f"{BATCH * LENGTH / median:,.0f}",
             f"{ratio:.2f} ({worst:.2f}-{best:.2f})",

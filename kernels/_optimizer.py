@@ -65,6 +65,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self.max_grad_norm: float | None = every["max_grad_norm"]
         self.grad_norm: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
+        self.records_norms: bool = every["record_norms"]
         self._forget()
         decoupled = every["decoupled_weight_decay"]
         ours = {
@@ -92,7 +93,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "grad_norm", "skipped", "_options")
+        kept = ("max_grad_norm", "grad_norm", "skipped", "records_norms", "_options")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def _forget(self) -> None:
@@ -192,8 +193,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     def norms(self) -> Norms | None:
         """Norms of every gradient, update and weight in the last step; None before the first.
 
-        Needs `record_norms`. The sums come with the step, at no traffic of their own; this adds
-        them up, in one launch, and over the ranks where parameters are distributed.
+        Needs `record_norms`. While `records_norms` is False, steps leave what this returns as it
+        is: on a CPU they are cheaper then. The sums come with the step, at no traffic of their own;
+        this adds them up, in one launch, and over the ranks where parameters are distributed.
         """
         found = self._tensors
         if self._sums is None:
@@ -265,7 +267,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         options = self._options
         tables, formats = found.tables()
         partials_P, norm, sums = None, None, self._sums_of(found, len(tables.chunks))
-        self._summed = tables
+        self._summed = self._summed if sums is None else tables
         if self.max_grad_norm is not None:
             partials_P = launch_partials(tables, sums, found.mesh)
             norm = self.grad_norm = partials_P.new_empty(())
@@ -282,7 +284,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _sums_of(self, found: Tensors, count: int) -> Tensor | None:
         """Sums of squares `[count, 3]`, where norms are recorded."""
-        if self._options["record_norms"] and (self._sums is None or len(self._sums) != count):
+        if not self.records_norms:
+            return None
+        if self._sums is None or len(self._sums) != count:
             self._sums = torch.zeros(count, SUMS.value, device=found.device)
         return self._sums
 

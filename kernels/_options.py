@@ -33,7 +33,7 @@ class StepOptions(TypedDict, total=False):
     zero_grads: bool
     """Zero gradients as they are read, also in a step that is skipped."""
     record_norms: bool
-    """Keep what `norms()` returns."""
+    """Keep what `norms()` returns; `optimizer.records_norms = False` pauses it."""
 
 
 class Norms(NamedTuple):
@@ -46,8 +46,8 @@ class Norms(NamedTuple):
     update: Tensor
     """Norms of the changes of the parameters, decay included; 0 in a step that was skipped."""
     weight: Tensor
-    """Norms of the parameters after the step; after one that was skipped, as the last that was not
-    left them, or 0 if there was none."""
+    """Norms of the parameters after the step; after one that was skipped, as the last one recorded
+    that was not left them, or 0 if there was none."""
 
 
 def checked(op: str, options: StepOptions) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 import torch
 from triton import knobs
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,6 +28,19 @@ def set_threads(wanted: int) -> int:
     allowed = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
     torch.set_num_threads(wanted or max(1, min(allowed, _cgroup_cores())))
     return torch.get_num_threads()
+
+
+def keep_freed_memory() -> None:
+    """Keep what this process frees, instead of handing it back to the system at every step.
+
+    A step of a model on a CPU frees and takes the same tensors as the one before, and every page
+    that comes back from the system is zeroed first: some 5 % of the time. Up to 1 GiB is kept, of
+    tensors up to 32 MiB, which is as far as glibc goes; elsewhere nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

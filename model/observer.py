@@ -46,6 +46,10 @@ class ObserveConfig:
         """Whether the optimizer must record norms."""
         return self.layer_norms_every > 0
 
+    def takes_norms(self, step: int) -> bool:
+        """Whether it is the turn of a step's norms."""
+        return self.records_norms and (step == 1 or step % self.layer_norms_every == 0)
+
 
 class Observer:
     """Keeps layers.jsonl, samples.jsonl and events.jsonl, warns, and feeds the trackers.
@@ -86,10 +90,17 @@ class Observer:
     def __exit__(self, *_) -> None:
         self._trackers.close()
 
+    def prepare(self, step: int, optimizer: Optimizer) -> None:
+        """Have the optimizer record the norms of a step where they will be taken.
+
+        On a GPU it records those of all: they cost nothing there, and a CUDA graph repeats itself.
+        """
+        if not optimizer.param_groups[0]["params"][0].is_cuda:
+            optimizer.records_norms = self._config.takes_norms(step)
+
     def take(self, step: int, optimizer: Optimizer) -> None:
         """Keep the norms of the step just taken, if it is their turn, on the device."""
-        every = self._config.layer_norms_every
-        if every and (step == 1 or step % every == 0):
+        if self._config.takes_norms(step):
             self._norms.take(step, optimizer)
 
     def log(self, entries: list[dict]) -> None:

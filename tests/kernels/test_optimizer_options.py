@@ -316,6 +316,23 @@ def test_lets_go_of_gradients(path, device):
     assert gone() is None
 
 
+def test_norms_are_paused(path, device):
+    ps = parameters(SMALL, device)
+    optimizer = train(lambda ps: AdamW(ps, max_grad_norm=1.0, record_norms=True), ps, 1)
+    before = optimizer.norms()
+    optimizer.records_norms = False
+    train(None, ps, 1, start=1, optimizer=optimizer)
+    ps[0].grad.fill_(torch.inf)
+    optimizer.step()
+    for x, y in zip(optimizer.norms()[1:], before[1:], strict=True):
+        assert torch.equal(x, y)
+    optimizer.records_norms = True
+    gradients(ps, seed=1)
+    optimizer.step()
+    grads = [torch.zeros(()) if p.grad is None else p.grad.norm() for p in optimizer.norms().params]
+    torch.testing.assert_close(list(optimizer.norms().grad.unbind()), grads)
+
+
 @EVERY_RULE
 def test_everything_at_once_is_never_read_back(ours, options, monkeypatch, device):
     ps = [*parameters(SMALL, device), *parameters(SMALL, device, BF16)]

@@ -1,5 +1,8 @@
 """Prove that the norms of layers are those of their parameters, and the warnings what they say."""
 
+import json
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from kernels import AdamW
 from model import ModelConfig, Transformer
 from model.layers import FACTOR, HISTORY, IN_A_ROW, SETTLED, LayerNorms, LayerWatch, layer_of
+from model.observer import ObserveConfig, Observer
 from model.plot import plot_layers
 
 CONFIG = ModelConfig(vocab_size=64, n_layers=3, d_model=32, n_heads=2, max_seq_len=16)
@@ -50,6 +54,25 @@ def test_norms_are_those_of_the_parameters():
         for layer, values in layers.items():
             assert entry["layers"][layer] == pytest.approx(values, rel=1e-4)
     assert norms.read() == []
+
+
+def test_only_the_norms_that_are_taken_are_recorded(tmp_path):
+    model = Transformer(CONFIG)
+    optimizer = AdamW(model.parameters(), record_norms=True)
+    config = ObserveConfig(layer_norms_every=3)
+    tokenizer: Any = None
+    observer = Observer(tmp_path, config, model, tokenizer, 0, {}, print)
+    recorded = []
+    for step in range(1, 8):
+        observer.prepare(step, optimizer)
+        recorded.append(optimizer.records_norms)
+        model(*batch()).backward()
+        optimizer.step()
+        observer.take(step, optimizer)
+    observer.log([])
+    assert [i for i, x in enumerate(recorded, 1) if x] == [1, 3, 6]
+    lines = (tmp_path / "layers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3, 6]
 
 
 def entry(step, scales, watch):
