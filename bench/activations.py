@@ -91,16 +91,18 @@ def main(sequences: int = 2, write: bool = False) -> None:
 
 
 def _rows(device: torch.device, sequences: int) -> Iterator[Row]:
-    reference = _runtime.REFERENCE
+    before = _runtime.REFERENCE, _runtime.CPU_KERNELS
     try:
-        for path, _runtime.REFERENCE in (("references", True), ("kernels", False)):
+        for path, kernels in (("references", False), ("kernels", True)):
+            _runtime.REFERENCE = device.type == "cuda" and not kernels
+            _runtime.CPU_KERNELS = kernels
             for dtype in (torch.float32, torch.bfloat16):
                 optimizer = OptimizerConfig()
                 memory = Memory(Transformer, MODEL, optimizer, device, dtype, sequences)
                 for policy in POLICIES:
                     yield _row(path, memory, policy)
     finally:
-        _runtime.REFERENCE = reference
+        _runtime.REFERENCE, _runtime.CPU_KERNELS = before
 
 
 def _row(path: str, memory: Memory, policy: str) -> Row:

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 from strict_interpreter import allow
+from triton import knobs
 
 from kernels import _multi_tensor, _optimizer, _runtime, _update, grad_norm
 
@@ -24,6 +25,7 @@ def path(reference):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_runtime, "REFERENCE", reference)
+        patch.setattr(_runtime, "CPU_KERNELS", knobs.runtime.interpret)
         patch.setattr(_multi_tensor, "CHUNK", 4096)
         patch.setattr(_update, "BLOCK", 2048)
         patch.setattr(grad_norm, "BLOCK", 2048)

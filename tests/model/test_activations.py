@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from triton import knobs
 
 from kernels import SGD, Adagrad, AdamW, Lion, RMSprop
 from model import ModelConfig, Transformer
@@ -73,14 +74,14 @@ def test_shallow_models_are_predicted_too(n_layers, device):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_the_kernels_keep_is_predicted(policy, device, monkeypatch):
     # Off a GPU these run in Triton's interpreter, on the same autograd functions.
-    monkeypatch.setattr("kernels._runtime.REFERENCE", False)
+    monkeypatch.setattr("kernels._runtime.CPU_KERNELS", knobs.runtime.interpret)
     step = Step(device, policy, n_layers=3, sequences=1)
     expected = memory(device, n_layers=3).step(policy, 1).activations
     assert saved_bytes(step.forward, step.given) == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_the_kernels_keep_is_what_their_formulas_need(device, monkeypatch):
-    monkeypatch.setattr("kernels._runtime.REFERENCE", False)
+    monkeypatch.setattr("kernels._runtime.CPU_KERNELS", knobs.runtime.interpret)
     D, H, G, K = CONFIG.d_model, CONFIG.n_heads, CONFIG.kv_heads, CONFIG.head_width
     F, V, L, N = CONFIG.feed_forward_width, CONFIG.vocab_size, CONFIG.max_seq_len, CONFIG.n_layers
     norms = 2 * (D + D) + 2  # what they normalise, what comes of it, and 1 / root mean square
