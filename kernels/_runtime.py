@@ -115,12 +115,12 @@ class Launcher:
 
         Args:
             programs: the grid, of one axis.
-            args: what comes first in the kernel's signature. What has a place there is always of
-                one type and, if a tensor, of one dtype, or None.
+            args: what comes first in the kernel's signature. In one place tensors are always of
+                one dtype.
             constants: the constexprs, which follow.
             options: of Triton, the same at every launch.
         """
-        decisive = [x.data_ptr() % 16 if isinstance(x, Tensor) else x for x in args]
+        decisive = [x.data_ptr() % 16 if isinstance(x, Tensor) else (type(x), x) for x in args]
         if self._compiled is None or self._key != (decisive, constants, _device()):
             # None from the interpreter, and where torch.compile looks on.
             self._compiled = self._kernel[(programs,)](*args, *constants, **options)

@@ -20,8 +20,8 @@ def fill(x_ptr, y_ptr, value, n, A: tl.constexpr, B: tl.constexpr):
 
 X = torch.empty(4096)
 CHOICES = [
-    (X, X[4:], X[2:], X[1:]), (X, X[1:], None), (0.0, 1.0), (1, 2, 16, 17, 2**31, 2**40), (0, 1),
-    (128, 256),
+    (X, X[4:], X[2:], X[1:]), (X, X[1:], None), (0.0, 1.0, 1, 2.0, 2),
+    (1, 2, 16, 17, 2**31, 2**40), (0, 1), (128, 256),
 ]  # fmt: skip
 
 if __name__ == "__main__":

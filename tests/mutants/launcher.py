@@ -9,8 +9,8 @@ _runtime = partial(Mutant, file="kernels/_runtime.py")
 MUTANTS = [
     _runtime(
         what="alignment not seen",
-        original="x.data_ptr() % 16 if isinstance(x, Tensor) else x for x in args",
-        replacement="isinstance(x, Tensor) or x for x in args",
+        original="x.data_ptr() % 16 if isinstance(x, Tensor) else",
+        replacement="None if isinstance(x, Tensor) else",
     ),
     _runtime(
         what="alignment to 8 bytes taken for that to 16",
@@ -19,8 +19,13 @@ MUTANTS = [
     ),
     _runtime(
         what="values of integers not seen",
-        original="if isinstance(x, Tensor) else x for x in args",
-        replacement="if isinstance(x, Tensor) else x is None for x in args",
+        original="else (type(x), x) for x in args",
+        replacement="else type(x) for x in args",
+    ),
+    _runtime(
+        what="a whole number taken for a fraction",
+        original="else (type(x), x) for x in args",
+        replacement="else x for x in args",
     ),
     _runtime(
         what="constants not seen",
