@@ -21,7 +21,8 @@ from kernels import _runtime
 from ._stub_driver import StubDriver
 from .harness import Call
 
-ROUNDS, CALLS = 5, 30
+ROUNDS, CALLS = 6, 30
+PAUSE = 0.1  # seconds between rounds: a neighbour's disturbance lasts longer than a round
 LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel|Memcpy|Memset|GraphLaunch)")
 
 
@@ -91,6 +92,7 @@ def _microseconds(call: Call, wait: Callable[[], object] = lambda: None) -> floa
     """The time of single calls, each until it returns, not until its work is done."""
     medians = []
     for _ in range(ROUNDS):
+        time.sleep(PAUSE)
         taken = []
         for _ in range(CALLS):
             wait()
