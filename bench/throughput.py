@@ -152,6 +152,7 @@ def _processes(threads: int, dtype: torch.dtype, steps: int) -> Iterator[dict[st
                 target=_serve, args=(theirs, name, threads, dtype, steps), daemon=True
             )
             process.start()
+            theirs.close()  # so that a process that died is noticed
             stack.callback(process.join)
             stack.callback(connections[name].send, None)
         yield connections

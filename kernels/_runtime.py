@@ -90,6 +90,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def widen(x: Tensor) -> Tensor:
+    """`x` in the dtype in which its definition computes: float64 for float64, else float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, copied only where its last axis is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -122,7 +127,7 @@ class Launcher:
         """
         decisive = [x.data_ptr() % 16 if isinstance(x, Tensor) else (type(x), x) for x in args]
         if self._compiled is None or self._key != (decisive, constants, _device()):
-            # None from the interpreter, and where torch.compile looks on.
+            # None from the interpreter.
             self._compiled = self._kernel[(programs,)](*args, *constants, **options)
             self._key = () if self._compiled is None else (decisive, constants, _device())
         else:

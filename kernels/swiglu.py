@@ -17,33 +17,29 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ._activation import activate, validate_pair
-from ._runtime import uses_triton
+from ._runtime import uses_triton, widen
 from ._written_out import differentiate, is_written_out
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The definition of `swiglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
-    return (silu(_widen(gate)) * _widen(up)).to(gate.dtype)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return (silu(widen(gate)) * widen(up)).to(gate.dtype)
 
 
 class _WrittenOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(_widen(gate)).mul_(up).to(gate.dtype)
+        return silu(widen(gate)).mul_(up).to(gate.dtype)
 
     @staticmethod
     def backward(ctx, dh: Tensor):
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*differentiate(swiglu_reference, (gate, up), ctx.needs_input_grad, dh),)
-        wide = _widen(gate)
+        wide = widen(gate)
         dup = silu(wide).mul_(dh)
-        dgate = torch.ops.aten.silu_backward(torch.mul(_widen(dh), up), wide)
+        dgate = torch.ops.aten.silu_backward(torch.mul(widen(dh), up), wide)
         return dgate.to(gate.dtype), dup.to(up.dtype)
 
 

@@ -42,8 +42,8 @@ MUTANTS = [
     ),
     _swiglu(
         what="the incoming gradient overwritten",
-        original="torch.mul(_widen(dh), up)",
-        replacement="_widen(dh).mul_(up)",
+        original="torch.mul(widen(dh), up)",
+        replacement="widen(dh).mul_(up)",
     ),
     _rope(
         what="turned on instead of back",
