@@ -115,7 +115,7 @@ def _row(path: str, memory: Memory, policy: str) -> Row:
         with autocast(enabled=memory.dtype == torch.bfloat16):
             return model(tokens, tokens)
 
-    counted = saved_bytes(forward, [tokens, *model.parameters(), *model.buffers()])
+    counted = saved_bytes(forward, [tokens, *model.parameters(), model.cos_LK, model.sin_LK])
     step = memory.step(policy, size)
     measured = None
     if device.type == "cuda":

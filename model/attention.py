@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,24 +18,49 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
-def attend(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1LS: Tensor | None) -> Tensor:
+def attend(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | None) -> Tensor:
     """Return softmax(q · kᵀ / √K) · v, `[B, H, L, K]`, over the keys where the mask is True.
 
-    Without a mask it is causal. It is computed in the dtype of `q_BHLK`, also under autocast.
+    Without a mask it is causal, the L queries being those of the last L keys. It is computed in the
+    dtype of `q_BHLK`, also under autocast.
     """
-    with torch.autocast(q_BHLK.device.type, enabled=False):
+    L, S = q_BHLK.shape[2], k_BGSK.shape[2]
+    if L == S:
+        causal = mask_BHLS is None
+    else:  # PyTorch's own causal mask puts the first query at the first key
+        causal = False
+        if mask_BHLS is None and L > 1:
+            mask_BHLS = _not_later(L, S, q_BHLK.device)
+    device = q_BHLK.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if casts else nullcontext():
         return F.scaled_dot_product_attention(
-            q_BHLK, k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype), mask_B1LS,
-            is_causal=mask_B1LS is None and q_BHLK.shape[2] > 1,
+            q_BHLK, k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype), mask_BHLS, is_causal=causal,
             enable_gqa=q_BHLK.shape[1] != k_BGSK.shape[1],
         )  # fmt: skip
 
 
-def document_mask(positions_BL: Tensor) -> Tensor:
-    """Return which tokens each token attends to, `[B, 1, L, L]`: the earlier ones of its document.
+def document_numbers(positions_BL: Tensor) -> Tensor:
+    """Return which of its row's documents each token is of, counted up where one begins.
 
     Args:
         positions_BL: of each token in its document, 0 where one begins.
     """
-    document_BL = (positions_BL == 0).cumsum(-1)
-    return (document_BL.unsqueeze(-1) == document_BL.unsqueeze(-2)).tril().unsqueeze(1)
+    return (positions_BL == 0).cumsum(-1)
+
+
+def document_mask(document_BS: Tensor, L: int) -> Tensor:
+    """Return the earlier tokens of its document for each of the last L tokens, `[B, 1, L, S]`.
+
+    Args:
+        document_BS: which document each token is of.
+        L: at most S.
+    """
+    S = document_BS.shape[-1]
+    same_BLS = document_BS[:, S - L :].unsqueeze(-1) == document_BS.unsqueeze(-2)
+    return (same_BLS & _not_later(L, S, document_BS.device)).unsqueeze(1)
+
+
+def _not_later(L: int, S: int, device: torch.device) -> Tensor:
+    """Which of S tokens each of the last L attends to, `[L, S]`."""
+    return torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)

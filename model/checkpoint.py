@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .durable import sync, write_durably
 from .fingerprint import differences
-from .transformer import ModelConfig, Transformer, to_dtype
+from .transformer import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 RECORD = "state.json"
@@ -190,7 +190,7 @@ def load_model(checkpoint: Path) -> Transformer:
     """Make the model that a checkpoint holds. Raises CheckpointError like `load`."""
     record = read_record(checkpoint)
     model = Transformer(ModelConfig(**record["model"]))
-    to_dtype(model, getattr(torch, record.get("dtype", "float32")))
+    model.to(getattr(torch, record.get("dtype", "float32")))
     load(checkpoint, model)
     return model
 

@@ -14,7 +14,7 @@ from kernels._runtime import fallen_back
 
 from .device import choose_precision
 from .optim import OptimizerConfig
-from .transformer import Transformer, to_dtype
+from .transformer import Transformer
 
 
 class Arithmetic(NamedTuple):
@@ -82,7 +82,7 @@ class ComputeConfig:
     def convert(self, model: Transformer) -> Transformer:
         """Return the model, with its weights in the dtype that they are trained in."""
         if self.precision == "bfloat16-true":
-            to_dtype(model, torch.bfloat16)
+            model.bfloat16()
         return model
 
     def apply(self, model: Transformer, device: torch.device) -> Arithmetic:

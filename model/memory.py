@@ -145,7 +145,8 @@ class Memory:
             for p, gradient in zip(model.parameters(), gradients, strict=True):
                 p.grad = gradient
             tokens = torch.zeros(micro_batch, self.config.max_seq_len, dtype=torch.long)
-            with Ledger([tokens, *model.parameters(), *gradients, *model.buffers()]) as ledger:
+            tables = model.cos_LK, model.sin_LK
+            with Ledger([tokens, *model.parameters(), *gradients, *tables]) as ledger:
                 autocast = self.dtype == torch.bfloat16
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                     loss = model(tokens, tokens)

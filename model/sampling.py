@@ -10,34 +10,7 @@ from torch import Tensor
 from kernels import softmax
 
 if TYPE_CHECKING:
-    from .transformer import ModelConfig, Transformer
-
-
-class Cache:
-    """The keys and values of every layer for the positions seen so far, `[B, L, G, K]` each."""
-
-    def __init__(self, config: ModelConfig, batch: int, like: Tensor):
-        shape = (config.n_layers, 2, batch, config.max_seq_len, config.kv_heads, config.head_width)
-        self.kv = like.new_empty(shape)
-        self.length = 0
-
-    def layer(self, i: int) -> LayerCache:
-        """Return the cache of layer `i`."""
-        return LayerCache(self.kv[i, 0], self.kv[i, 1], self.length)
-
-
-class LayerCache:
-    """One layer's part of a `Cache`."""
-
-    def __init__(self, k_BLGK: Tensor, v_BLGK: Tensor, length: int):
-        self.k_BLGK, self.v_BLGK, self.length = k_BLGK, v_BLGK, length
-
-    def append(self, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new positions; return those of all positions."""
-        end = self.length + k_BLGK.shape[1]
-        self.k_BLGK[:, self.length : end] = k_BLGK
-        self.v_BLGK[:, self.length : end] = v_BLGK
-        return self.k_BLGK[:, :end], self.v_BLGK[:, :end]
+    from .transformer import Transformer
 
 
 @torch.no_grad()
@@ -77,7 +50,7 @@ def generate(
         if cache is None or cache.length + unread.shape[1] > limit:
             if cache is not None:
                 unread = tokens[:, -max(1, limit // 2) :]
-            cache = Cache(model.config, tokens.shape[0], model.embedding.weight)
+            cache = model.new_cache()
         logits_BV = model.logits(model.hidden(unread, cache)[:, -1])
         unread = sample(logits_BV, temperature, top_k, top_p, generator)
         tokens = torch.cat((tokens, unread), dim=1)

@@ -6,8 +6,6 @@ F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -15,75 +13,10 @@ from torch import Tensor, nn
 from kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
 
 from . import activations, sampling
-from .attention import attend, document_mask, widen
+from .attention import attend, document_mask, document_numbers, widen
+from .config import ModelConfig
+from .kv_cache import Cache
 from .linear import Linear
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a model. Raises ValueError where the sizes do not fit each other."""
-
-    vocab_size: int = 4096
-    """Number of token ids."""
-    n_layers: int = 4
-    """Number of residual blocks."""
-    d_model: int = 256
-    """Width of the residual stream."""
-    n_heads: int = 4
-    """Number of query heads; must divide d_model."""
-    n_kv_heads: int | None = None
-    """Number of key and value heads, a divisor of n_heads. None: as many as n_heads."""
-    d_ff: int | None = None
-    """Width of the feed-forward layer. None: 8/3 of d_model, rounded up to a multiple of 64."""
-    max_seq_len: int = 256
-    """Context length in tokens."""
-    rope_theta: float = 10000.0
-    """Base of the rotary wavelengths."""
-    norm_eps: float = 1e-6
-    """Added to the mean square in every RMSNorm."""
-    qk_norm: bool = True
-    """Normalise queries and keys head by head."""
-    tie_embeddings: bool = True
-    """Use the embedding as output layer too."""
-    softcap: float | None = None
-    """Bound of the logits, softcap · tanh(logits / softcap). None: unbounded."""
-
-    def __post_init__(self):
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"n_heads must divide d_model, got {self.n_heads} heads for width {self.d_model}; "
-                f"try n_heads={_nearest_divisor(self.d_model, self.n_heads)}"
-            )
-        if self.head_width % 2:
-            raise ValueError(
-                f"d_model / n_heads must be even for rotary positions, got {self.head_width}"
-            )
-        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"n_kv_heads must divide n_heads, got {self.kv_heads} for {self.n_heads} heads"
-            )
-        if self.feed_forward_width < 1:
-            raise ValueError(f"d_ff must be at least 1, got {self.d_ff}")
-        if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap must be above 0, or None for no cap, got {self.softcap}")
-
-    @property
-    def head_width(self) -> int:
-        """K, the width of one head."""
-        return self.d_model // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """G, the number of key and value heads."""
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def feed_forward_width(self) -> int:
-        """F, the width of the feed-forward layer."""
-        return -(-8 * self.d_model // 3 // 64) * 64 if self.d_ff is None else self.d_ff
 
 
 class Transformer(nn.Module):
@@ -114,18 +47,61 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.dropout, self.label_smoothing, self.z_loss = dropout, label_smoothing, z_loss
-        self.cos_LK: Tensor
-        self.sin_LK: Tensor
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, dropout)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        cos_LK, sin_LK = rotary_tables(config.max_seq_len, config.head_width, config.rope_theta)
-        self.register_buffer("cos_LK", cos_LK, persistent=False)
-        self.register_buffer("sin_LK", sin_LK, persistent=False)
+        self._cos_LK, self._sin_LK = self._make_tables(self.device)
+        self.register_load_state_dict_post_hook(_keep_tables)
         self.initialise()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the embedding, where tokens are expected."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding."""
+        return self.embedding.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Return the number of weights; those that embedding and head share count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    # The rotary tables follow from the config and are float32 in a model of any dtype. So they are
+    # no buffers, which a cast would round and `to_empty` leave unwritten: they are made again
+    # wherever the weights may have moved to another device.
+
+    @property
+    def cos_LK(self) -> Tensor:
+        """Cosines of every position's angles, `[max_seq_len, K / 2]` float32."""
+        return self._tables(self.device)[0]
+
+    @property
+    def sin_LK(self) -> Tensor:
+        """Sines of every position's angles, as `cos_LK`."""
+        return self._tables(self.device)[1]
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._cos_LK.device == device:
+            return self._cos_LK, self._sin_LK
+        return self._make_tables(device)  # of weights that functional_call or a hook has brought
+
+    def _make_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rotary_tables(config.max_seq_len, config.head_width, config.rope_theta, device)
+
+    def _keep_tables(self) -> None:
+        if self._cos_LK.device != self.device:
+            self._cos_LK, self._sin_LK = self._make_tables(self.device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._keep_tables()
+        return self
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -176,9 +152,15 @@ class Transformer(nn.Module):
         )  # fmt: skip
 
     def hidden(
-        self, tokens: Tensor, cache: sampling.Cache | None = None, positions: Tensor | None = None
+        self, tokens: Tensor, cache: Cache | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Return the normalised output of the last block, `[B, L, D]`, extending `cache`."""
+        """Return the normalised output of the last block, `[B, L, D]`.
+
+        Args:
+            tokens: `[B, L]`, behind those that the cache holds.
+            cache: of `new_cache`, or None; takes the keys and values of these tokens too.
+            positions: as `forward` takes them.
+        """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
@@ -186,10 +168,21 @@ class Transformer(nn.Module):
                 f"tokens reach position {end}, but max_seq_len is {self.config.max_seq_len}; "
                 "pass fewer tokens or a model with a longer context"
             )
-        mask_B1LL = None if positions is None else document_mask(positions)
+        if cache is not None:
+            if cache.n_layers != self.config.n_layers:
+                raise ValueError(
+                    f"the cache is of {cache.n_layers} layers, the model has "
+                    f"{self.config.n_layers}; take one of its new_cache()"
+                )
+            mask = cache.mask(tokens, positions)
+        elif positions is not None:
+            mask = document_mask(document_numbers(positions), tokens.shape[1])
+        else:
+            mask = None
         # Angles run on through a row's documents: attention sees their differences alone.
-        places = self.cos_LK[start:end], self.sin_LK[start:end], mask_B1LL
         x_BLD, residual_BLD = self.embedding(tokens), None
+        cos_LK, sin_LK = self._tables(x_BLD.device)
+        places = cos_LK[start:end], sin_LK[start:end], mask
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             x_BLD, residual_BLD = activations.run_block(
@@ -199,6 +192,10 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length = end
         return self.norm.add(x_BLD, residual_BLD)[0]
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache of keys and values, for as many tokens as the context holds."""
+        return Cache(self.config.n_layers, self.config.max_seq_len)
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Return the logits `[..., V]` of hidden states `[..., D]`."""
@@ -258,7 +255,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD, places, cache=None):
         """Return the attention's output `[B, L, D]`; `places` are cos, sin and `attend`'s mask."""
-        cos_LK, sin_LK, mask_B1LL = places
+        cos_LK, sin_LK, mask = places
         q_BLHK, k_BLGK, v_BLGK = (
             rearrange(widen(layer(x_BLD)), "B L (N K) -> B L N K", K=self.head_width)
             for layer in (self.query, self.key, self.value)
@@ -269,7 +266,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
         q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
-        y_BLD = rearrange(attend(q, k, v, mask_B1LL), "B H L K -> B L (H K)")
+        y_BLD = rearrange(attend(q, k, v, mask), "B H L K -> B L (H K)")
         return self.output(y_BLD.to(x_BLD.dtype))
 
 
@@ -312,19 +309,18 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def to_dtype(model: Transformer, dtype: torch.dtype) -> None:
-    """Convert the parameters of a model, but not its rotary tables, which stay float32."""
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
-
-
-def rotary_tables(length: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_width: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Return cos and sin, `[length, head_width / 2]` float32, of every position's angles."""
-    exponent_K = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
-    angle_LK = torch.outer(torch.arange(length, dtype=torch.float64), theta**-exponent_K)
-    return angle_LK.cos().float(), angle_LK.sin().float()
+    # On the host for every device, which gives each the same bits; none of them may be of
+    # inference mode, as autograd refuses to keep such tensors.
+    with torch.inference_mode(False):
+        exponent_K = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width
+        place_L = torch.arange(length, dtype=torch.float64, device="cpu")
+        angle_LK = torch.outer(place_L, theta**-exponent_K)
+        return angle_LK.cos().float().to(device), angle_LK.sin().float().to(device)
 
 
-def _nearest_divisor(n: int, near: int) -> int:
-    divisors = [d for d in range(1, n + 1) if n % d == 0 and n // d % 2 == 0]
-    return min(divisors, key=lambda d: abs(d - near), default=1)
+def _keep_tables(model: Transformer, *_) -> None:
+    model._keep_tables()

@@ -33,7 +33,7 @@ class Step:
         self.tokens = torch.randint(config.vocab_size, (sequences, config.max_seq_len))
         self.tokens = self.tokens.to(device)
         self.cast = partial(torch.autocast, device, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        self.given = [self.tokens, *self.model.parameters(), *self.model.buffers()]
+        self.given = [self.tokens, *self.model.parameters(), self.model.cos_LK, self.model.sin_LK]
 
     def forward(self):
         with self.cast():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model import ModelConfig, Transformer
-from model.attention import attend, document_mask
+from model.attention import attend, document_mask, document_numbers
 
 CONFIG = ModelConfig(vocab_size=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=16)
 LENGTHS = [[5, 1, 7, 3], [16], [1, 15]]
@@ -50,7 +50,8 @@ def test_a_document_does_not_see_the_one_before_it(device):
 
 def test_one_document_is_causal(device):
     q, k, v = (torch.randn(2, 3, 16, 8, device=device) for _ in range(3))
-    mask = document_mask(torch.arange(16, device=device).expand(2, -1))
+    positions = torch.arange(16, device=device).expand(2, -1)
+    mask = document_mask(document_numbers(positions), 16)
     torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, None))
 
 
@@ -66,9 +67,7 @@ def test_bfloat16_on_a_cpu_is_attended_in_float32(monkeypatch):
     wide = Transformer(CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
         wide(tokens, tokens)
-    narrow = Transformer(CONFIG)
-    for p in narrow.parameters():
-        p.data = p.data.bfloat16()
+    narrow = Transformer(CONFIG).bfloat16()
     assert narrow(tokens).dtype == torch.bfloat16
     assert narrow.generate(tokens, 3).shape == (2, 12)
     assert {*dtypes} == {(torch.float32,) * 3}

@@ -43,8 +43,8 @@ def test_logits_depend_on_relative_positions_only(device):
     shift = 6
     model_shifted = build(device, n_layers=1)
     model_shifted.load_state_dict(model.state_dict())
-    model_shifted.cos_LK = model.cos_LK.roll(-shift, 0)
-    model_shifted.sin_LK = model.sin_LK.roll(-shift, 0)
+    model_shifted._cos_LK = model.cos_LK.roll(-shift, 0)
+    model_shifted._sin_LK = model.sin_LK.roll(-shift, 0)
     torch.testing.assert_close(model(tokens), model_shifted(tokens), rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,114 @@
+"""Prove that a sequence read in parts, with a cache, gives what it gives when read at once."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import ModelConfig, Transformer
+from model.kv_cache import Cache
+
+LENGTH = 12
+CONFIG = ModelConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=4, max_seq_len=LENGTH)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.06}
+
+
+@cache
+def model_of(kv_heads: int, dtype: torch.dtype, device: str) -> Transformer:
+    torch.manual_seed(1)
+    model = Transformer(replace(CONFIG, n_kv_heads=kv_heads)).to(device, dtype)
+    with torch.no_grad():  # as after training: blocks that matter
+        for block in model.blocks:
+            block.attention.output.weight.mul_(20)
+    return model
+
+
+def parts(length: int):
+    """Ways to cut `length` tokens, as a list of lengths."""
+    ends = st.sets(st.integers(1, length - 1)).map(sorted) if length > 1 else st.just([])
+    return ends.map(lambda e: [b - a for a, b in zip([0, *e], [*e, length], strict=True)])
+
+
+@st.composite
+def readings(draw):
+    length = draw(st.integers(1, LENGTH))
+    rows = draw(st.integers(1, 3))
+    documents = [draw(parts(length)) for _ in range(rows)]
+    return (
+        draw(parts(length)),
+        [[i for n in row for i in range(n)] for row in documents],
+        draw(st.booleans()),
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.sampled_from(sorted(TOLERANCE, key=str))),
+        draw(st.lists(st.integers(0, 4), min_size=length, max_size=length)),
+    )
+
+
+@given(readings())
+@torch.no_grad()
+def test_every_way_of_cutting_equals_one_pass(reading):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuts, positions, packed, kv_heads, dtype, wrong = reading
+    model = model_of(kv_heads, dtype, device)
+    positions = torch.tensor(positions, device=device)
+    tokens = torch.randint(CONFIG.vocab_size, positions.shape, device=device)
+    expected = model(tokens, positions=positions if packed else None)
+    held, found = model.new_cache(), []
+    for n, guesses in zip(cuts, wrong, strict=False):
+        begin, end = held.length, held.length + n
+        if guesses := min(guesses, LENGTH - begin):  # read and forgotten, as by a wrong guess
+            guess = torch.zeros(len(tokens), guesses, dtype=torch.long, device=device)
+            model.hidden(guess, held, guess if packed else None)
+            held.truncate(begin)
+        places = positions[:, begin:end] if packed else None
+        found.append(model.logits(model.hidden(tokens[:, begin:end], held, places)))
+    assert held.length == tokens.shape[1]
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@torch.no_grad()
+def test_tokens_without_positions_continue_the_last_document(device):
+    model = model_of(2, torch.float64, device)
+    tokens = torch.randint(CONFIG.vocab_size, (2, 9), device=device)
+    positions = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    held = model.new_cache()
+    first = model.hidden(tokens[:, :4], held, positions[:, :4].to(device))
+    both = torch.cat((first, model.hidden(tokens[:, 4:], held)), 1)
+    torch.testing.assert_close(both, model.hidden(tokens, positions=positions.to(device)))
+    late = model.new_cache()  # positions may come late: one document was read before them
+    first = model.hidden(tokens[:1, :2], late)
+    both = torch.cat((first, model.hidden(tokens[:1, 2:], late, positions[:1, 2:].to(device))), 1)
+    torch.testing.assert_close(both, model.hidden(tokens[:1], positions=positions[:1].to(device)))
+
+
+@torch.no_grad()
+def test_keys_are_kept_as_wide_as_one_pass_has_them():
+    model, tokens = model_of(4, torch.bfloat16, "cpu"), torch.randint(23, (1, 8))
+    held = model.new_cache()
+    model.hidden(tokens, held)
+    keys, _ = held.append(0, *(torch.zeros(1, 1, 4, 4),) * 2)
+    assert keys.dtype == torch.float32  # as attention is computed on a CPU
+
+
+def test_refuses_what_would_be_read_wrongly(device):
+    model, tokens = model_of(2, torch.float32, device), torch.zeros(3, 4, dtype=torch.long)
+    tokens, held = tokens.to(device), model.new_cache()
+    model.hidden(tokens, held)
+    with pytest.raises(ValueError, match="the cache's number of rows, 3, got 1"):
+        model.hidden(tokens[:1], held)
+    with pytest.raises(ValueError, match=r"truncate: length must lie in \[0, 4\], got 5"):
+        held.truncate(5)
+    small = Cache(2, 6)
+    model.hidden(tokens, small)
+    with pytest.raises(ValueError, match="the cache has room for 6 tokens, got 4 after 4"):
+        model.hidden(tokens, small)
+    with pytest.raises(ValueError, match="the cache is of 3 layers, the model has 2"):
+        model.hidden(tokens, Cache(3, 12))
+    model.hidden(tokens, held)
+    model.hidden(tokens, held)
+    with pytest.raises(ValueError, match="tokens reach position 16, but max_seq_len is 12"):
+        model.hidden(tokens, held)
