@@ -460,7 +460,8 @@ def main() -> None:
         if config.memory.plan:
             show_plan(config)
             return
-        with claim(run, resume=config.resume):
+        precision = config.compute.matmul_precision(choose_device(config.device))
+        with claim(run, resume=config.resume), precision:
             finished = train(config, preset, run)
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:
         print(f"train.py: {error}", file=sys.stderr)

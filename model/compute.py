@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -92,12 +93,25 @@ class ComputeConfig:
         """
         dtype = self.product_dtype(device)
         self.convert(model).to(device)
-        # What autocast leaves in float32 may be multiplied in bfloat16 too.
-        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
         cast = dtype == torch.bfloat16 and self.precision != "bfloat16-true"
         if self.compile:
             model.compile(fullgraph=True)
         return Arithmetic(dtype, torch.autocast(device.type, torch.bfloat16, enabled=cast))
+
+    @contextmanager
+    def matmul_precision(self, device: torch.device) -> Iterator[None]:
+        """Set how PyTorch multiplies float32 inside the block, and put it back behind it.
+
+        PyTorch keeps one setting for the whole process. What autocast leaves in float32 may be
+        multiplied in bfloat16 too.
+        """
+        before = torch.get_float32_matmul_precision()
+        narrow = self.product_dtype(device) == torch.bfloat16
+        torch.set_float32_matmul_precision("medium" if narrow else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def fingerprint(self, arithmetic: Arithmetic) -> dict:
         """Return what decides the rounding of a step; what is as usual is left out."""

@@ -76,12 +76,12 @@ class Transformer(nn.Module):
     # wherever the weights may have moved to another device.
 
     @property
-    def cos_LK(self) -> Tensor:
+    def cos_LK(self) -> Tensor:  # noqa: N802 (an axis)
         """Cosines of every position's angles, `[max_seq_len, K / 2]` float32."""
         return self._tables(self.device)[0]
 
     @property
-    def sin_LK(self) -> Tensor:
+    def sin_LK(self) -> Tensor:  # noqa: N802 (an axis)
         """Sines of every position's angles, as `cos_LK`."""
         return self._tables(self.device)[1]
 

@@ -36,6 +36,17 @@ def test_a_crashed_run_ends_in_the_same_state_in_every_precision(flags, run, tmp
     assert losses(whole)[-1] < losses(whole)[0]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_leaves_the_precision_of_the_process_as_it_was(precision, run, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # which no run sets
+    try:
+        assert run(tmp_path / "run", "--max-steps", "1", "--precision", precision) == 0
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_run_in_bfloat16_is_sampled_from(run, tmp_path):
     assert run(tmp_path / "run", "--max-steps", "2", *TRUE) == 0
     model, _ = load_run(tmp_path / "run")
