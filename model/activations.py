@@ -30,7 +30,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from .linear import ONEDNN_PRODUCTS
+from .linear import ONEDNN_PRODUCTS, is_transformed
 
 POLICIES = "none", "selective", "every-2", "full"
 """From the least that is computed again to the most; any other number may follow `every-`."""
@@ -48,7 +48,8 @@ KEPT = {
 
 def check_policy(policy: str, n_layers: int | None = None) -> None:
     """Raise ValueError unless `policy` is one, and checkpoints a block of `n_layers`, if given."""
-    if not re.fullmatch(r"none|selective|full|every-[1-9]\d*", policy):
+    form = r"none|selective|full|every-[1-9]\d*"
+    if not isinstance(policy, str) or not re.fullmatch(form, policy):
         raise ValueError(
             "activation_checkpointing must be none, selective, full or every-N, such as every-2, "
             f"got {policy!r}"
@@ -78,7 +79,8 @@ def run_block(policy: str, layer: int, block: Callable, inputs: tuple, *, draws:
         draws: whether it draws random numbers, which are to be the same when it runs again.
     """
     keeps_all = checkpointed(policy, layer) == checkpointed(policy, layer + 1)
-    if keeps_all or not torch.is_grad_enabled():
+    # A transform of torch.func takes no saved-tensor hooks.
+    if keeps_all or is_transformed() or not torch.is_grad_enabled():
         return block(*inputs)
     run = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     # Two calls, because torch.compile takes no context_fn that is decided as it runs.

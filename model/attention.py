@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .linear import is_transformed
 
 
 def widen(x: Tensor) -> Tensor:
@@ -32,8 +35,11 @@ def attend(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | N
         if mask_BHLS is None and L > 1:
             mask_BHLS = _not_later(L, S, q_BHLK.device)
     device = q_BHLK.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if casts else nullcontext():
+    with ExitStack() as stack:
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if is_transformed():  # fused attention is batched in a loop, and has one derivative
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return F.scaled_dot_product_attention(
             q_BHLK, k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype), mask_BHLS, is_causal=causal,
             enable_gqa=q_BHLK.shape[1] != k_BGSK.shape[1],

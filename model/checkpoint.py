@@ -15,7 +15,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,9 @@ from .transformer import ModelConfig, Transformer
 FILES = ("model.safetensors", "optimizer.safetensors")
 RECORD = "state.json"
 FORMAT = 2
+
+
+Model = TypeVar("Model", bound=Transformer)
 
 
 class CheckpointError(ValueError):
@@ -186,10 +189,27 @@ def load(
     return record["step"], record["state"]
 
 
-def load_model(checkpoint: Path) -> Transformer:
+def newest(folder: Path) -> Path:
+    """Return the newest checkpoint of a run; the folder itself if it is one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / RECORD).is_file():
+        return folder
+    found = checkpoints(folder / "checkpoints") or checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; name the folder of a run of train.py, or of one of its "
+            "checkpoints"
+        )
+    return found[-1]
+
+
+def load_model(checkpoint: Path, kind: type[Model] = Transformer) -> Model:
     """Make the model that a checkpoint holds. Raises CheckpointError like `load`."""
     record = read_record(checkpoint)
-    model = Transformer(ModelConfig(**record["model"]))
+    model = kind(ModelConfig(**record["model"]))
     model.to(getattr(torch, record.get("dtype", "float32")))
     load(checkpoint, model)
     return model

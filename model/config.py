@@ -107,6 +107,12 @@ class ModelConfig:
         return -(-8 * self.d_model // 3 // 64) * 64 if self.d_ff is None else self.d_ff
 
 
+def check_share(name: str, share: float) -> None:
+    """Raise ValueError unless `share` is at least 0 and below 1."""
+    if not isinstance(share, Real) or isinstance(share, bool) or not 0 <= share < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {share!r}")
+
+
 def _nearest_divisor(n: int, near: int) -> int:
     divisors = [d for d in range(1, n + 1) if n % d == 0 and n // d % 2 == 0]
     return min(divisors, key=lambda d: abs(d - near), default=1)

@@ -1,66 +1,87 @@
-"""Sample text from a finished run: python -m model.generate RUN [--prompt TEXT]."""
+"""Sample text from a trained model: python -m model.generate RUN [--prompt TEXT ...]."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import torch
 import tyro
-from tokenizers import Tokenizer
 
-from . import checkpoint
-from .checkpoint import CheckpointError
+from data import DataError, Tokenizer
+
+from .checkpoint import CheckpointError, newest
+from .device import choose_device
+from .sampling import write_stream
 from .transformer import Transformer
 
 
 def main(
     run: Annotated[Path, tyro.conf.Positional],
     /,
-    prompt: str = "def ",
+    prompt: tuple[str, ...] = ("",),
+    samples: int = 1,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = 0.95,
     seed: int = 1,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Print a continuation of the prompt by the newest checkpoint of a run.
+    """Print, as it is sampled, how a trained model continues a prompt, up to the end of the text.
 
     Args:
-        run: the run's folder.
-        prompt: text to go on from.
-        max_new_tokens: length of the continuation, in tokens.
+        run: folder of a run, or of one of its checkpoints; a run's newest checkpoint is taken.
+        prompt: texts to continue, one or several. An empty one is the beginning of a document.
+        samples: continuations of each prompt.
+        max_new_tokens: length of a continuation, in tokens, at most.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only.
         top_p: sample among the fewest tokens whose probabilities sum to p.
-        seed: seed of the sampling.
+        seed: seed of the first continuation of a prompt; the next has the next.
+        device: where to sample. auto: a GPU if there is one.
     """
-    model, tokenizer = load_run(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ids = tokenizer.encode(prompt).ids or [tokenizer.token_to_id("<|endoftext|>")]
-    tokens = model.to(device).generate(
-        torch.tensor([ids], device=device), max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, generator=torch.Generator(device).manual_seed(seed),
-    )  # fmt: skip
-    print(tokenizer.decode(tokens[0].tolist()))
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    model = Transformer.load(run, choose_device(device))
+    tokenizer = load_tokenizer(run)
+    texts = [(text, seed + i) for text in prompt for i in range(samples)]
+    for number, (text, own_seed) in enumerate(texts):
+        if number:
+            print("\n---")
+        pieces = write_stream(
+            model, tokenizer, text, max_new_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, seed=own_seed,
+        )  # fmt: skip
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
 
 
-def load_run(run: Path) -> tuple[Transformer, Tokenizer]:
-    """Return the model of a run's newest checkpoint, and its tokenizer.
+def load_tokenizer(run: Path) -> Tokenizer:
+    """Return the tokenizer of a run, whose folder or whose checkpoint's folder is given.
 
     Raises:
-        CheckpointError: the folder holds no run, or one that is damaged.
+        CheckpointError: there is none.
     """
-    found = checkpoint.checkpoints(run / "checkpoints")
-    if not found or not (run / "tokenizer.json").exists():
-        raise CheckpointError(f"{run} holds no checkpoint; name the folder of a run of train.py")
-    return checkpoint.load_model(found[-1]), Tokenizer.from_file(str(run / "tokenizer.json"))
+    for folder in (run, *newest(run).resolve().parents):
+        if (folder / "tokenizer.json").is_file():
+            return Tokenizer.load(folder)
+        if (folder / "checkpoints").is_dir():
+            break
+    raise CheckpointError(f"{run} holds no tokenizer.json; a run of train.py writes one")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         tyro.cli(main, prog="model.generate")
-    except ValueError as error:  # CheckpointError, or a sampling argument out of its range
+    except (ValueError, DataError) as error:  # a checkpoint, or a sampling argument out of range
         print(f"model.generate: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 ONEDNN_PRODUCTS = (
     (torch.ops.mkldnn._linear_pointwise.default,) if torch.backends.mkldnn.is_available() else ()
@@ -59,14 +60,25 @@ def _product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype == weight.dtype == torch.float32
+        not torch.compiler.is_compiling()  # first: its sizes may be symbols, not to be compared
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.dim() > 1
         and x.numel() >= ROWS * x.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not is_transformed()
         and torch.backends.mkldnn.enabled
         and _mkl_is_slow()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, outside of a compiler.
+
+    Neither can do much with a classic autograd function, saved-tensor hooks or fused attention.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 

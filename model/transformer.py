@@ -6,6 +6,11 @@ F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -14,7 +19,7 @@ from kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, r
 
 from . import activations, sampling
 from .attention import attend, document_mask, document_numbers, widen
-from .config import ModelConfig
+from .config import ModelConfig, check_share
 from .kv_cache import Cache
 from .linear import Linear
 
@@ -43,19 +48,59 @@ class Transformer(nn.Module):
         z_loss: float = 0.0,
     ):
         super().__init__()
-        activations.check_policy(activation_checkpointing, config.n_layers)
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.dropout, self.label_smoothing, self.z_loss = dropout, label_smoothing, z_loss
+        check_share("label_smoothing", label_smoothing)
+        if not 0 <= z_loss < math.inf:
+            raise ValueError(f"z_loss must be at least 0, got {z_loss}")
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps, dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.dropout = dropout
         self._cos_LK, self._sin_LK = self._make_tables(self.device)
         self.register_load_state_dict_post_hook(_keep_tables)
         self.initialise()
+
+    @classmethod
+    def load(cls, run: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read a trained model, ready to be evaluated and sampled from.
+
+        Args:
+            run: folder of a run, whose newest checkpoint is taken, or of a checkpoint in it.
+            device: where the model goes.
+
+        Raises:
+            ValueError: the folder holds no checkpoint, or one that is damaged.
+        """
+        from .checkpoint import load_model, newest
+
+        return load_model(newest(Path(run)), cls).to(device).eval()
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """What of each block is kept for the backward pass; see `model.activations`."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, policy: str) -> None:
+        activations.check_policy(policy, self.config.n_layers)
+        self._activation_checkpointing = policy
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an element of a block's output is left out in training."""
+        return self.norm.dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        check_share("dropout", p)
+        self.norm.dropout = p
+        for block in self.blocks:
+            block.attention_norm.dropout = block.feed_forward_norm.dropout = p
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +248,6 @@ class Transformer(nn.Module):
         softcap = self.config.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    @torch.no_grad()
     def generate(
         self,
         tokens: Tensor,
@@ -212,23 +256,24 @@ class Transformer(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue `tokens` by sampling; see `model.sampling.generate`."""
+        """Continue `tokens` by sampling; see `model.sampling.generate`, and `stream` there."""
         return sampling.generate(
             self, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            generator=generator,
+            stop_tokens=stop_tokens, generator=generator,
         )  # fmt: skip
 
 
 class Block(nn.Module):
     """One residual block; the addition of its input is fused with its normalisation."""
 
-    def __init__(self, config: ModelConfig, dropout: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, dropout)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps, dropout)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config.d_model, config.feed_forward_width)
 
     def forward(self, x_BLD, residual_BLD, places, cache=None):
@@ -290,10 +335,10 @@ class RMSNorm(nn.Module):
     With dropout, which in training leaves elements of what is added out, the two are not fused.
     """
 
-    def __init__(self, width: int, eps: float, dropout: float = 0.0):
+    def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.dropout = eps, dropout
+        self.eps, self.dropout = eps, 0.0
 
     def forward(self, x):
         """Normalise the last axis of `x`."""
@@ -319,7 +364,12 @@ def rotary_tables(
         exponent_K = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width
         place_L = torch.arange(length, dtype=torch.float64, device="cpu")
         angle_LK = torch.outer(place_L, theta**-exponent_K)
-        return angle_LK.cos().float().to(device), angle_LK.sin().float().to(device)
+        tables = angle_LK.cos().float().to(device), angle_LK.sin().float().to(device)
+    for table in tables:
+        # What torch._dynamo.mark_static does, without a second of importing it: else a compiler
+        # takes a batch of K / 2 rows, or a full context, to be that size for ever.
+        table._dynamo_static_indices, table._has_dynamo_dim_marking = {0, 1}, True
+    return tables
 
 
 def _keep_tables(model: Transformer, *_) -> None:

@@ -1,7 +1,10 @@
 """Prove that the model computes what it says: causal, cached, grouped, recomputed alike."""
 
-from dataclasses import replace
+import json
+import math
+from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -162,6 +165,83 @@ def test_checkpointed_blocks_give_the_same_gradients(device, dropout):
 def test_refuses_sizes_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+NO_NUMBERS = [
+    "64",
+    None,
+    [1],
+    {},
+    object(),
+    torch.zeros(2),
+    1j,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+]
+WHOLE = "vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"
+REAL = "rope_theta", "norm_eps", "softcap"
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
+def test_refuses_settings_that_are_none_of_their_kind(name):
+    nothing_wrong = {"n_kv_heads": [None], "d_ff": [None], "softcap": [None]}
+    if name in WHOLE:
+        wrong = [*NO_NUMBERS, 4.0, 0.5, -4, 0, "", b"4"]
+    elif name in REAL:
+        wrong = [*NO_NUMBERS, -1, -1e-9, "1e-6", *([] if name == "norm_eps" else [0, 0.0])]
+    else:
+        wrong = [x for x in NO_NUMBERS if x is not True] + [0, 1, "false", "True"]
+    for value in wrong:
+        if not (value is None and nothing_wrong.get(name)):
+            with pytest.raises(ValueError, match=f"{name} must "):
+                replace(CONFIG, **{name: value})
+
+
+def test_settings_of_numpy_are_kept_as_plain_numbers():
+    config = replace(CONFIG, n_layers=np.int64(3), norm_eps=np.float32(0.25), rope_theta=100)
+    assert config == replace(CONFIG, n_layers=3, norm_eps=0.25, rope_theta=100.0)
+    assert json.loads(json.dumps(asdict(config))) == asdict(config)
+
+
+@pytest.mark.parametrize("policy", ["foo", "every-0", "every-3", "", None, 2, True])
+def test_refuses_a_policy_whenever_it_is_set(policy, device):
+    model = build(device)
+    with pytest.raises(ValueError, match="activation_checkpointing must"):
+        model.activation_checkpointing = policy
+    with pytest.raises(ValueError, match="activation_checkpointing must"):
+        Transformer(CONFIG, activation_checkpointing=policy)
+    assert model.activation_checkpointing == "none"
+    model.activation_checkpointing = "every-2"
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0, math.nan, "0.1", True, None])
+def test_refuses_a_share_that_is_none(wrong, device):
+    for name in ("dropout", "label_smoothing"):
+        with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\)"):
+            Transformer(CONFIG, **{name: wrong})
+    with pytest.raises(ValueError, match="z_loss must be at least 0"):
+        Transformer(CONFIG, z_loss=-1.0)
+    model = build(device)
+    with pytest.raises(ValueError, match="dropout must lie"):
+        model.dropout = wrong
+    assert model.dropout == 0
+
+
+def test_dropout_set_later_is_that_of_every_block(device):
+    torch.manual_seed(1)
+    later = build(device)
+    later.dropout = 0.5
+    torch.manual_seed(1)
+    first, tokens = Transformer(CONFIG, dropout=0.5).to(device), ids(device, 2, 9)
+    outputs = []
+    for model in (first, later):
+        torch.manual_seed(2)
+        outputs.append(model(tokens))
+    assert torch.equal(*outputs)
+    later.dropout = 0.0
+    assert torch.equal(later(tokens), later.eval()(tokens))
 
 
 @pytest.mark.parametrize(

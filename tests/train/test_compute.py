@@ -11,7 +11,7 @@ from train_runs import RANDOM, CrashError, crash, log, losses, weights
 
 from bench import resume
 from kernels import _runtime
-from model.generate import load_run
+from model import Transformer
 
 SHORT = (*RANDOM, "--max-steps", "10", "--threads", "1")
 TRUE = ("--precision", "bfloat16-true")
@@ -49,7 +49,7 @@ def test_a_run_leaves_the_precision_of_the_process_as_it_was(precision, run, tmp
 
 def test_a_run_in_bfloat16_is_sampled_from(run, tmp_path):
     assert run(tmp_path / "run", "--max-steps", "2", *TRUE) == 0
-    model, _ = load_run(tmp_path / "run")
+    model = Transformer.load(tmp_path / "run")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.cos_LK.dtype == torch.float32
     assert model.generate(torch.tensor([[1]]), 3).shape == (1, 4)

@@ -1,0 +1,105 @@
+"""Prove that a trained model is read and sampled from as it was trained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Foreign
+from tokenizers import processors
+
+from data import Tokenizer
+from model import Transformer, checkpoint
+from model.generate import load_tokenizer, main
+
+PROMPT = "def the quick brown fox"
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    assert run(tmp_path / "run", "--max-steps", "4", "--save-every", "2") == 0
+    run.output()
+    return tmp_path / "run"
+
+
+def printed(run, *arguments, **options):
+    main(*arguments, max_new_tokens=12, temperature=0, device="cpu", **options)
+    return run.output()
+
+
+def expected_text(model, tokenizer, prompt):
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    tokens = model.generate(torch.tensor([ids]), 12, temperature=0, stop_tokens=[tokenizer.eot])
+    return tokenizer.decode([i for i in tokens[0].tolist() if i != tokenizer.eot])
+
+
+def test_a_run_is_read_into_python(folder):
+    model, tokenizer = Transformer.load(folder), Tokenizer.load(folder)
+    assert not model.training
+    assert model.config.vocab_size == tokenizer.vocab_size
+    first, last = checkpoint.checkpoints(folder / "checkpoints")
+    for path, expected in ((str(folder), last), (folder / "checkpoints", last), (first, first)):
+        weights = Transformer.load(path, torch.device("cpu")).state_dict()
+        saved = checkpoint.load_model(expected).state_dict()
+        assert all(torch.equal(x, saved[name]) for name, x in weights.items())
+    assert not torch.equal(weights["norm.weight"], model.state_dict()["norm.weight"])
+    with pytest.raises(ValueError, match="holds no checkpoint; name the folder of a run"):
+        Transformer.load(folder / "nothing")
+
+
+@pytest.mark.parametrize("kind", ["plain", "template", "truncation", "padding"])
+def test_the_prompt_is_encoded_as_the_data_were(kind, folder, run):
+    # A tokenizer.json may ask for what training leaves out of its texts.
+    path = folder / "tokenizer.json"
+    foreign = Foreign.from_file(str(path))
+    end, eot = "<|endoftext|>", Tokenizer.load(folder).eot
+    if kind == "template":
+        foreign.post_processor = processors.Sequence(
+            [processors.ByteLevel(trim_offsets=False),
+             processors.TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, eot)])]
+        )  # fmt: skip
+    elif kind == "truncation":
+        foreign.enable_truncation(2)
+    elif kind == "padding":
+        foreign.enable_padding(length=30, pad_id=eot, pad_token=end)
+    foreign.save(str(path))
+    model, tokenizer = Transformer.load(folder), Tokenizer.load(folder)
+    for prompt in (PROMPT, ""):
+        found = printed(run, folder, prompt=(prompt,))
+        assert found == expected_text(model, tokenizer, prompt) + "\n"
+        assert found.startswith(prompt)
+        assert "<|endoftext|>" not in found
+
+
+def test_prompts_and_samples_come_one_after_another(folder, run):
+    first = checkpoint.checkpoints(folder / "checkpoints")[0]
+    model, tokenizer = Transformer.load(first), load_tokenizer(first)
+    texts = [expected_text(model, tokenizer, prompt) for prompt in ("a", "a", "", "")]
+    found = printed(run, first, prompt=("a", ""), samples=2)
+    assert found == "\n\n---\n".join(texts) + "\n"
+
+
+def test_the_command_line_streams_and_refuses_in_a_sentence(folder):
+    root = Path(__file__).parents[2]
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "model.generate", *map(str, arguments), "--device", "cpu"],
+            cwd=root, capture_output=True, text=True,
+        )  # fmt: skip
+
+    done = command(folder, "--prompt", "x = ", "--max-new-tokens", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("x = ")
+    wrong = command(folder / "nowhere")
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "holds no checkpoint" in wrong.stderr
+
+
+def test_the_config_of_a_run_makes_its_shape_again(folder):
+    saved = json.loads((folder / "config.json").read_text())["config"]["model"]
+    config = Transformer.load(folder).config
+    assert {name: getattr(config, name) for name in saved} == saved
