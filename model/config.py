@@ -83,13 +83,11 @@ class ModelConfig:
 
     def _set_number(self, name: str, range_: str, *, zero: bool = False) -> None:
         value = getattr(self, name)
-        if (
-            not isinstance(value, Real)
-            or isinstance(value, bool)
-            or not (0 <= value < math.inf if zero else 0 < value < math.inf)
-        ):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        number = float(value) if is_number else math.nan
+        if not (0 <= number < math.inf if zero else 0 < number < math.inf):
             raise ValueError(f"{name} must be {range_}, got {value!r}")
-        object.__setattr__(self, name, float(value))
+        object.__setattr__(self, name, number)
 
     @property
     def head_width(self) -> int:

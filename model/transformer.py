@@ -98,9 +98,9 @@ class Transformer(nn.Module):
     @dropout.setter
     def dropout(self, p: float) -> None:
         check_share("dropout", p)
-        self.norm.dropout = p
-        for block in self.blocks:
-            block.attention_norm.dropout = block.feed_forward_norm.dropout = p
+        for module in self.modules():  # queries and keys, whose norms add nothing, lose nothing
+            if isinstance(module, RMSNorm):
+                module.dropout = p
 
     @property
     def device(self) -> torch.device:
@@ -368,7 +368,7 @@ def rotary_tables(
     for table in tables:
         # What torch._dynamo.mark_static does, without a second of importing it: else a compiler
         # takes a batch of K / 2 rows, or a full context, to be that size for ever.
-        table._dynamo_static_indices, table._has_dynamo_dim_marking = {0, 1}, True
+        vars(table).update(_dynamo_static_indices={0, 1}, _has_dynamo_dim_marking=True)
     return tables
 
 
