@@ -213,7 +213,7 @@ class Trial:
         return Outcome(
             f"JSONL, every fifth of {len(records):,} lines broken", ended.lines(": left out"),
             ended.status, "the shards of the same file without those lines",
-            open_prepared(one)[0].splits == open_prepared(other)[0].splits,
+            open_prepared(one).manifest.splits == open_prepared(other).manifest.splits,
         )  # fmt: skip
 
     def killed_prepare(self) -> Outcome:

@@ -1,7 +1,8 @@
 """Where text comes from: a file, a folder, the hub, or the interpreter's standard library.
 
-The standard library is the default because it is on every machine: about 12 MB of real text, no
-download. Only a source that begins with `hf://` touches the network.
+The standard library is the default because it is on every machine: about 10 MB of real text, no
+download; `python://installed` adds the packages beside torch. Only a source that begins with
+`hf://` touches the network.
 """
 
 import hashlib
@@ -16,11 +17,14 @@ from urllib.parse import unquote
 
 from . import hub
 from .error import DataError, printable
-from .files import JSONL, PARQUET, kind, library_files, local_files, resolve, stamp
-from .records import Tally, read_files, read_modules
+from .files import JSONL, PARQUET, installed_files, kind, library_files, local_files, resolve, stamp
+from .records import Tally, only_code, read_files, read_modules
+
+INSTALLED = "python://installed"
+"""The source that is the standard library and every package installed beside torch."""
 
 MOST_BAD = 0.25
-"""Share of unreadable records from which on a source is refused, unless it says otherwise."""
+"""Share of unreadable records above which on a source is refused, unless it says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Source:
 
     path: str | Path | None = None
     """Text file, `.jsonl` or `.parquet` file, folder of these (text and JSONL also as `.gz` and
-    `.zst`), or `hf://` name. None: the interpreter's standard library."""
+    `.zst`), or `hf://` name. None: the interpreter's standard library; `python://installed`: that
+    and the packages installed beside torch, without copies, tables and generated code."""
     weight: float | None = None
     """Share of this source in the characters of the mixture, against the others' weights."""
     epochs: int = 1
@@ -72,8 +77,11 @@ class Source:
             raise DataError(f"{self}: match is no regular expression: {error}") from error
 
     def __str__(self) -> str:
+        library = f"the standard library of Python {platform.python_version()}"
         if self.path is None:
-            return f"the standard library of Python {platform.python_version()}"
+            return library
+        if self.path == INSTALLED:
+            return f"{library} and the packages installed beside torch"
         try:
             return printable(self.path if hub.is_hub(self.path) else resolve(self.path))
         except (OSError, RuntimeError, ValueError):  # a name that no file can have
@@ -93,6 +101,8 @@ def parse_source(text: str | Path | None, field: str = "text") -> Source:
     if text is None or isinstance(text, Path) or os.path.exists(os.path.expanduser(text)):
         return Source(text, field=field)
     path, _, query = text.partition("?")
+    if path.startswith("python:") and path != INSTALLED:
+        raise DataError(f"{text}: the only source of this kind is {INSTALLED}")
     options: dict = {"field": field}
     for pair in filter(None, query.split("&")):
         key, _, value = pair.partition("=")
@@ -150,7 +160,8 @@ def fingerprint(source: Source) -> str:
     if hub.is_hub(source.path):
         digest.update(hub.revision(str(source.path)).encode())
         return digest.hexdigest()
-    digest.update(platform.python_version().encode() if source.path is None else b"")
+    if source.path in (None, INSTALLED):
+        digest.update(platform.python_version().encode())
     for file in source_files(source):
         size, written = stamp(file)
         digest.update(os.fsencode(f"{file}\0{size}\0{written}\n"))
@@ -168,6 +179,8 @@ def source_files(source: Source) -> list[Path]:
     """List the files that `documents` reads, in its order, or raise its DataError."""
     if source.path is None:
         return library_files()
+    if source.path == INSTALLED:
+        return [*library_files(), *installed_files()]
     return hub.files(str(source.path)) if hub.is_hub(source.path) else local_files(source.path)
 
 
@@ -178,6 +191,8 @@ def _texts(source: Source, tally: Tally) -> Iterator[str]:
     files = source_files(source)
     if source.path is None:
         return read_modules(files, tally)
+    if source.path == INSTALLED:
+        return only_code(read_modules(files, tally), tally)
     alone = files == [resolve(source.path)] and kind(files[0]) not in (JSONL, PARQUET)
     return read_files(files, source.field, tally, cut=alone)
 

@@ -148,8 +148,8 @@ def _is_text_in(encoding: str, head: bytes, spare: int = 0) -> bool:
 
 
 def _is_without_mark(encoding: str, head: bytes) -> bool:
-    # The high byte of every alphabet is below 0x20, as no byte of a text of single bytes is,
-    # except line ends. Chinese without a mark is not guessed. A text that changes its encoding neither.
+    # The high byte of every alphabet is below 0x20, as few bytes of any other text are. Chinese
+    # without a mark is not guessed, nor a text whose encoding changes.
     high = head[encoding.endswith("le") :: 2]
     parts = [high[i : i + 64] for i in range(0, len(high), 64)]
     low = [len(part) - len(part.translate(None, _HIGH)) for part in parts]

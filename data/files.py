@@ -1,5 +1,6 @@
 """Which files a local source consists of, and their bytes, decompressed."""
 
+import importlib.util
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ JSONL, PARQUET = ".jsonl", ".parquet"
 READABLE = (*PROSE, *CODE, JSONL, PARQUET)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of every kind but parquet, which has its own
 
+_NOT_PACKAGE = {"__pycache__", "test", "tests", "testing", "_vendor", "vendor", "node_modules"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -95,6 +97,19 @@ def library_files() -> list[Path]:
     if not files:
         raise DataError(f"this Python has no library in source form in {root}; name your own text")
     return files
+
+
+def installed_files() -> list[Path]:
+    """List the Python files of all packages that are installed beside torch, without tests."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise DataError("there is no torch to look beside of; install it, or name your own text")
+    root = Path(spec.origin).parents[1]
+
+    def skip(name: str) -> bool:
+        return name in _NOT_PACKAGE or name.startswith((".", "test_"))
+
+    return [file for file in _walk(root, skip) if file.suffix == ".py"]
 
 
 @contextmanager

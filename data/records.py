@@ -1,9 +1,11 @@
 """Files to texts. What cannot be read is counted and passed over; one bad line ends no run."""
 
+import hashlib
 import json
+import re
 import tokenize
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -13,8 +15,11 @@ from .error import DataError, printable
 from .files import JSONL, PARQUET, kind, open_bytes, stamp
 
 PIECE = 65_536  # characters, about; a long text file is cut into documents of this length
+_LEAST = 1024  # characters, about, of such a document
+SURE_TO_BE_CUT = 8 * _LEAST + 1  # a text of one line that long gives two documents
 ROWS = 64  # rows of a table held at once: each may be a whole book
 _LINE = 1 << 20  # bytes of a text file read at once
+_DIGIT = re.compile("[0-9]")
 _NOT_TEXT = "not text but control characters"
 
 
@@ -113,6 +118,28 @@ def read_modules(files: list[Path], tally: Tally) -> Iterator[str]:
         tally.n_bytes += size
 
 
+def only_code(texts: Iterable[str], tally: Tally) -> Iterator[str]:
+    """Yield the texts that read like code written by people, each once.
+
+    Left out are copies of one before; tables, in which the digits are a fifth of the characters
+    that are not white space; and generated code, whose lines are longer than 100 characters on
+    average, or one of them than 1,000.
+    """
+    seen: set[bytes] = set()
+    for text in texts:
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        lines = text.splitlines() or [""]
+        if digest in seen:
+            tally.left_out["duplicate"] += 1
+        elif len(text) > 100 * len(lines) or max(map(len, lines)) > 1000:
+            tally.left_out["generated, with long lines"] += 1
+        elif 5 * len(_DIGIT.findall(text)) > len("".join(text.split())):
+            tally.left_out["tables of numbers"] += 1
+        else:
+            seen.add(digest)
+            yield text
+
+
 def check_text(value: object, column: str, where: str, tally: Tally) -> str | None:
     """Return `value` if it is text or null, which is no text; else count it as bad."""
     if value is None:
@@ -194,7 +221,7 @@ def _whole(plain: BinaryIO, encoding: str, file: Path, tally: Tally) -> Iterator
 
 
 def _pieces(plain: BinaryIO, encoding: str, file: Path, tally: Tally) -> Iterator[str]:
-    size = min(PIECE, max(1024, file.stat().st_size // 100))
+    size = min(PIECE, max(_LEAST, file.stat().st_size // 100))
     piece, length = [], 0
     for line in _lines(plain, encoding, file, tally):
         for i in range(0, len(line), 4 * size):
