@@ -1,4 +1,4 @@
-"""Ids in whatever form give the same text, or an error; a file's template never reaches a prompt."""
+"""Ids in any form give the same text, or an error; a file's template never reaches a prompt."""
 
 import json
 from itertools import product
@@ -62,7 +62,7 @@ def test_what_is_no_ids(tokenizer, ids, message):
 @pytest.mark.parametrize("texts", ["text", b"text", [b"text"], [None], [1]], ids=repr)
 def test_what_is_no_texts(tokenizer, texts):
     for operation in (tokenizer.encode_batch, tokenizer.encode_documents):
-        with pytest.raises(DataError, match="encode_(batch|documents): "):
+        with pytest.raises(DataError, match=r"encode_(batch|documents): "):
             operation(texts)
     if not isinstance(texts, str):
         with pytest.raises(DataError, match="encode: a text must be a str"):

@@ -90,7 +90,7 @@ def test_keeps_finished_shards(file, home, monkeypatch, capfd):
     (work,) = (home / "prepared").glob("*.tmp")
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.bin")}
     folder = run(file, progress=True)
-    assert "going on after" in capfd.readouterr().err
+    assert "resuming after" in capfd.readouterr().err
     kept = [n for n, t in before.items() if (folder / n).stat().st_mtime_ns == t]
     assert len(kept) == len(before) - 1 >= 4  # the last one was not noted in the journal
 
