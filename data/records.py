@@ -248,13 +248,13 @@ def _lines(plain: BinaryIO, encoding: str, file: Path, tally: Tally) -> Iterator
 
 def _decode(data: bytes, encoding: str, file: Path, position: int, tally: Tally) -> str | None:
     """Return UTF-8 as text with line feeds, or count it as bad: it was read at `position`."""
-    reason = start = None
+    reason, start = None, 0
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         reason, start = f"not {encoding.upper()}", error.start
     if reason is None and not is_text(data):
-        reason, start = _NOT_TEXT, 0
+        reason = _NOT_TEXT
     if reason is not None:  # positions are those of the file where nothing was transcoded
         at = f"{file} at byte {position + start}" if encoding == "utf-8" else str(file)
         tally.add_bad(reason, at)

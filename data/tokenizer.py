@@ -114,8 +114,9 @@ class Tokenizer:
             DataError: there is no such file, it cannot be used, or the network is out of reach.
         """
         held = getattr(name_or_path, "tokenizer", name_or_path)  # of what `prepare` returned
-        if isinstance(held, cls):
+        if isinstance(held, Tokenizer):
             return held
+        name_or_path = cast("str | os.PathLike[str]", name_or_path)
         if str(name_or_path) in ENCODINGS and not Path(name_or_path).exists():
             return cls(published(str(name_or_path)))
         path = _file(name_or_path)
@@ -174,10 +175,7 @@ def _as_list(ids: "Iterable[int] | np.ndarray | Tensor") -> list[int]:
     listed = to_list() if to_list else ids
     if isinstance(listed, str | bytes) or not isinstance(listed, Iterable):
         raise DataError(f"decode: ids must be a sequence of integers, got {ids!r:.40}")
-    listed = [*listed]
-    if all(type(i) is int for i in listed):
-        return listed
-    return [_as_int(i) for i in listed]
+    return [i if type(i) is int else _as_int(i) for i in listed]
 
 
 def _as_int(value: object) -> int:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -131,8 +132,9 @@ def prepare(
 
 
 def _sources(source: SourceLike | Sequence[SourceLike] | None, field: str) -> list[Source]:
-    single = source is None or isinstance(source, str | os.PathLike | Source)
-    several = [source] if single or not isinstance(source, Iterable) else [*source]
+    given: Any = source
+    single = isinstance(given, str | os.PathLike | Source) or not isinstance(given, Iterable)
+    several = [given] if single else [*given]
     several = [Path(each) if isinstance(each, os.PathLike) else each for each in several]
     return [each if isinstance(each, Source) else parse_source(each, field) for each in several]
 

@@ -119,6 +119,7 @@ NO_TEXT = {
 OTHERS = {
     "random bytes": random.Random(4).randbytes(20_000),
     "NULs": bytes(5000),
+    "a mark before numbers": b"\xff\xfe" + struct.pack("<3000H", *([1, 2, 14, 0xFFF0] * 750)),
     "floats": struct.pack("<2000d", *(random.Random(5).random() for _ in range(2000))),
     "sound": struct.pack("<9000h", *(random.Random(6).randrange(-9000, 9000) for _ in range(9000))),
     "Latin-1": ("Élève à l'école, déjà été reçu.\n" * 400).encode("latin-1"),
