@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -132,9 +132,8 @@ def prepare(
 
 
 def _sources(source: SourceLike | Sequence[SourceLike] | None, field: str) -> list[Source]:
-    given: Any = source
-    single = isinstance(given, str | os.PathLike | Source) or not isinstance(given, Iterable)
-    several = [given] if single else [*given]
+    single = isinstance(source, str | os.PathLike | Source) or not isinstance(source, Iterable)
+    several: list[Any] = [source] if single else [*cast(Iterable, source)]
     several = [Path(each) if isinstance(each, os.PathLike) else each for each in several]
     return [each if isinstance(each, Source) else parse_source(each, field) for each in several]
 
