@@ -232,7 +232,7 @@ class Trial:
             p.name: p.read_bytes() for p in made.parent.iterdir()
         }
         return Outcome(
-            "prepare killed by SIGKILL", second.lines("going on after"),
+            "prepare killed by SIGKILL", second.lines("resuming after"),
             f"-9, then {second.status}",
             "the files of a prepare that nobody killed", unfinished and same,
         )  # fmt: skip
