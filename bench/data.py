@@ -81,7 +81,7 @@ def _texts(characters: int) -> Iterator[str]:
 
 def _prepare(root: Path, name: str, run: str) -> Path:
     cache = root / f"{name} {run}"
-    return prepare(root / f"{name}.jsonl", tokenizer=root, cache=cache, progress=False)
+    return prepare(root / f"{name}.jsonl", tokenizer=root, cache=cache, progress=False).folder
 
 
 def _prepare_rows(
@@ -90,7 +90,7 @@ def _prepare_rows(
     lines = (json.dumps({"text": text}) + "\n" for text in texts)
     (root / f"{name}.jsonl").write_text("".join(lines))
     n_bytes = sum(len(text.encode()) for text in texts)
-    manifest, _ = open_prepared(_prepare(root, name, "kept"))
+    manifest = open_prepared(_prepare(root, name, "kept")).manifest
     n_tokens = sum(shard.tokens for shards in manifest.splits.values() for shard in shards)
     calls = {
         "encode_ordinary_batch": lambda i: tokenizer.encode_batch(texts),
@@ -118,7 +118,7 @@ def _prepare_rows(
 
 
 def _loader_rows(folder: Path, repeats: int) -> Iterator[tuple[str, ...]]:
-    manifest, _ = open_prepared(folder)
+    manifest = open_prepared(folder).manifest
     shards = manifest.splits["train"]
     calls: dict[str, tuple[Callable[[], object], int]] = {}
     for kind in (TokenLoader, DocumentLoader):

@@ -213,7 +213,7 @@ class Trial:
         return Outcome(
             f"JSONL, every fifth of {len(records):,} lines broken", ended.lines(": left out"),
             ended.status, "the shards of the same file without those lines",
-            open_prepared(one)[0].splits == open_prepared(other)[0].splits,
+            open_prepared(one).manifest.splits == open_prepared(other).manifest.splits,
         )  # fmt: skip
 
     def killed_prepare(self) -> Outcome:
@@ -232,7 +232,7 @@ class Trial:
             p.name: p.read_bytes() for p in made.parent.iterdir()
         }
         return Outcome(
-            "prepare killed by SIGKILL", second.lines("going on after"),
+            "prepare killed by SIGKILL", second.lines("resuming after"),
             f"-9, then {second.status}",
             "the files of a prepare that nobody killed", unfinished and same,
         )  # fmt: skip

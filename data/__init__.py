@@ -8,6 +8,7 @@ from .documents import DocumentLoader
 from .error import DataError
 from .loader import Loader, TokenLoader
 from .prepare import prepare
+from .shards import Prepared
 from .tokenizer import Tokenizer
 
 LOADERS = {"contiguous": TokenLoader, "documents": DocumentLoader}
@@ -18,6 +19,7 @@ __all__ = [
     "DataError",
     "DocumentLoader",
     "Loader",
+    "Prepared",
     "Source",
     "TokenLoader",
     "Tokenizer",

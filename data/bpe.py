@@ -39,7 +39,7 @@ class BytePairs:
         )
         self.vocab_size = len(tokens)
         self.byte_lengths = np.array([len(token) for token in tokens], dtype=np.int64)
-        content = json.dumps([pattern, self.eot, [token.hex() for token in tokens]])
+        content = json.dumps([pattern, self.eot, [token.hex() for token in tokens], special])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:

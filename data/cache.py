@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .atomic import sync
 from .error import DataError, UnreachableError
 
 
@@ -20,7 +21,7 @@ def cache_root() -> Path:
 def lock(folder: Path) -> Iterator[None]:
     """Wait until no other process makes `folder`, and keep others waiting inside the block."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as f:
+    with folder.with_name(f"{folder.name}.lock").open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
         yield
 
@@ -33,7 +34,7 @@ def publication(folder: Path) -> Iterator[Path]:
     still; after any other DataError it is dropped. Files in it must have reached the disk. What
     `folder` held before is dropped when the new one is whole. Call it under `lock(folder)`.
     """
-    temporary = folder.with_suffix(".tmp")
+    temporary = folder.with_name(f"{folder.name}.tmp")
     temporary.mkdir(exist_ok=True)
     try:
         yield temporary
@@ -42,23 +43,7 @@ def publication(folder: Path) -> Iterator[Path]:
     except DataError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(temporary)
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    _sync(folder.parent)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` and wait until the disk has it."""
-    with path.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)

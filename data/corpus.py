@@ -1,7 +1,8 @@
 """Where text comes from: a file, a folder, the hub, or the interpreter's standard library.
 
-The standard library is the default because it is on every machine: about 12 MB of real text, no
-download. Only a source that begins with `hf://` touches the network.
+The standard library is the default because it is on every machine: about 10 MB of real text, no
+download; `python://installed` adds the packages beside torch. Only a source that begins with
+`hf://` touches the network.
 """
 
 import hashlib
@@ -15,9 +16,15 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from . import hub
-from .error import DataError
-from .files import JSONL, PARQUET, kind, library_files, local_files, resolve
-from .records import Tally, read_files, read_modules
+from .error import DataError, printable
+from .files import JSONL, PARQUET, installed_files, kind, library_files, local_files, resolve, stamp
+from .records import Tally, only_code, read_files, read_modules
+
+INSTALLED = "python://installed"
+"""The source that is the standard library and every package installed beside torch."""
+
+MOST_BAD = 0.25
+"""Share of unreadable records above which on a source is refused, unless it says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Source:
 
     path: str | Path | None = None
     """Text file, `.jsonl` or `.parquet` file, folder of these (text and JSONL also as `.gz` and
-    `.zst`), or `hf://` name. None: the interpreter's standard library."""
+    `.zst`), or `hf://` name. None: the interpreter's standard library; `python://installed`: that
+    and the packages installed beside torch, without copies, tables and generated code."""
     weight: float | None = None
     """Share of this source in the characters of the mixture, against the others' weights."""
     epochs: int = 1
@@ -49,12 +57,16 @@ class Source:
     """Of a hub dataset: its configuration, where it has several."""
     split: str = "train"
     """Of a hub dataset: its split."""
+    max_bad: float = MOST_BAD
+    """Share of its records that may be unreadable; of a text file given by itself, its lines."""
     stream: bool = False
     """Of a hub dataset: read it over the network every time instead of downloading it once."""
 
     def __post_init__(self):
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise DataError(f"{self}: weight must be above 0, got {self.weight}")
+        if not 0 <= self.max_bad <= 1:
+            raise DataError(f"{self}: max_bad must lie between 0 and 1, got {self.max_bad}")
         least = {"epochs": self.epochs, "limit": self.limit, "max_chars": self.max_chars}
         for name, value in least.items():
             if value is not None and value < 1:
@@ -65,9 +77,15 @@ class Source:
             raise DataError(f"{self}: match is no regular expression: {error}") from error
 
     def __str__(self) -> str:
+        library = f"the standard library of Python {platform.python_version()}"
         if self.path is None:
-            return f"the standard library of Python {platform.python_version()}"
-        return str(self.path if hub.is_hub(self.path) else resolve(self.path))
+            return library
+        if self.path == INSTALLED:
+            return f"{library} and the packages installed beside torch"
+        try:
+            return printable(self.path if hub.is_hub(self.path) else resolve(self.path))
+        except (OSError, RuntimeError, ValueError):  # a name that no file can have
+            return printable(self.path)
 
 
 def parse_source(text: str | Path | None, field: str = "text") -> Source:
@@ -76,9 +94,15 @@ def parse_source(text: str | Path | None, field: str = "text") -> Source:
     Raises:
         DataError: a key is unknown, or its value is not of its type.
     """
+    if text is not None and not isinstance(text, str | Path):
+        raise DataError(
+            f"a source is a path, a string or a Source, got {type(text).__name__}; see data.Source"
+        )
     if text is None or isinstance(text, Path) or os.path.exists(os.path.expanduser(text)):
         return Source(text, field=field)
     path, _, query = text.partition("?")
+    if path.startswith("python:") and path != INSTALLED:
+        raise DataError(f"{text}: the only source of this kind is {INSTALLED}")
     options: dict = {"field": field}
     for pair in filter(None, query.split("&")):
         key, _, value = pair.partition("=")
@@ -97,15 +121,17 @@ def documents(source: Source | str | Path | None = None, tally: Tally | None = N
     Each row of a table is a document, each text file of a folder, each module of the standard
     library. A text file given by itself is cut at blank lines into pieces of a hundredth of its
     length, 1 to 64 K characters, so that some can be kept for validation. Nulls and documents of
-    white space alone are left out, a byte order mark is dropped, and every line end of a text file
-    becomes a line feed. Records that cannot be read are counted and passed over.
+    white space alone are left out, UTF-16 and UTF-32 are decoded (see `decoding`), and every line
+    end of a text file becomes a line feed. Records that cannot be read, or are mostly control
+    characters, are counted and passed over; at the end they may be a share of `max_bad` at most.
 
     Args:
         source: where to read, and what.
         tally: filled with counts of what was kept and what left out.
 
     Raises:
-        DataError: there is no such file, folder or dataset, or nothing in it is of use.
+        DataError: there is no such file, folder or dataset, nothing in it is of use, or too much of
+            it is bad.
     """
     source = source if isinstance(source, Source) else parse_source(source)
     tally = Tally() if tally is None else tally
@@ -113,10 +139,16 @@ def documents(source: Source | str | Path | None = None, tally: Tally | None = N
         tally.kept += 1
         yield text
         if tally.kept == source.limit:
-            return
+            break
     if not tally.kept:
         why = tally.summary() or "it is empty"
         raise DataError(f"{source} holds no text to use: {why}; name another, or repair it")
+    if (share := tally.share_bad()) > source.max_bad:
+        raise DataError(
+            f"{source}: {100 * share:.0f} % of its records cannot be read, {100 * source.max_bad:g}"
+            f" % may be: {tally.summary()}; repair it (iconv converts other encodings), or take the"
+            f" rest with '?max_bad={min(1, share + 0.01):.2f}' behind its name"
+        )
 
 
 def fingerprint(source: Source) -> str:
@@ -128,10 +160,11 @@ def fingerprint(source: Source) -> str:
     if hub.is_hub(source.path):
         digest.update(hub.revision(str(source.path)).encode())
         return digest.hexdigest()
-    digest.update(platform.python_version().encode() if source.path is None else b"")
+    if source.path in (None, INSTALLED):
+        digest.update(platform.python_version().encode())
     for file in source_files(source):
-        stat = file.stat()
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        size, written = stamp(file)
+        digest.update(os.fsencode(f"{file}\0{size}\0{written}\n"))
     return digest.hexdigest()
 
 
@@ -146,6 +179,8 @@ def source_files(source: Source) -> list[Path]:
     """List the files that `documents` reads, in its order, or raise its DataError."""
     if source.path is None:
         return library_files()
+    if source.path == INSTALLED:
+        return [*library_files(), *installed_files()]
     return hub.files(str(source.path)) if hub.is_hub(source.path) else local_files(source.path)
 
 
@@ -156,6 +191,8 @@ def _texts(source: Source, tally: Tally) -> Iterator[str]:
     files = source_files(source)
     if source.path is None:
         return read_modules(files, tally)
+    if source.path == INSTALLED:
+        return only_code(read_modules(files, tally), tally)
     alone = files == [resolve(source.path)] and kind(files[0]) not in (JSONL, PARQUET)
     return read_files(files, source.field, tally, cut=alone)
 
@@ -183,7 +220,7 @@ def _yes_or_no(value: str) -> bool:
 
 
 _PARSERS = {
-    item.name: {"weight": float, "stream": _yes_or_no}.get(item.name, str)
+    item.name: {"weight": float, "max_bad": float, "stream": _yes_or_no}.get(item.name, str)
     for item in fields(Source)
     if item.name != "path"
 } | dict.fromkeys(("epochs", "min_chars", "max_chars", "limit"), int)

@@ -17,6 +17,8 @@ from .bpe import byte_characters
 from .error import DataError
 from .special import end_of_text
 
+_UNUSED = {"version", "truncation", "padding", "post_processor"}  # by `_encode` and `decode`
+
 
 class HuggingFace:
     """The engine of a `Tokenizer` whose file `tiktoken` cannot follow; see there."""
@@ -49,7 +51,7 @@ class HuggingFace:
         for token, i in vocab.items():
             self.byte_lengths[i] = length(token)
         self.byte_lengths[[token["id"] for token in special]] = 0
-        content = json.dumps(spec, sort_keys=True)
+        content = json.dumps({k: v for k, v in spec.items() if k not in _UNUSED}, sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from .cache import write_durably
+from .atomic import write
 
 FILE = "journal.jsonl"
 
@@ -19,9 +19,7 @@ def append(folder: Path, entry: dict) -> None:
 
 def replace(folder: Path, entries: list[dict]) -> None:
     """Write the journal anew with `entries`, whole or not at all."""
-    temporary = folder / f"{FILE}.tmp"
-    write_durably(temporary, b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
-    temporary.replace(folder / FILE)
+    write(folder / FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def remove(folder: Path) -> None:

@@ -5,9 +5,9 @@ L + 1 tokens, each beginning where the last one's targets end, from an offset dr
 them in an order drawn anew. All batches of all ranks, one after another, are one sequence.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -26,6 +26,9 @@ _Batch = TypeVar("_Batch", bound=tuple)
 class Loader(ABC, Generic[_Batch]):
     """What the loaders share: the order of the windows, their ranks, and the position.
 
+    `for batch in loader` gives the next `len(loader)` batches: an epoch, as far as whole batches
+    go. The next loop begins where the last one ended.
+
     Attributes:
         vocab_size: V of the tokenizer. A batch with an id outside it raises DataError.
         n_tokens: N, the tokens of the split.
@@ -35,7 +38,7 @@ class Loader(ABC, Generic[_Batch]):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | os.PathLike[str],
         split: str,
         *,
         batch_size: int,
@@ -93,6 +96,14 @@ class Loader(ABC, Generic[_Batch]):
     def epoch(self) -> float:
         """How many times all ranks together have read the split."""
         return self._taken / self.n_windows
+
+    def __len__(self) -> int:
+        """Return how many batches of this rank are an epoch, the last part of one left out."""
+        return max(1, self.n_windows // (self._batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[_Batch]:
+        """Iterate over the next `len(self)` batches of the shuffled, endless sequence."""
+        return (self.next_batch() for _ in range(len(self)))
 
     def next_batch(self) -> _Batch:
         """Return the next batch of the shuffled, endless sequence."""

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import tiktoken.load
 
+from .atomic import write
 from .bpe import GPT2_PATTERN, byte_characters
-from .cache import cache_root, write_durably
+from .cache import cache_root
 from .error import DataError
 from .special import EOT
 
@@ -116,9 +117,7 @@ def _fetch(encoding: Encoding, path: Path) -> None:
         ) from error
     _check(content, encoding, url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    write_durably(temporary, content)
-    temporary.replace(path)
+    write(path, content)
 
 
 def _check(content: bytes, encoding: Encoding, where: str) -> None:

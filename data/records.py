@@ -1,19 +1,26 @@
 """Files to texts. What cannot be read is counted and passed over; one bad line ends no run."""
 
+import hashlib
 import json
+import re
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from .error import DataError
-from .files import JSONL, PARQUET, kind, open_bytes
+from .decoding import HEAD, NotTextError, as_utf8, detect, is_text
+from .error import DataError, printable
+from .files import JSONL, PARQUET, kind, open_bytes, stamp
 
 PIECE = 65_536  # characters, about; a long text file is cut into documents of this length
+_LEAST = 1024  # characters, about, of such a document
+SURE_TO_BE_CUT = 8 * _LEAST + 1  # a text of one line that long gives two documents
 ROWS = 64  # rows of a table held at once: each may be a whole book
 _LINE = 1 << 20  # bytes of a text file read at once
+_DIGIT = re.compile("[0-9]")
+_NOT_TEXT = "not text but control characters"
 
 
 @dataclass
@@ -22,12 +29,16 @@ class Tally:
 
     kept: int = 0
     """Documents given out."""
+    good: int = 0
+    """Records that could be read; of a text file given by itself, lines."""
     bad: Counter[str] = field(default_factory=Counter)
     """Records that could not be read, by reason."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Records that were read and not wanted, by reason."""
     first_bad: str = ""
     """Where the first bad record is, and what is wrong with it."""
+    encodings: Counter[str] = field(default_factory=Counter)
+    """Files in another encoding than UTF-8, by encoding."""
     n_bytes: int = 0
     """Bytes of the files that have been read to their end, as stored."""
     stored: BinaryIO | None = None
@@ -36,7 +47,12 @@ class Tally:
     def add_bad(self, reason: str, where: str, records: int = 1) -> None:
         """Count records that cannot be used."""
         self.bad[reason] += records
-        self.first_bad = self.first_bad or f"{where}: {reason}"
+        self.first_bad = self.first_bad or printable(f"{where}: {reason}")
+
+    def share_bad(self) -> float:
+        """Return the share of the records met so far that could not be read."""
+        bad = self.bad.total()
+        return bad / max(1, bad + self.good)
 
     def position(self) -> int:
         """Return how many bytes of the source's files have been read, as stored."""
@@ -44,68 +60,125 @@ class Tally:
 
     def summary(self) -> str:
         """Say what was left out and why, for people; nothing if nothing was."""
-        parts = []
-        if self.bad:
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.bad.items())
-            parts.append(f"{self.bad.total():,} bad ({reasons}; first: {self.first_bad})")
-        parts += [f"{n:,} {reason}" for reason, n in self.left_out.items()]
-        return ", ".join(parts)
+        return summary(self.bad, self.first_bad, self.left_out)
+
+
+def summary(bad: Mapping[str, int], first_bad: str, left_out: Mapping[str, int]) -> str:
+    """Say in a line how many records were left out and why; nothing if none was."""
+    parts = []
+    if bad:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in bad.items())
+        parts.append(f"{sum(bad.values()):,} bad ({reasons}; first: {first_bad})")
+    parts += [f"{n:,} {reason}" for reason, n in left_out.items()]
+    return ", ".join(parts)
 
 
 def read_files(files: list[Path], column: str, tally: Tally, cut: bool) -> Iterator[str]:
     """Yield the texts of files: each row of a table, each text file, or its pieces if `cut`."""
     for file in files:
+        size, _ = stamp(file)
         try:
+            encoding, mark = ("utf-8", 0) if kind(file) == PARQUET else _encoding(file, tally)
             with open_bytes(file) as (stored, plain):
                 tally.stored = stored
-                if kind(file) == JSONL:
-                    yield from _json_lines(plain, file, column, tally)
-                elif kind(file) == PARQUET:
+                if kind(file) == PARQUET:
                     yield from _parquet_rows(plain, file, column, tally)
+                elif kind(file) == JSONL:
+                    lines = as_utf8(plain, encoding, mark)
+                    yield from _json_lines(lines, encoding, file, column, tally)
                 else:
-                    yield from _pieces(plain, file, tally) if cut else _whole(plain, file, tally)
+                    lines = as_utf8(plain, encoding, mark)
+                    read = _pieces if cut else _whole
+                    yield from read(lines, encoding, file, tally)
+        except NotTextError as error:
+            tally.add_bad(str(error), str(file))
         except (OSError, EOFError, RuntimeError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataError(f"cannot read {file}: {error}; repair or remove it") from error
             tally.add_bad("damaged file", f"{file} ({error})")
         finally:
             tally.stored = None
-        tally.n_bytes += file.stat().st_size
+        tally.n_bytes += size
 
 
 def read_modules(files: list[Path], tally: Tally) -> Iterator[str]:
     """Yield each Python file, in the encoding that it declares."""
     for file in files:
-        with tokenize.open(file) as f:
-            yield f.read()
-        tally.n_bytes += file.stat().st_size
+        size, _ = stamp(file)
+        try:
+            with tokenize.open(file) as f:
+                text = f.read()
+        except (LookupError, SyntaxError, ValueError):
+            tally.add_bad("not in the encoding that it declares", str(file))
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error}; repair or remove it") from error
+        else:
+            if (text := check_text(text, "text", str(file), tally)) is not None:
+                yield text
+        tally.n_bytes += size
+
+
+def only_code(texts: Iterable[str], tally: Tally) -> Iterator[str]:
+    """Yield the texts that read like code written by people, each once.
+
+    Left out are copies of one before; tables, in which the digits are a fifth of the characters
+    that are not white space; and generated code, whose lines are longer than 100 characters on
+    average, or one of them than 1,000.
+    """
+    seen: set[bytes] = set()
+    for text in texts:
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        lines = text.splitlines() or [""]
+        if digest in seen:
+            tally.left_out["duplicate"] += 1
+        elif len(text) > 100 * len(lines) or max(map(len, lines)) > 1000:
+            tally.left_out["generated, with long lines"] += 1
+        elif 5 * len(_DIGIT.findall(text)) > len("".join(text.split())):
+            tally.left_out["tables of numbers"] += 1
+        else:
+            seen.add(digest)
+            yield text
 
 
 def check_text(value: object, column: str, where: str, tally: Tally) -> str | None:
     """Return `value` if it is text or null, which is no text; else count it as bad."""
     if value is None:
+        tally.good += 1
         return ""
     if not isinstance(value, str):
         tally.add_bad(f"field '{column}' is {type(value).__name__}, not text", where)
         return None
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            tally.add_bad("half of a surrogate pair", where)
-            return None
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:
+        tally.add_bad("half of a surrogate pair", where)
+        return None
+    if not is_text(data):
+        tally.add_bad(_NOT_TEXT, where)
+        return None
+    tally.good += 1
     return value
 
 
-def _json_lines(plain: BinaryIO, file: Path, column: str, tally: Tally) -> Iterator[str]:
+def _encoding(file: Path, tally: Tally) -> tuple[str, int]:
+    with open_bytes(file) as (_, plain):
+        encoding, mark = detect(plain.read(HEAD))
+    if encoding != "utf-8":
+        tally.encodings[encoding.upper()] += 1
+    return encoding, mark
+
+
+def _json_lines(
+    plain: BinaryIO, encoding: str, file: Path, column: str, tally: Tally
+) -> Iterator[str]:
     for number, line in enumerate(plain, 1):
         if line.isspace():
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(line.decode())
         except UnicodeDecodeError:
-            tally.add_bad("not UTF-8", where)
+            tally.add_bad(f"not {encoding.upper()}", where)
             continue
         except (ValueError, RecursionError):
             tally.add_bad("not JSON", where)
@@ -141,19 +214,16 @@ def _parquet_rows(plain: BinaryIO, file: Path, column: str, tally: Tally) -> Ite
                 yield text
 
 
-def _whole(plain: BinaryIO, file: Path, tally: Tally) -> Iterator[str]:
-    try:
-        text = plain.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        tally.add_bad("not UTF-8", f"{file} at byte {error.start}")
-        return
-    yield _line_feeds(text)
+def _whole(plain: BinaryIO, encoding: str, file: Path, tally: Tally) -> Iterator[str]:
+    text = _decode(plain.read(), encoding, file, 0, tally)
+    if text is not None:
+        yield text
 
 
-def _pieces(plain: BinaryIO, file: Path, tally: Tally) -> Iterator[str]:
-    size = min(PIECE, max(1024, file.stat().st_size // 100))
+def _pieces(plain: BinaryIO, encoding: str, file: Path, tally: Tally) -> Iterator[str]:
+    size = min(PIECE, max(_LEAST, file.stat().st_size // 100))
     piece, length = [], 0
-    for line in _lines(plain, file, tally):
+    for line in _lines(plain, encoding, file, tally):
         for i in range(0, len(line), 4 * size):
             part = line[i : i + 4 * size]
             piece.append(part)
@@ -165,16 +235,32 @@ def _pieces(plain: BinaryIO, file: Path, tally: Tally) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _lines(plain: BinaryIO, file: Path, tally: Tally) -> Iterator[str]:
-    position, rest, encoding = 0, b"", "utf-8-sig"
+def _lines(plain: BinaryIO, encoding: str, file: Path, tally: Tally) -> Iterator[str]:
+    position, rest = 0, b""
     while data := rest + (part := plain.readline(_LINE)):
         whole = not part or part.endswith(b"\n")
         end = len(data) if whole else _last_boundary(data)
-        try:
-            yield _line_feeds(data[:end].decode(encoding))
-        except UnicodeDecodeError as error:
-            tally.add_bad("not UTF-8", f"{file} at byte {position + error.start}")
-        position, rest, encoding = position + end, data[end:], "utf-8"
+        text = _decode(data[:end], encoding, file, position, tally)
+        if text is not None:
+            yield text
+        position, rest = position + end, data[end:]
+
+
+def _decode(data: bytes, encoding: str, file: Path, position: int, tally: Tally) -> str | None:
+    """Return UTF-8 as text with line feeds, or count it as bad: it was read at `position`."""
+    reason, start = None, 0
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        reason, start = f"not {encoding.upper()}", error.start
+    if reason is None and not is_text(data):
+        reason = _NOT_TEXT
+    if reason is not None:  # positions are those of the file where nothing was transcoded
+        at = f"{file} at byte {position + start}" if encoding == "utf-8" else str(file)
+        tally.add_bad(reason, at)
+        return None
+    tally.good += 1
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _last_boundary(data: bytes) -> int:
@@ -185,10 +271,6 @@ def _last_boundary(data: bytes) -> int:
         if data[i] < 0x80:
             break
     return len(data)
-
-
-def _line_feeds(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _names(names: list) -> str:

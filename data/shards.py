@@ -9,6 +9,7 @@ token are an index of the documents already.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from . import journal
-from .cache import write_durably
+from .atomic import write
 from .error import DataError
+from .records import summary
 from .tokenizer import FILE as TOKENIZER_FILE
 from .tokenizer import Tokenizer
 
-VERSION = 2  # raise it whenever the same source and settings would give other files
+VERSION = 3  # raise it whenever the same source and settings would give other files
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 25  # held in memory until a shard is written: 64 or 128 MiB per split
@@ -62,9 +64,54 @@ class Manifest:
     settings: dict
     """What else decided the shards."""
     read: list[dict]
-    """Of each source: documents given, records left out and why."""
+    """Of each source: documents given, records left out and why, files in other encodings."""
     splits: dict[str, list[Shard]]
     """The shards of `train` and of `val`, in order."""
+    key: str = ""
+    """Digest of the sources, as they were, and of the settings."""
+
+    def left_out(self) -> list[str]:
+        """Say for each source in a line what of it was left out; none where nothing was."""
+        parts = [
+            (read["source"], summary(read["bad"], read["first_bad"], read["left_out"]))
+            for read in self.read
+        ]
+        return [f"{source}: left out {what}" for source, what in parts if what]
+
+
+class Prepared(os.PathLike[str]):
+    """A folder that `prepare` made, and what was read of it, so that nobody reads it again.
+
+    Usable wherever its path is: `open(prepared / "manifest.json")`, `TokenLoader(prepared, ...)`.
+
+    Attributes:
+        folder: where it is.
+        manifest: what is in it.
+        tokenizer: what its ids were made with.
+        left_out: for each source a line that says what of it was left out, if anything was.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, tokenizer: Tokenizer):
+        self.folder, self.manifest, self.tokenizer = folder, manifest, tokenizer
+        self.left_out = manifest.left_out()
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        return f"Prepared({str(self.folder)!r})"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, os.PathLike) and self.folder == Path(other)
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -112,7 +159,7 @@ class ShardWriter:
             return
         data = np.concatenate(self._pieces).tobytes()
         name = f"{self._split}-{len(self.shards):05}.bin"
-        write_durably(self._folder / name, data)
+        write(self._folder / name, data)
         digest = hashlib.sha256(data).hexdigest()
         shard = Shard(name, self._tokens, self._documents, self._bytes, digest)
         journal.append(self._folder, {"split": self._split, **asdict(shard)})
@@ -122,7 +169,7 @@ class ShardWriter:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, last of all files."""
-    write_durably(folder / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
+    write(folder / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1))
 
 
 def finished_shards(folder: Path, tokenizer: str) -> dict[str, list[Shard]]:
@@ -152,7 +199,7 @@ def finished_shards(folder: Path, tokenizer: str) -> dict[str, list[Shard]]:
     return finished
 
 
-def verify(folder: str | Path, shards: Sequence[Shard]) -> None:
+def verify(folder: str | os.PathLike[str], shards: Sequence[Shard]) -> None:
     """Read shards whole and compare each with its sha256.
 
     Raises:
@@ -166,23 +213,32 @@ def verify(folder: str | Path, shards: Sequence[Shard]) -> None:
             )
 
 
-def open_prepared(folder: str | Path) -> tuple[Manifest, Tokenizer]:
+def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
     """Read what `prepare` wrote, and check that it is whole: every file, its size, the tokenizer.
+
+    What is `Prepared` already is not parsed again; its shards are looked at again.
 
     Raises:
         DataError: the manifest, a shard or the tokenizer is missing, damaged, or of another origin.
     """
+    if isinstance(folder, Prepared):
+        _check_sizes(folder.folder, folder.manifest)
+        return folder
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST_FILE)
-    for shard in (shard for split in SPLITS for shard in manifest.splits[split]):
-        _check_size(folder / shard.file, shard.tokens, np.dtype(manifest.dtype))
+    _check_sizes(folder, manifest)
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     if tokenizer.fingerprint != manifest.tokenizer:
         raise DataError(
             f"{folder}: shards were made with tokenizer {manifest.tokenizer}, the folder has "
             f"{tokenizer.fingerprint}; run prepare again"
         )
-    return manifest, tokenizer
+    return Prepared(folder, manifest, tokenizer)
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    for shard in (shard for split in SPLITS for shard in manifest.splits[split]):
+        _check_size(folder / shard.file, shard.tokens, np.dtype(manifest.dtype))
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -5,18 +5,25 @@ tokenizer.json whatever the origin, so `tokenizers` and `transformers` read it t
 ids. A special token ends each document; text that spells it is encoded as text.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
+from typing import TYPE_CHECKING, SupportsIndex, cast
 
 import numpy as np
 
+from .atomic import write
 from .bpe import BytePairs
 from .error import DataError
 from .huggingface import HuggingFace
 from .ranks import ENCODINGS, SUFFIX, local, published
 from .special import EOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "tokenizer.json"
 
@@ -37,7 +44,9 @@ class Tokenizer:
         eot: the id of the end-of-text token, which no text is encoded to.
         byte_lengths: `[V]`, int64; how many bytes of text each id stands for, 0 for special ones.
             Nominal where a tokenizer changes the text, as by a normalizer.
-        fingerprint: hex digest of what decides the ids; not of the file's layout.
+        fingerprint: hex digest of what decides the ids and their text; not of the file's layout.
+        variant: hex digest of what else the file says: template, truncation, padding, options. They
+            change nothing here, where text is encoded as it is, and much for other readers.
     """
 
     def __init__(self, spec: dict):
@@ -51,6 +60,9 @@ class Tokenizer:
         self.vocab_size, self.eot = self._engine.vocab_size, self._engine.eot
         self.byte_lengths = self._engine.byte_lengths
         self.fingerprint = self._engine.fingerprint
+        model = {k: v for k, v in spec["model"].items() if k not in ("vocab", "merges")}
+        others = json.dumps(spec | {"model": model}, sort_keys=True)
+        self.variant = hashlib.sha256(others.encode()).hexdigest()[:16]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 4096) -> "Tokenizer":
@@ -60,8 +72,10 @@ class Tokenizer:
         vocabulary; `vocab_size` of the result tells.
 
         Raises:
-            DataError: `vocab_size` is below 257, the 256 bytes and the end-of-text token.
+            DataError: `vocab_size` is below 257, the 256 bytes and the end-of-text token; or
+                `texts` is one string, of which every character would be a text.
         """
+        _refuse_one(texts, "train")
         if vocab_size < 257:
             raise DataError(
                 f"vocab_size must be at least 257 (256 bytes and the end-of-text token), "
@@ -87,16 +101,22 @@ class Tokenizer:
         return cls(json.loads(bpe.to_str()))
 
     @classmethod
-    def load(cls, name_or_path: str | Path) -> "Tokenizer":
+    def load(cls, name_or_path: "str | os.PathLike[str] | Tokenizer") -> "Tokenizer":
         """Read a tokenizer.json, the one in a folder, or a published encoding.
 
         Args:
-            name_or_path: a file or folder; or `gpt2`, `cl100k_base`, `o200k_base`, whose ranks come
-                over the network once and are kept in the cache; or a rank file of these.
+            name_or_path: a file; a folder with one, as that of a run and that which `prepare`
+                returned; a `Tokenizer`, which is returned; or `gpt2`, `cl100k_base`, `o200k_base`,
+                whose ranks come over the network once and are kept in the cache; or a rank file
+                of these.
 
         Raises:
             DataError: there is no such file, it cannot be used, or the network is out of reach.
         """
+        held = getattr(name_or_path, "tokenizer", name_or_path)  # of what `prepare` returned
+        if isinstance(held, Tokenizer):
+            return held
+        name_or_path = cast("str | os.PathLike[str]", name_or_path)
         if str(name_or_path) in ENCODINGS and not Path(name_or_path).exists():
             return cls(published(str(name_or_path)))
         path = _file(name_or_path)
@@ -109,41 +129,81 @@ class Tokenizer:
         except ValueError as error:
             raise DataError(f"{path}: {error}") from error
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path`, or tokenizer.json in the folder `path`, whole or not at all."""
-        path = _file(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as f:
-            f.write(json.dumps(self._spec, ensure_ascii=False))
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        write(_file(path), json.dumps(self._spec, ensure_ascii=False))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without an end-of-text token."""
-        return self._engine.encode(text)
+        """Return the ids of `text`, as in training: no template, no truncation, no end of text."""
+        return self._engine.encode(_checked([text], "encode")[0])
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
         """Return the ids of each text, computed on `threads` threads (None: one per core)."""
-        return self._engine.encode_batch(texts, threads)
+        return self._engine.encode_batch(_checked(texts, "encode_batch"), threads)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
         """Return the ids of all `texts`, each followed by `eot`, as one array.
 
-        Computed on one thread; other threads go on meanwhile.
+        Computed on one thread; other threads continue meanwhile.
         """
-        return self._engine.encode_documents(texts)
+        return self._engine.encode_documents(_checked(texts, "encode_documents"))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: "Iterable[int] | np.ndarray | Tensor") -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
+        Args:
+            ids: integers of any type in one dimension: a tensor on any device, an array, a list.
+
         Raises:
-            DataError: an id is outside the vocabulary.
+            DataError: there is another number of dimensions, a value is not an integer, or an id
+                is outside the vocabulary.
         """
-        for i in ids:
+        listed = _as_list(ids)
+        for i in listed:
             if not 0 <= i < self.vocab_size:
                 raise DataError(f"decode: ids must lie in [0, {self.vocab_size}), got {i}")
-        return self._engine.decode(ids)
+        return self._engine.decode(listed)
+
+
+def _as_list(ids: "Iterable[int] | np.ndarray | Tensor") -> list[int]:
+    if getattr(ids, "ndim", 1) != 1:
+        raise DataError(
+            f"decode: ids must have one dimension, got shape {[*getattr(ids, 'shape', ())]}; "
+            "decode each row, or reshape(-1) them"
+        )
+    to_list = getattr(ids, "tolist", None)  # an array's or a tensor's, on whatever device
+    listed = to_list() if to_list else ids
+    if isinstance(listed, str | bytes) or not isinstance(listed, Iterable):
+        raise DataError(f"decode: ids must be a sequence of integers, got {ids!r:.40}")
+    return [i if type(i) is int else _as_int(i) for i in listed]
+
+
+def _as_int(value: object) -> int:
+    kind = getattr(value, "dtype", type(value))
+    try:
+        if "bool" in str(kind):
+            raise TypeError
+        return index(cast(SupportsIndex, value))
+    except TypeError as error:
+        raise DataError(
+            f"decode: ids must be integers in one dimension, got {value!r:.40} of type {kind}"
+        ) from error
+
+
+def _checked(texts: Sequence[str], operation: str) -> list[str]:
+    _refuse_one(texts, operation)
+    for text in (texts := [*texts]):
+        if not isinstance(text, str):
+            raise DataError(f"{operation}: a text must be a str, got {type(text).__name__}")
+    return texts
+
+
+def _refuse_one(texts: object, operation: str) -> None:
+    if isinstance(texts, str | bytes):
+        raise DataError(
+            f"{operation}: texts must be a sequence of strings, got one, {texts!r:.40}; "
+            "give [text], or its characters would be the texts"
+        )
 
 
 def _engine(spec: dict) -> BytePairs | HuggingFace:
@@ -160,6 +220,6 @@ def _engine(spec: dict) -> BytePairs | HuggingFace:
         ) from error
 
 
-def _file(path: str | Path) -> Path:
+def _file(path: str | os.PathLike[str]) -> Path:
     path = Path(path).expanduser()
     return path / FILE if path.is_dir() else path

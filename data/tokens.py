@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
-from pathlib import Path
 
 import numpy as np
 
@@ -23,16 +23,17 @@ class Tokens:
         fingerprint: hex digest of the tokenizer and of the tokens.
     """
 
-    def __init__(self, folder: str | Path, split: str, check: bool):
+    def __init__(self, folder: str | os.PathLike[str], split: str, check: bool):
         """Open `split` of `folder`; with `check`, read it whole and compare it with its sha256."""
         if split not in SPLITS:
             raise DataError(f"split must be one of {SPLITS}, got {split!r}")
-        manifest, tokenizer = open_prepared(folder)
+        prepared = open_prepared(folder)
+        manifest, tokenizer = prepared.manifest, prepared.tokenizer
         shards = manifest.splits[split]
         if check:
-            verify(folder, shards)
+            verify(prepared, shards)
         self._shards = [
-            np.asarray(np.memmap(Path(folder) / shard.file, manifest.dtype, mode="r"))
+            np.asarray(np.memmap(prepared / shard.file, manifest.dtype, mode="r"))
             for shard in shards
         ]
         self._ends = np.cumsum([shard.tokens for shard in shards]).tolist()

@@ -1,5 +1,6 @@
 """Prepared data against its checksums: before a run, or while it goes on where there is much."""
 
+import os
 from pathlib import Path
 from threading import Thread
 
@@ -23,9 +24,8 @@ class Verification:
         DataError: the folder is incomplete, or a shard is damaged.
     """
 
-    def __init__(self, folder: str | Path, at_once: int = AT_ONCE):
-        manifest, _ = open_prepared(folder)
-        self._folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], at_once: int = AT_ONCE):
+        manifest, self._folder = open_prepared(folder).manifest, Path(folder)
         self._shards = [shard for shards in manifest.splits.values() for shard in shards]
         self._damage: DataError | None = None
         if sum((self._folder / shard.file).stat().st_size for shard in self._shards) <= at_once:

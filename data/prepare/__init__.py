@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -18,10 +19,12 @@ from ..cache import cache_root, lock, publication
 from ..corpus import Source, fingerprint, parse_source, settings, source_files
 from ..error import DataError
 from ..mixture import Mixture
+from ..records import SURE_TO_BE_CUT
 from ..shards import (
     MANIFEST_FILE,
     VERSION,
     Manifest,
+    Prepared,
     Shard,
     open_prepared,
     token_dtype,
@@ -36,44 +39,48 @@ VAL_FRACTION = 0.05
 
 SAMPLE_CHARS = 64_000_000  # the tokenizer learns from the first documents, up to this length
 
-SourceLike = Source | str | Path
+SourceLike = Source | str | os.PathLike[str]
 
 
 def prepare(
     source: SourceLike | Sequence[SourceLike] | None = None,
     *,
     vocab_size: int = VOCAB_SIZE,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     field: str = "text",
     val_fraction: float = VAL_FRACTION,
     deduplicate: bool = False,
     threads: int | None = None,
-    cache: str | Path | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> Path:
+) -> Prepared:
     """Tokenize a corpus into shards for `TokenLoader`, once, and return the folder that holds them.
 
     A document is in validation when the hash of its text says so: copies of it are on one side,
     wherever they stand. When that leaves validation empty, the document of lowest hash goes there.
     Processes that prepare the same data at the same time wait for the first and take its result.
-    A run that was killed goes on with the next call, which keeps its finished shards and ends in
-    the same bytes. Records that cannot be read are counted, reported and left out.
+    A run that was killed is resumed by the next call, which keeps its finished shards and ends in
+    the same bytes. Records that cannot be read are counted and left out, which every call reports.
 
     Args:
         source: one or several of these: a path or string as in `Source`, or a `Source`. None is the
             standard library of the interpreter. A folder that `prepare` made is returned as it is.
         vocab_size: ids to learn, end-of-text included; not used when `tokenizer` is given.
-        tokenizer: what `Tokenizer.load` takes, to use instead of learning.
+        tokenizer: a `Tokenizer`, or what `Tokenizer.load` takes, to use instead of learning.
         field: the column of tables that holds the text, for the sources that name none.
         val_fraction: share of the documents, between 0 and 1, kept for validation.
         deduplicate: whether to leave out documents whose text came before, in any source.
         threads: how many encode; None is one per core. The result does not depend on it.
         cache: where to keep the result; None is $TRITIUM_HOME, else $XDG_CACHE_HOME/tritium, else
             ~/.cache/tritium.
+        out: the folder to make, instead of one in the cache; it is new, empty, or holds the same
+            data already.
         progress: whether to report on stderr.
 
     Returns:
-        The folder: manifest.json, tokenizer.json, and the shards of `train` and `val`.
+        The folder, usable as a path, with its manifest and tokenizer: manifest.json,
+        tokenizer.json, and the shards of `train` and `val`.
 
     Raises:
         DataError: a source, the tokenizer or a setting cannot be used, validation takes every
@@ -83,65 +90,99 @@ def prepare(
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     if threads is not None and threads < 1:
         raise DataError(f"threads must be at least 1, got {threads}")
+    console = Console(
+        stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True
+    )
     sources = _sources(source, field)
-    if _is_prepared_already(sources):
-        open_prepared(str(sources[0].path))
-        return Path(str(sources[0].path)).expanduser()
+    if (folder := _prepared_already(sources)) is not None:
+        return _report(open_prepared(folder), console)
     given = None if tokenizer is None else Tokenizer.load(tokenizer)
     chosen = {
         "sources": [settings(each) for each in sources],
         "val_fraction": val_fraction,
         "deduplicate": deduplicate,
-        "tokenizer": given.fingerprint if given else f"learned, vocab_size {vocab_size}",
+        "tokenizer": f"{given.fingerprint} {given.variant}"
+        if given
+        else f"learned, vocab_size {vocab_size}",
     }
     origin = [fingerprint(each) for each in sources]
     key = hashlib.sha256(json.dumps([VERSION, origin, chosen]).encode()).hexdigest()[:24]
-    folder = (Path(cache).expanduser() if cache else cache_root()) / "prepared" / key
-    if _is_prepared(folder):
-        return folder
-    console = Console(
-        stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True
-    )
+    folder = _place(key, cache, out)
+    if (found := _find(folder, key)) is not None:
+        return _report(found, console)
     texts = Mixture(sources, deduplicate)
     try:
         with lock(folder):
-            if _is_prepared(folder):  # by another process, meanwhile
-                return folder
+            if (found := _find(folder, key)) is not None:  # made by another process, meanwhile
+                return _report(found, console)
             with publication(folder) as work:
                 used = given or _learn(texts, vocab_size, work, console)
                 used.save(work)
                 splits = _encode(texts, used, val_fraction, work, threads, console)
-                _check(texts, origin, splits)
-                _describe(work, texts, chosen, used, splits)
+                _check(texts, origin, splits, val_fraction)
+                manifest = _describe(texts, key, chosen, used, splits)
+                write_manifest(work, manifest)
             journal.remove(folder)
     except OSError as error:
         raise DataError(
             f"cannot write {folder}: {error}; make room there or set TRITIUM_HOME elsewhere; "
             "finished shards are kept"
         ) from error
-    return folder
+    return _report(Prepared(folder, manifest, used), console)
 
 
 def _sources(source: SourceLike | Sequence[SourceLike] | None, field: str) -> list[Source]:
-    several = [source] if source is None or isinstance(source, SourceLike) else [*source]
+    single = isinstance(source, str | os.PathLike | Source) or not isinstance(source, Iterable)
+    several: list[Any] = [source] if single else [*cast(Iterable, source)]
+    several = [Path(each) if isinstance(each, os.PathLike) else each for each in several]
     return [each if isinstance(each, Source) else parse_source(each, field) for each in several]
 
 
-def _is_prepared_already(sources: list[Source]) -> bool:
+def _prepared_already(sources: list[Source]) -> Path | None:
     if len(sources) != 1 or sources[0].path is None:
-        return False
+        return None
     if not {*settings(sources[0])} <= {"path", "field"}:
-        return False
-    folder = Path(sources[0].path).expanduser()
-    return all((folder / name).is_file() for name in (MANIFEST_FILE, TOKENIZER_FILE))
-
-
-def _is_prepared(folder: Path) -> bool:
+        return None
     try:
-        open_prepared(folder)
+        folder = Path(sources[0].path).expanduser()
+        whole = all((folder / name).is_file() for name in (MANIFEST_FILE, TOKENIZER_FILE))
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        return None
+    return folder if whole else None
+
+
+def _place(
+    key: str, cache: str | os.PathLike[str] | None, out: str | os.PathLike[str] | None
+) -> Path:
+    if out is None:
+        return (Path(cache).expanduser() if cache else cache_root()) / "prepared" / key
+    folder = Path(out).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"out must be a folder, {folder} is a file; name another")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            same = open_prepared(folder).manifest.key == key
+        except DataError:
+            same = False
+        if not same:
+            raise DataError(
+                f"out must be a new or empty folder, {folder} holds something else; name another"
+            )
+    return folder
+
+
+def _find(folder: Path, key: str) -> Prepared | None:
+    try:
+        found = open_prepared(folder)
     except DataError:
-        return False
-    return True
+        return None
+    return found if found.manifest.key == key else None
+
+
+def _report(prepared: Prepared, console: Console) -> Prepared:
+    for line in prepared.left_out:
+        console.print(line)
+    return prepared
 
 
 def _learn(texts: Iterable[str], vocab_size: int, work: Path, console: Console) -> Tokenizer:
@@ -175,28 +216,36 @@ def _encode(
     files = [source_files(source) for source in texts.sources]
     total = sum(file.stat().st_size for each in files for file in each) if all(files) else 0
     threads = threads or len(os.sched_getaffinity(0))
-    splits = encode(texts, tokenizer, val_fraction, work, threads, console, total)
-    for source, tally in zip(texts.sources, texts.tallies, strict=True):
-        if tally.summary():
-            console.print(f"{source}: left out {tally.summary()}")
-    return splits
+    return encode(texts, tokenizer, val_fraction, work, threads, console, total)
 
 
-def _check(texts: Mixture, origin: list[str], splits: dict[str, list[Shard]]) -> None:
+def _check(
+    texts: Mixture, origin: list[str], splits: dict[str, list[Shard]], val_fraction: float
+) -> None:
     for source, before in zip(texts.sources, origin, strict=True):
         if fingerprint(source) != before:
             raise DataError(f"{source} changed while it was read; run again")
-    if not splits["train"]:
-        n = sum(shard.documents for shard in splits["val"])
-        raise DataError(
-            f"{_names(texts)} leaves nothing to train on: validation takes all of its {n} "
-            "document(s); add different documents, or lower val_fraction"
+    if splits["train"]:
+        return
+    n = sum(shard.documents for shard in splits["val"])
+    size = sum(shard.bytes for shard in splits["val"])
+    if n == 1:
+        why = (
+            f"is too short to hold some back for validation: {size:,} bytes are one document; give "
+            f"at least {SURE_TO_BE_CUT:,} characters, or several documents"
         )
+    else:
+        advice = "" if val_fraction == VAL_FRACTION else f" or lower val_fraction ({val_fraction})"
+        why = (
+            f"leaves nothing to train on: validation takes all of its {n} documents, as copies of "
+            f"one text stay together; add different documents{advice}"
+        )
+    raise DataError(f"{_names(texts)} {why}")
 
 
 def _describe(
-    work: Path, texts: Mixture, chosen: dict, tokenizer: Tokenizer, splits: dict[str, list[Shard]]
-) -> None:
+    texts: Mixture, key: str, chosen: dict, tokenizer: Tokenizer, splits: dict[str, list[Shard]]
+) -> Manifest:
     read = [
         {
             "source": str(source),
@@ -204,21 +253,20 @@ def _describe(
             "bad": dict(tally.bad),
             "first_bad": tally.first_bad,
             "left_out": dict(tally.left_out),
+            "encodings": dict(tally.encodings),
         }
         for source, given, tally in zip(texts.sources, texts.given, texts.tallies, strict=True)
     ]
-    write_manifest(
-        work,
-        Manifest(
-            version=VERSION,
-            dtype=token_dtype(tokenizer.vocab_size),
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=tokenizer.fingerprint,
-            source=_names(texts),
-            settings=chosen,
-            read=read,
-            splits=splits,
-        ),
+    return Manifest(
+        version=VERSION,
+        dtype=token_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+        source=_names(texts),
+        key=key,
+        settings=chosen,
+        read=read,
+        splits=splits,
     )
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from ..error import DataError
-from ..shards import Shard, open_prepared
+from ..error import DataError, printable
+from ..shards import Shard
 from . import VAL_FRACTION, VOCAB_SIZE, prepare
 from .inspection import inspect
 
@@ -23,14 +23,15 @@ def prepare_command(
     deduplicate: bool = False,
     threads: int | None = None,
     cache: Path | None = None,
+    out: Path | None = None,
 ) -> None:
     """Tokenize text into shards to train on, and print the folder that holds them.
 
     Args:
         sources: text files, .jsonl, .parquet (.gz and .zst too), folders of these, datasets
-            hf://OWNER/NAME@REVISION; each may end in '?key=value&...' with the keys weight, epochs,
-            field, min_chars, max_chars, match, limit, config, split, stream. None: Python's
-            standard library.
+            hf://OWNER/NAME@REVISION, or python://installed, all Python code that is installed; each
+            may end in '?key=value&...' with the keys weight, epochs, field, min_chars, max_chars,
+            match, limit, config, split, max_bad, stream. None: Python's standard library.
         vocab_size: ids to learn, the end-of-text token included.
         tokenizer: to use instead of learning: gpt2, cl100k_base or o200k_base (fetched once), a
             rank file of these, a tokenizer.json, or a folder with one.
@@ -39,9 +40,10 @@ def prepare_command(
         deduplicate: leave out documents whose text came before.
         threads: how many encode; none: one per core.
         cache: where to keep the result; none: $TRITIUM_HOME, else ~/.cache/tritium.
+        out: the folder to make instead of one in the cache; new or empty.
     """
     begin = time.perf_counter()
-    folder = prepare(
+    prepared = prepare(
         sources or None,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
@@ -50,10 +52,10 @@ def prepare_command(
         deduplicate=deduplicate,
         threads=threads,
         cache=cache,
+        out=out,
     )
-    manifest, _ = open_prepared(folder)
-    print(folder)
-    for split, shards in manifest.splits.items():
+    print(printable(prepared))
+    for split, shards in prepared.manifest.splits.items():
         print(f"{split}: {_summary(shards)}")
     print(f"{time.perf_counter() - begin:.1f} s")
 
@@ -99,5 +101,5 @@ if __name__ == "__main__":
         print(f"data.prepare: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("data.prepare: stopped; the same command goes on from here", file=sys.stderr)
+        print("data.prepare: stopped; the same command resumes from here", file=sys.stderr)
         sys.exit(130)

@@ -56,7 +56,7 @@ def encode(
     done = {split: sum(shard.documents for shard in finished[split]) for split in SPLITS}
     if any(done.values()):
         console.print(
-            f"going on after {sum(done.values()):,} documents that an interrupted run encoded"
+            f"resuming after {sum(done.values()):,} documents that an interrupted run encoded"
         )
     batches = _batches(_after(done, assign_splits(texts, val_fraction)))
     columns = (

@@ -7,7 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..error import DataError
+from ..atomic import replacing
+from ..error import DataError, printable
 from ..shards import SPLITS, Manifest, Shard, open_prepared
 from ..tokenizer import Tokenizer
 from ..tokens import Tokens
@@ -30,13 +31,14 @@ def inspect(
     Raises:
         DataError: the folder is incomplete or damaged, or the picture cannot be written.
     """
-    manifest, tokenizer = open_prepared(folder)
-    tokens = {split: Tokens(folder, split, check=True) for split in SPLITS}
+    prepared = open_prepared(folder)
+    manifest, tokenizer = prepared.manifest, prepared.tokenizer
+    tokens = {split: Tokens(prepared, split, check=True) for split in SPLITS}
     ends = {split: tokens[split].document_ends() for split in SPLITS}
     lengths = {split: np.diff(ends[split], prepend=0) for split in SPLITS}
     n_shards = sum(map(len, manifest.splits.values()))
     console.print(
-        f"{folder}\nfrom {manifest.source}\n"
+        f"{printable(folder)}\nfrom {manifest.source}\n"
         f"{manifest.vocab_size:,} ids as {np.dtype(manifest.dtype).name}, tokenizer "
         f"{manifest.tokenizer}; {n_shards} shards, each as its sha256 says",
         soft_wrap=True,
@@ -44,10 +46,11 @@ def inspect(
     console.print(_counts(manifest, lengths), _sources(manifest))
     picture = picture or folder / "lengths.png"
     try:
-        draw_lengths(lengths, picture)
+        with replacing(picture) as draft:
+            draw_lengths(lengths, draft)
     except OSError as error:
         raise DataError(f"cannot write {picture}: {error.strerror}; name another") from error
-    console.print(f"lengths of the documents: {picture}", soft_wrap=True)
+    console.print(f"lengths of the documents: {printable(picture)}", soft_wrap=True)
     chosen = np.random.default_rng(seed).permutation(len(ends["train"]))[:samples]
     for i in sorted(chosen.tolist()):
         n = int(lengths["train"][i])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, Source, cache, journal, prepare, shards
+from data import DataError, Source, atomic, journal, prepare, shards
 from data.prepare import encoding
 from data.shards import open_prepared
 
@@ -38,7 +38,8 @@ def file(tmp_path) -> Path:
 
 
 def run(file, **options) -> Path:
-    return prepare(file, **{"vocab_size": 300, "progress": False, "val_fraction": 0.3, **options})
+    options = {"vocab_size": 300, "progress": False, "val_fraction": 0.3, **options}
+    return Path(prepare(file, **options))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -47,17 +48,20 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def kill_at(n: int, monkeypatch, after: bool) -> None:
     """Let the n-th write from now on, or the moment after it, be the last."""
-    write, left = cache.write_durably, [n]
+    write, left = atomic.write, [n]
 
     def dying(path, data):
         left[0] -= 1
         if left[0] == 0:
-            write(path, data if after else data[: len(data) // 2])
+            if after:
+                write(path, data)
+            else:  # in the middle of the draft
+                path.with_name(f".half.tmp{path.suffix}").write_bytes(b"half")
             raise KilledError
         write(path, data)
 
     for module in (shards, journal):
-        monkeypatch.setattr(module, "write_durably", dying)
+        monkeypatch.setattr(module, "write", dying)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -86,7 +90,7 @@ def test_keeps_finished_shards(file, home, monkeypatch, capfd):
     (work,) = (home / "prepared").glob("*.tmp")
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.bin")}
     folder = run(file, progress=True)
-    assert "going on after" in capfd.readouterr().err
+    assert "resuming after" in capfd.readouterr().err
     kept = [n for n, t in before.items() if (folder / n).stat().st_mtime_ns == t]
     assert len(kept) == len(before) - 1 >= 4  # the last one was not noted in the journal
 
@@ -154,7 +158,7 @@ def test_threads_change_nothing(file, tmp_path, monkeypatch, threads):
 
 def test_disk_full_keeps_what_is_finished(file, home, tmp_path, monkeypatch):
     whole = content(run(file, cache=tmp_path / "whole"))
-    write, left = cache.write_durably, [6]
+    write, left = atomic.write, [6]
 
     def filling(path, data):
         left[0] -= 1
@@ -163,7 +167,7 @@ def test_disk_full_keeps_what_is_finished(file, home, tmp_path, monkeypatch):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_durably", filling)
+        patch.setattr(shards, "write", filling)
         with pytest.raises(DataError, match="No space left on device; make room there"):
             run(file)
     assert len(list((home / "prepared").glob("*.tmp/*.bin"))) == 6
@@ -176,7 +180,7 @@ def test_what_was_left_out_is_reported_and_kept(tmp_path, capfd):
     (tmp_path / "a.jsonl").write_text("".join(lines))
     source = f"{tmp_path / 'a.jsonl'}?min_chars=7"
     folder = run([source], deduplicate=True, progress=True)
-    manifest, _ = open_prepared(folder)
+    manifest = open_prepared(folder).manifest
     documents = sum(s.documents for split in manifest.splits.values() for s in split)
     (read,) = manifest.read
     assert read["bad"] == {"not JSON": 20}
@@ -192,7 +196,7 @@ def test_several_sources_and_weights(file, tmp_path):
     (tmp_path / "b.txt").write_text("another text\n\n" * 4000)
     sources = [Source(file, weight=1), f"{tmp_path / 'b.txt'}?weight=3"]
     first = run(sources)
-    manifest, _ = open_prepared(first)
+    manifest = open_prepared(first).manifest
     assert [read["source"] for read in manifest.read] == [str(file), str(tmp_path / "b.txt")]
     assert manifest.source == f"{file}, {tmp_path / 'b.txt'}"
     assert run(sources) == first != run(sources[::-1])

@@ -167,7 +167,7 @@ def test_fixed_batches_refuse_a_rank_without_a_window(folder, n_tokens, world_si
 
 def test_counts_the_text_of_its_targets(text_file):
     prepared = prepare(text_file, vocab_size=300, progress=False)
-    manifest, tokenizer = open_prepared(prepared)
+    manifest, tokenizer = open_prepared(prepared).manifest, open_prepared(prepared).tokenizer
     (val,) = manifest.splits["val"]
     reader = TokenLoader(prepared, "val", batch_size=1, length=val.tokens - 1)
     ((tokens, targets),) = reader.fixed_batches(1)
@@ -209,7 +209,7 @@ DAMAGES = [
     (drop("manifest.json"), r"manifest\.json: No such file or directory; run prepare first"),
     (put("{"), r"manifest\.json is damaged"),
     (put("[]"), r"manifest\.json is damaged: TypeError"),
-    (in_manifest(version=1), "has version 1, this is 2; run prepare again"),
+    (in_manifest(version=1), "has version 1, this is 3; run prepare again"),
     (in_manifest(splits={}), r"manifest\.json is damaged: KeyError"),
     (in_manifest(splits={"train": [], "val": []}), r"damaged.*a split has no shard"),
     (in_manifest(extra=1), r"manifest\.json is damaged: TypeError.*extra"),

@@ -20,12 +20,13 @@ from data.shards import open_prepared
 
 
 def quietly(source, **options) -> Path:
-    return prepare(source, **{"vocab_size": 300, "progress": False, **options})
+    return Path(prepare(source, **{"vocab_size": 300, "progress": False, **options}))
 
 
 def decoded(folder: Path, split: str) -> list[str]:
     """The documents of a split, from its shards."""
-    manifest, tokenizer = open_prepared(folder)
+    prepared = open_prepared(folder)
+    manifest, tokenizer = prepared.manifest, prepared.tokenizer
     texts = []
     for shard in manifest.splits[split]:
         ids = np.fromfile(folder / shard.file, manifest.dtype)
@@ -61,7 +62,8 @@ def test_shards_hold_every_document_once(many, monkeypatch, shard_tokens):
 def test_manifest_describes_the_files(many, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
     folder = quietly(many)
-    manifest, tokenizer = open_prepared(folder)
+    prepared = open_prepared(folder)
+    manifest, tokenizer = prepared.manifest, prepared.tokenizer
     listed = [shard for split in manifest.splits.values() for shard in split]
     assert len(manifest.splits["train"]) > 3
     for shard in listed:
@@ -182,7 +184,7 @@ def leftovers(home: Path) -> list[str]:
 
 
 BAD_SOURCES = [
-    (b"short", "leaves nothing to train on: validation takes all of its 1 document"),
+    (b"short", "too short to hold some back for validation: 5 bytes are one .* at least 8,193"),
     (b"x" * 8192, "leaves nothing to train on: validation takes all of its 2 document"),
     (b"\xff\n" * 999, "holds no text to use: 999 bad .999 not UTF-8; first: .*a.txt at byte 0"),
     (b"", "holds no text"),
@@ -270,7 +272,7 @@ def test_command_prints_a_summary(text_file, monkeypatch, capfd):
 
 def test_command_mixes_sources(many, text_file, monkeypatch, capfd):
     command(monkeypatch, f"{many}?weight=1", f"{text_file}?weight=3", "--vocab-size", "300")
-    manifest, _ = open_prepared(capfd.readouterr().out.splitlines()[0])
+    manifest = open_prepared(capfd.readouterr().out.splitlines()[0]).manifest
     assert [source["weight"] for source in manifest.settings["sources"]] == [1, 3]
     assert all(read["documents"] for read in manifest.read)
 
@@ -282,7 +284,7 @@ def test_command_can_be_stopped(text_file, monkeypatch, capfd):
     monkeypatch.setattr(sys.modules["data.prepare"], "_learn", stop)
     with pytest.raises(SystemExit, match="130"):
         command(monkeypatch, text_file)
-    assert capfd.readouterr().err == "data.prepare: stopped; the same command goes on from here\n"
+    assert capfd.readouterr().err == "data.prepare: stopped; the same command resumes from here\n"
 
 
 def test_command_tells_an_error_in_one_line(monkeypatch, capfd):
@@ -301,7 +303,7 @@ def test_inspect_shows_what_is_there(many, monkeypatch, capsys, tmp_path):
     assert "each as its sha256 says" in out
     assert "2 duplicate" in out
     assert len(re.findall(r"train document [\d,]+, [\d,]+ tokens ─+ document \d+", out)) == 2
-    manifest, _ = open_prepared(folder)
+    manifest = open_prepared(folder).manifest
     for name in ("documents", "tokens"):
         totals = (sum(getattr(s, name) for s in split) for split in manifest.splits.values())
         assert f"{name} {' '.join(f'{total:,}' for total in totals)}" in out

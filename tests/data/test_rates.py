@@ -21,6 +21,6 @@ def test_prepare_encodes_what_the_other_encodes(tmp_path):
     tokenizer = Tokenizer.train(texts, 300)
     tokenizer.save(tmp_path)
     [*bench._prepare_rows("a", texts, tokenizer, tmp_path, 1)]
-    manifest, _ = open_prepared(bench._prepare(tmp_path, "a", "0"))
+    manifest = open_prepared(bench._prepare(tmp_path, "a", "0")).manifest
     tokens = sum(shard.tokens for shards in manifest.splits.values() for shard in shards)
     assert tokens == sum(map(len, tokenizer.encode_batch(texts))) + len(texts)

@@ -92,7 +92,7 @@ def test_files_of_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "c.txt").write_bytes(b"not \xff")
     (tmp_path / "d.txt").write_bytes(b"fine")
-    kept, tally = read(tmp_path)
+    kept, tally = read(tmp_path, max_bad=1)
     assert kept == ["fine"]
     assert tally.bad == {"no field 'text'": 2, "damaged file": 1, "not UTF-8": 1}
     assert "it has 'body'" in tally.first_bad
@@ -100,7 +100,7 @@ def test_files_of_a_folder_that_cannot_be_used(tmp_path):
 
 def test_bad_line_of_a_text_file(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n\xfftwo\nthree\ncut \xf0\x9f")
-    kept, tally = read(tmp_path / "a.txt")
+    kept, tally = read(tmp_path / "a.txt", max_bad=0.4)
     assert kept == ["one\nthree\ncut "]
     assert tally.bad == {"not UTF-8": 2}
     assert tally.first_bad.endswith("a.txt at byte 4: not UTF-8")

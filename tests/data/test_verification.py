@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     text.mkdir()
     for i in range(40):
         (text / f"{i}.txt").write_text(f"document {i} " * 20)
-    return prepare(text, vocab_size=300, val_fraction=0.3, progress=False)
+    return Path(prepare(text, vocab_size=300, val_fraction=0.3, progress=False))
 
 
 def flip(path: Path, place: int) -> None:

@@ -1,0 +1,44 @@
+"""Files that are on the disk whole, or not at all: one way to write them, used by every room."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Replace the file `path` by `content`; text is written as UTF-8.
+
+    Readers, and a crash at any moment, find the old file or the new one. On return the disk has it.
+    """
+    with replacing(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path to write, whose file replaces `path` if the block ends without an error.
+
+    It lies in the folder of `path` and ends in the same suffix, for writers that go by it. After an
+    error nothing is left of it, and `path` is as it was.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{secrets.token_hex(6)}.tmp{path.suffix}")
+    try:
+        yield draft
+        sync(draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until the disk has a file's content, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
