@@ -46,6 +46,7 @@ from model.saver import SaveConfig, SaveError, Saver
 from model.schedule import Budget, Length, Schedule
 from model.self_check import check
 from model.stopping import StopRequest
+from model.waiting import ThreadWaiting
 
 UNPREFIXED = tyro.conf.arg(name="")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
@@ -460,7 +461,7 @@ def main() -> None:
         if config.memory.plan:
             show_plan(config)
             return
-        with claim(run, resume=config.resume):
+        with claim(run, resume=config.resume), ThreadWaiting(console.print):
             finished = train(config, preset, run)
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:
         print(f"train.py: {error}", file=sys.stderr)
