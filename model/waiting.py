@@ -25,7 +25,7 @@ import torch
 
 SECONDS = 0.5  # from one look at the load to the next
 BUSY, FREE = 0.25, 0.1  # cores that are missing: asleep above the one, spinning below the other
-CALM = 6  # looks in a row that find the cores free, before threads spin again
+CALM = 3  # looks in a row that find the cores free, before threads spin again
 SPEAK_AGAIN = 60.0  # seconds after the last line
 STAT = Path("/proc/stat")
 
