@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.explain import Device, duration, quantity
+from model.durable import to_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -182,7 +183,7 @@ def write(path: Path, content: bytes) -> None:
 
 def save(report: Report, path: Path) -> None:
     """Keep `report` as JSON."""
-    write(path, (json.dumps(asdict(report), indent=1) + "\n").encode())
+    write(path, (to_json(asdict(report), indent=1) + "\n").encode())
 
 
 def load(path: Path) -> Report:

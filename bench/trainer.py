@@ -11,7 +11,6 @@ tiny model. Every run is train.py's own, in a process of its own.
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from rich.table import Table
 
 from model import checkpoint
 from model.plot import moving_average
+from model.run_folder import read_lines
 
 from . import report
 from .harness import device_name
@@ -112,7 +112,7 @@ class Trial:
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             return Run(name, problem=lines[-1] if lines else f"status {done.returncode}")
-        entries = tuple(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+        entries = tuple(read_lines(out / "log.jsonl"))
         last = checkpoint.checkpoints(out / "checkpoints")[-1]
         digest = hashlib.sha256((last / checkpoint.FILES[0]).read_bytes()).hexdigest()
         return Run(name, entries, digest)

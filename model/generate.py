@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from . import checkpoint
 from .checkpoint import CheckpointError
+from .terminal import tolerant_output
 from .transformer import Transformer
 
 
@@ -60,7 +61,8 @@ def load_run(run: Path) -> tuple[Transformer, Tokenizer]:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main, prog="model.generate")
+        with tolerant_output():
+            tyro.cli(main, prog="model.generate")
     except ValueError as error:  # CheckpointError, or a sampling argument out of its range
         print(f"model.generate: {error}", file=sys.stderr)
         sys.exit(2)
