@@ -55,4 +55,4 @@ def test_the_words_stand_above_the_panel():
     before = to.file.getvalue().partition(WORDS)[0]
     assert before.endswith(
         "\x1b[1A\x1b[2K"
-    )  # the lines of the panel are wiped, then come the words
+    )  # the panel is wiped first
