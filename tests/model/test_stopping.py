@@ -53,6 +53,4 @@ def test_the_words_stand_above_the_panel():
         wait_for(lambda: WORDS in to.file.getvalue())
         wait_for(lambda: "first step" in to.file.getvalue().partition(WORDS)[2])
     before = to.file.getvalue().partition(WORDS)[0]
-    assert before.endswith(
-        "\x1b[1A\x1b[2K"
-    )  # the panel is wiped first
+    assert before.endswith("\x1b[1A\x1b[2K")  # the panel is wiped first
