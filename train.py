@@ -9,7 +9,6 @@ SIGTERM, SIGINT and SIGUSR1 finish the step and save; `main` lists the exit stat
 from __future__ import annotations
 
 import errno
-import json
 import math
 import sys
 import time
@@ -29,7 +28,7 @@ from model.compute import ComputeConfig
 from model.cuda_graph import training_step
 from model.device import choose_device, describe, keep_freed_memory, set_threads
 from model.display import Display, console, count, group_table, show_end
-from model.durable import write_durably
+from model.durable import to_json, write_durably
 from model.evaluation import evaluate
 from model.fallback import Fallback
 from model.fingerprint import FingerprintError, code_version, require_same
@@ -39,13 +38,15 @@ from model.meters import Meter
 from model.observer import ObserveConfig, Observer
 from model.optim import Optimizer, OptimizerConfig, set_rate
 from model.plan import MemoryConfig, Planner
-from model.plot import plot_losses
+from model.plot import LossPicture
 from model.recovery import Recovery, RecoveryConfig, UnrecoverableError, restore
 from model.run_folder import RunFolderError, RunLog, claim
 from model.saver import SaveConfig, SaveError, Saver
 from model.schedule import Budget, Length, Schedule
 from model.self_check import check
 from model.stopping import StopRequest
+from model.terminal import tolerant_output
+from model.waiting import ThreadWaiting
 
 UNPREFIXED = tyro.conf.arg(name="")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
@@ -246,11 +247,12 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         recovery.load_state(saved.get("recovery", {}), same_data=not differ)
 
     record = {"preset": preset, "config": asdict(config), "fingerprint": fingerprint}
-    write_durably(run / "config.json", f"{json.dumps(record, indent=2)}\n".encode())
+    write_durably(run / "config.json", f"{to_json(record, indent=2)}\n".encode())
     tokenizer.save(run / "tokenizer.json")
     times = len(recovery.went_back)
     log = RunLog(run / "log.jsonl", step, console.print, times)
     observer = Observer(run, config.observing, model, tokenizer, step, record, console.print, times)
+    saver.on_failure = observer.save_failed
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
 
     best, used_before = saved.get("best"), saved.get("seconds", 0.0)
@@ -271,7 +273,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     def seconds() -> float:
         return used_before + time.perf_counter() - started
 
-    display = Display(budget, step, seconds(), run.name)
+    picture = LossPicture(run / "loss.png", f"{run.name}: {count(model)}", console.print)
+    display = Display(budget, step, seconds(), run.name, log.entries)
     with saver, observer, StopRequest() as stop, display, collected_on_request() as collect:
         meter.start()
         final, stopping = budget.spent(step, seconds()), False
@@ -306,6 +309,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             log.append(entries)
             observer.log(entries)
             display.show(entries, seconds())
+            if evaluates:
+                picture.refresh(log.entries)
             if samples:
                 observer.sample(step)
             if back := recovery.climb(saver, log, model, optimizer):
@@ -333,8 +338,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     if not final:
         console.print(f"Stopped by {stop.name} after step {step:,}, which is saved in {run}.")
         return False
-    if best and any("val_loss" in x for x in log.entries):  # not if the log of a whole run is lost
-        plot_losses(log.entries, run / "loss.png", f"{run.name}: {count(model)}")
+    picture.draw(log.entries)
     observer.draw(f"{run.name}: {count(model)}")
     show_end(run, log.entries, observer.sample(step), time.perf_counter() - started)
     return True
@@ -447,6 +451,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
     return config, preset, Path(config.out or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+@tolerant_output()
 def main() -> None:
     """Run the command line.
 
@@ -461,7 +466,7 @@ def main() -> None:
             show_plan(config)
             return
         precision = config.compute.matmul_precision(choose_device(config.device))
-        with claim(run, resume=config.resume), precision:
+        with claim(run, resume=config.resume), ThreadWaiting(console.print), precision:
             finished = train(config, preset, run)
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:
         print(f"train.py: {error}", file=sys.stderr)

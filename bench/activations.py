@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
+from io import StringIO
 from typing import NamedTuple
 
 import torch
@@ -31,9 +31,10 @@ from model.optim import OptimizerConfig
 from model.plan import MemoryConfig, Planner
 from train import accumulate_gradients
 
+from . import report
 from .harness import device_name
 
-RESULTS = Path(__file__).parent / "results" / "activations.md"
+RESULTS = "activations.md"  # in the folder of results
 WIDTH = 120
 MIB = 2**20
 MODEL = ModelConfig(
@@ -71,7 +72,7 @@ def main(sequences: int = 2, write: bool = False) -> None:
 
     Args:
         sequences: of a micro-batch.
-        write: keep the table in bench/results/activations.md.
+        write: keep the table in activations.md, in the folder of results.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [*_rows(device, sequences)]
@@ -84,8 +85,9 @@ def main(sequences: int = 2, write: bool = False) -> None:
     )
     _print(Console(width=WIDTH), box.SIMPLE, head, rows, trial)
     if write:
-        with RESULTS.open("w") as file:
-            _print(Console(file=file, width=WIDTH), box.MARKDOWN, head, rows, trial)
+        file = StringIO()
+        _print(Console(file=file, width=WIDTH), box.MARKDOWN, head, rows, trial)
+        report.write(report.results() / RESULTS, file.getvalue().encode())
     if not all(abs(row.predicted / row.counted - 1) <= WITHIN for row in rows):
         raise SystemExit(1)
 

@@ -8,7 +8,7 @@ torch.nn.functional.linear_cross_entropy (torch 2.13) by one of three policies.
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
+from io import StringIO
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 
+from . import report
 from .harness import device_name, relative_rms
 
-RESULTS = Path(__file__).parent / "results" / "chunk_error.md"
+RESULTS = "chunk_error.md"  # in the folder of results
 WIDTH = 120
 CHUNKS = (1, 8, 64, 256)
 POLICIES = ("accurate", "balanced", "compact")
@@ -79,7 +80,7 @@ def main(T: int = 4096, D: int = 256, V: int = 4096, write: bool = False) -> Non
         T: tokens.
         D: width.
         V: vocabulary.
-        write: keep the table in bench/results/chunk_error.md.
+        write: keep the table in chunk_error.md, in the folder of results.
     """
     columns = [f"{n} chunk{'s' * (n > 1)}, %" for n in CHUNKS]
     rows = [(name, *(f"{100 * e:.3f}" for e in errors)) for name, errors in measure(T, D, V)]
@@ -97,6 +98,7 @@ def main(T: int = 4096, D: int = 256, V: int = 4096, write: bool = False) -> Non
     Console(width=WIDTH).print(*lines, table(box.SIMPLE), sep="\n")
     if write:
         command = f"python -m bench chunk_error --T {T} --D {D} --V {V} --write"
-        with RESULTS.open("w") as file:
-            print(f"`{command}`, torch {torch.__version__}", *lines, sep="\n\n", file=file)
-            Console(file=file, width=WIDTH).print(table(box.MARKDOWN))
+        file = StringIO()
+        print(f"`{command}`, torch {torch.__version__}", *lines, sep="\n\n", file=file)
+        Console(file=file, width=WIDTH).print(table(box.MARKDOWN))
+        report.write(report.results() / RESULTS, file.getvalue().encode())

@@ -264,8 +264,8 @@ def main(
         sizes: sizes of the operation's main dimension, in place of the models' own.
         quick: the smallest shape alone, in a moment: to see that it works.
         compile: measure torch.compile too; on a CPU it takes minutes.
-        save: keep bench/results/OP-DEVICE.json.
-        plot: draw bench/results/OP-DEVICE.png: percent of the bound against size.
+        save: keep OP-DEVICE.json, in the folder of results.
+        plot: draw OP-DEVICE.png, there: percent of the bound against size.
     """
     names = list(OPERATIONS) if "all" in ops else list(ops)
     if unknown := sorted(set(names) - set(OPERATIONS)):

@@ -18,17 +18,16 @@ from pathlib import Path
 
 import tiktoken
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from data import DocumentLoader, Tokenizer, TokenLoader, prepare
 from data.corpus import documents
 from data.shards import open_prepared, verify
 
+from . import report
 from .harness import device_name
 
-RESULTS = Path(__file__).parent / "results" / "data.md"
+RESULTS = "data.md"  # in the folder of results
 WIDTH = 120
 PARAGRAPH = 1000  # characters
 BATCHES = 200
@@ -40,7 +39,7 @@ def main(mb: float = 48, repeats: int = 7, write: bool = False) -> None:
     Args:
         mb: text to encode, in millions of characters; the standard library, repeated.
         repeats: how often each is measured; the median and the best are shown.
-        write: keep the tables in bench/results/data.md.
+        write: keep the tables in data.md, in the folder of results.
     """
     encoding = Table(
         "documents", "what", "MB/s", "best", "M tokens/s", "of bare", "CPU s", "of bare"
@@ -65,10 +64,8 @@ def main(mb: float = 48, repeats: int = 7, write: bool = False) -> None:
         f"processes; {len(modules):,} modules or {len(parts):,} paragraphs, vocabulary "
         f"{tokenizer.vocab_size:,}, uint16",
     )
-    _print(Console(width=WIDTH), box.SIMPLE, lines, encoding, loading)
-    if write:
-        with RESULTS.open("w") as file:
-            _print(Console(file=file, width=WIDTH), box.MARKDOWN, lines, encoding, loading)
+    kept = report.results() / RESULTS if write else None
+    report.present(lines, encoding, loading, width=WIDTH, write_to=kept)
 
 
 def _texts(characters: int) -> Iterator[str]:
@@ -146,10 +143,3 @@ def _time(call: Callable[[], object]) -> tuple[float, float]:
 
 def _medians(times: list[tuple[float, float]]) -> list[float]:
     return [statistics.median(each) for each in zip(*times, strict=True)]
-
-
-def _print(console: Console, style: box.Box, lines: tuple[str, ...], *tables: Table) -> None:
-    console.print(*lines, sep="\n\n", soft_wrap=True)
-    for table in tables:
-        table.box = style
-        console.print("", table, sep="\n")

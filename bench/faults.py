@@ -25,11 +25,12 @@ from rich.table import Table
 from data.shards import open_prepared
 from model import checkpoint
 
+from . import report
 from .harness import device_name
 from .resume import final_state
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "faults.md"
+RESULTS = "faults.md"  # in the folder of results
 WIDTH = 150
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 ARGUMENTS = (
@@ -301,7 +302,7 @@ def main(write: bool = False) -> None:
     """Let everything go wrong that a run must get over, one after another.
 
     Args:
-        write: keep the table in bench/results/faults.md.
+        write: keep the table in faults.md, in the folder of results.
     """
     with tempfile.TemporaryDirectory() as folder:
         outcomes = list(_outcomes(Path(folder)))
@@ -317,6 +318,6 @@ def main(write: bool = False) -> None:
         lines = (" | ".join(cell.replace("\n", "<br>") for cell in row) for row in rows)
         text = "\n".join(f"| {line} |" for line in lines)
         head = f"`python -m bench faults --write`, torch {torch.__version__}\n\n{summary}\n\n"
-        RESULTS.write_text(f"{head}{text}\n")
+        report.write(report.results() / RESULTS, f"{head}{text}\n".encode())
     if not all(outcome.right for outcome in outcomes):
         raise SystemExit(1)

@@ -7,7 +7,6 @@ parameters widened from whatever they are kept in. The seed decides weights and 
 
 from collections.abc import Callable
 from io import StringIO
-from pathlib import Path
 from statistics import mean, stdev
 
 import torch
@@ -26,7 +25,7 @@ from model.schedule import Budget, Schedule
 from . import report
 from .harness import device_name
 
-RESULTS = Path(__file__).parent / "results" / "low_precision.md"
+RESULTS = "low_precision.md"  # in the folder of results
 WIDTH = 120
 CONFIG = ModelConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=2, max_seq_len=32)
 BATCH = 8  # sequences
@@ -107,7 +106,7 @@ def main(steps: int = 1000, seeds: int = 3, write: bool = False) -> None:
     Args:
         steps: of each run.
         seeds: runs of each.
-        write: keep the table in bench/results/low_precision.md.
+        write: keep the table in low_precision.md, in the folder of results.
     """
     if seeds < 2:
         raise SystemExit(f"low_precision: seeds must be at least 2 to have a spread, got {seeds}")
@@ -142,4 +141,4 @@ def main(steps: int = 1000, seeds: int = 3, write: bool = False) -> None:
         file = StringIO()
         print(f"`{command}`, torch {torch.__version__}", *lines, sep="\n\n", file=file)
         Console(file=file, width=WIDTH).print(table(box.MARKDOWN))
-        report.write(RESULTS, file.getvalue().encode())
+        report.write(report.results() / RESULTS, file.getvalue().encode())

@@ -188,8 +188,8 @@ def main(
         tasks: parts of tasks' names, such as AdamW or norm; all without any.
         quick: a model of two small layers alone, in a moment: to see that it works.
         targets: say which targets are met; exit with 1 if one is missed or not measured.
-        save: keep bench/results/optimizer-DEVICE.json.
-        plot: draw bench/results/optimizer-DEVICE.png: percent of the bound against parameters.
+        save: keep optimizer-DEVICE.json, in the folder of results.
+        plot: draw optimizer-DEVICE.png, there: percent of the bound against parameters.
     """
     chosen, kinds = named(MODELS, models, "model"), named(TASKS, tasks, "task")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

@@ -20,20 +20,24 @@ from model.run_folder import read_lines
 from model.schedule import Budget
 
 from ._browser import BrowserError, photograph
-from .report import RESULTS
+from .report import results
 from .runs_page import RunError, render
 
 WIDTH, HEIGHT = 1280, 1275  # of the page, in pixels
 COLUMNS = 122  # of the terminal
 
 
-def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Path = RESULTS) -> None:
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Path | None = None
+) -> None:
     """Make layers.png, progress.png and report.png from finished runs of train.py.
 
     Args:
         runs: their folders; the first is the one whose layers and progress are shown.
-        out: the folder of the pictures.
+        out: the folder of the pictures; that of results by default.
     """
+    out = out or results()
+    out.mkdir(parents=True, exist_ok=True)
     if not runs:
         raise SystemExit("pictures: name the folder of a run of train.py, or several")
     try:

@@ -1,23 +1,26 @@
 """What a measurement looks like: a table, a file that is whole or not there, a plot."""
 
+import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 
 import matplotlib
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from kernels.explain import Device, duration, quantity
+from model.durable import to_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
+KEPT = Path(__file__).parent / "results"
 PANELS = 4  # of a plot, side by side
 
 
@@ -82,7 +85,7 @@ class Report:
     def path(self, suffix: str) -> Path:
         """Where the measurement is kept."""
         device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        return RESULTS / f"{self.op}-{device}.{suffix}"
+        return results() / f"{self.op}-{device}.{suffix}"
 
 
 def describe_rates(rates: Device) -> str:
@@ -150,6 +153,26 @@ def table(report: Report) -> Table:
     return result
 
 
+def results() -> Path:
+    """Return where results go: bench/results at the root of a checkout, else ./bench-results."""
+    here = Path.cwd()
+    checkout = here in KEPT.parents and (here / "pyproject.toml").is_file() and KEPT.is_dir()
+    return KEPT if checkout and "site-packages" not in KEPT.parts else here / "bench-results"
+
+
+def present(lines: Sequence[str], *tables: Table, width: int, write_to: Path | None) -> None:
+    """Print paragraphs and tables; write them as Markdown where there is a file to write to."""
+    file = io.StringIO()
+    for style, to in ((box.SIMPLE, None), (box.MARKDOWN, file)):
+        console = Console(file=to, width=width)
+        console.print(*lines, sep="\n\n", soft_wrap=True, markup=False)
+        for table in tables:
+            table.box = style
+            console.print("", table, sep="\n")
+    if write_to is not None:
+        write(write_to, file.getvalue().encode())
+
+
 def write(path: Path, content: bytes) -> None:
     """Write a file that is whole whenever it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +183,7 @@ def write(path: Path, content: bytes) -> None:
 
 def save(report: Report, path: Path) -> None:
     """Keep `report` as JSON."""
-    write(path, (json.dumps(asdict(report), indent=1) + "\n").encode())
+    write(path, (to_json(asdict(report), indent=1) + "\n").encode())
 
 
 def load(path: Path) -> Report:

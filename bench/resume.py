@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ from rich.table import Table
 
 from model import checkpoint
 
+from . import report
 from .harness import device_name
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "resume.md"
+RESULTS = "resume.md"  # in the folder of results
 WIDTH = 130
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 STEPS = 150  # of 256 tokens: two epochs
@@ -224,7 +226,7 @@ def main(runs: int = 50, seed: int = 0, write: bool = False) -> None:
     Args:
         runs: how many to kill.
         seed: decides the moments.
-        write: keep the table in bench/results/resume.md.
+        write: keep the table in resume.md, in the folder of results.
     """
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder))
@@ -260,6 +262,7 @@ def _show(outcomes: list[Outcome], command: str, write: bool) -> None:
     )
     Console(width=WIDTH, soft_wrap=True).print(table(box.SIMPLE), summary, sep="\n")
     if write:
-        with RESULTS.open("w") as file:
-            print(f"`{command}`, torch {torch.__version__}", summary, "", sep="\n\n", file=file)
-            Console(file=file, width=WIDTH).print(table(box.MARKDOWN))
+        file = StringIO()
+        print(f"`{command}`, torch {torch.__version__}", summary, "", sep="\n\n", file=file)
+        Console(file=file, width=WIDTH).print(table(box.MARKDOWN))
+        report.write(report.results() / RESULTS, file.getvalue().encode())

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from model import checkpoint
 from model.display import clock
-from model.durable import write_durably
+from model.durable import to_json, write_durably
 from model.plot import moving_average, plot_layers
 from model.run_folder import read_lines
 
@@ -69,7 +69,7 @@ def render(runs: tuple[Path, ...]) -> str:
                 del run["curves"][key]
     data = {"runs": described, "differences": differences([x["settings"] for x in described])}
     # In a script element only "<" could end what is data.
-    content = json.dumps(_finite(data)).replace("<", "\\u003c")
+    content = to_json(data).replace("<", "\\u003c")
     return TEMPLATE.read_text().replace(SLOT, content)
 
 
@@ -195,12 +195,3 @@ def spread(entries: list[dict], count: int) -> list[dict]:
     if len(entries) <= count:
         return entries
     return [entries[round(i * (len(entries) - 1) / (count - 1))] for i in range(count)]
-
-
-def _finite(tree: Any) -> Any:
-    """Replace by None what JSON has no word for."""
-    if isinstance(tree, dict):
-        return {key: _finite(x) for key, x in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(x) for x in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -17,7 +17,7 @@ block of 1024 need 4/3 of the figure for each true element. `_machine_code` and 
 tell how hot loops are found and counted.
 
 The limits stand beside the kernels in `cases`; those that do not depend on a compiler's version are
-also compared with the table that is kept in bench/results/static.md.
+also compared with the table that is kept in static.md, in the folder of results.
 """
 
 import os
@@ -27,7 +27,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import triton
@@ -39,6 +38,7 @@ from triton import knobs
 
 from kernels import _runtime
 
+from . import report
 from ._case import UNFIT
 from ._devices import DEVICES
 from ._figures import Row, make_row
@@ -46,7 +46,7 @@ from ._machine_code import Code, disassemble, read_amdgcn, read_sass, read_usage
 from ._stub_driver import Compiled, StubDriver
 from .cases import CASES
 
-RESULTS = Path(__file__).parent / "results" / "static.md"
+RESULTS = "static.md"  # in the folder of results
 WIDTH = 330  # of tables that do not go to a terminal
 SHOWN = "sm_90"  # the target whose accesses are shown
 COLUMNS = (
@@ -214,7 +214,7 @@ def main(ops: tyro.conf.Positional[tuple[str, ...]] = (), write: bool = False) -
 
     Args:
         ops: operations to compile; all of them if none is named.
-        write: keep the tables of all operations in bench/results/static.md.
+        write: keep the tables of all operations in static.md, in the folder of results.
     """
     if unknown := set(ops) - set(CASES):
         raise SystemExit(f"static: no operation {sorted(unknown)}; there are {', '.join(CASES)}")
@@ -226,11 +226,11 @@ def main(ops: tyro.conf.Positional[tuple[str, ...]] = (), write: bool = False) -
     found = lines(rows)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(*tables(found), sep="\n")
-    stale = []
+    stale, kept_in = [], report.results() / RESULTS
     if write:
-        RESULTS.write_text(write_tables(found))
+        report.write(kept_in, write_tables(found).encode())
     else:
-        kept = RESULTS.read_text() if RESULTS.exists() else ""
+        kept = kept_in.read_text() if kept_in.exists() else ""
         all_ops = {*CASES, *(key[0] for key in read_tables(kept)[1])}
         stale = compare(found, kept, set(ops) or all_ops)
     broken = [row for row in rows if row.problems]
@@ -238,5 +238,5 @@ def main(ops: tyro.conf.Positional[tuple[str, ...]] = (), write: bool = False) -
         where = f"{row.op}, {row.case}, {row.kernel}, {row.target}"
         print(f"{where}: {', '.join(row.problems)}", file=sys.stderr)
     if stale:
-        print(*stale, f"{RESULTS.name} is stale: {ACCEPT}", sep="\n", file=sys.stderr)
+        print(*stale, f"{RESULTS} is stale: {ACCEPT}", sep="\n", file=sys.stderr)
     raise SystemExit(1 if broken or stale else 0)

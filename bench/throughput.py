@@ -18,11 +18,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,10 +30,11 @@ from model.observer import ObserveConfig
 from model.optim import OptimizerConfig, set_rate
 from train import accumulate_gradients
 
+from . import report
 from .harness import device_name
 from .plain_gpt import PlainGPT
 
-RESULTS = Path(__file__).parent / "results" / "throughput.md"
+RESULTS = "throughput.md"  # in the folder of results
 WIDTH = 110
 VOCABULARY, LENGTH, LAYERS, WIDE, HEADS, BATCH = 65, 64, 4, 128, 4, 12
 CONFIG = ModelConfig(
@@ -62,7 +60,7 @@ def main(
         turns: how often each is measured.
         steps: of one measurement.
         threads: numbers of CPU threads to measure with.
-        write: keep the table in bench/results/throughput.md.
+        write: keep the table in throughput.md, in the folder of results.
     """
     table = Table(*COLUMNS)
     runs = [(n, dtype) for n in threads for dtype in PRECISIONS]
@@ -81,10 +79,8 @@ def main(
         f"processes; {LAYERS} layers, {HEADS} heads, {WIDE} wide, batches of {BATCH} × {LENGTH} "
         "tokens; medians, quartiles in parentheses",
     )
-    _print(Console(width=WIDTH), box.SIMPLE, lines, table)
-    if write:
-        with RESULTS.open("w") as file:
-            _print(Console(file=file, width=WIDTH), box.MARKDOWN, lines, table)
+    kept = report.results() / RESULTS if write else None
+    report.present(lines, table, width=WIDTH, write_to=kept)
 
 
 def plain() -> tuple[nn.Module, Step]:
@@ -190,9 +186,3 @@ def _rows(
             f"{BATCH * LENGTH / median:,.0f}",
             f"{ratio:.2f} ({worst:.2f}-{best:.2f})",
         )
-
-
-def _print(console: Console, style: box.Box, lines: tuple[str, ...], table: Table) -> None:
-    table.box = style
-    console.print(*lines, sep="\n\n", soft_wrap=True)
-    console.print("", table, sep="\n")

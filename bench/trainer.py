@@ -11,7 +11,6 @@ tiny model. Every run is train.py's own, in a process of its own.
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -30,12 +29,13 @@ from rich.table import Table
 
 from model import checkpoint
 from model.plot import moving_average
+from model.run_folder import read_lines
 
 from . import report
 from .harness import device_name
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "trainer.md"
+RESULTS = "trainer.md"  # in the folder of results
 WIDTH = 130
 GRAPH_STEPS = 100
 SPEED_STEPS = 60
@@ -112,7 +112,7 @@ class Trial:
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             return Run(name, problem=lines[-1] if lines else f"status {done.returncode}")
-        entries = tuple(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+        entries = tuple(read_lines(out / "log.jsonl"))
         last = checkpoint.checkpoints(out / "checkpoints")[-1]
         digest = hashlib.sha256((last / checkpoint.FILES[0]).read_bytes()).hexdigest()
         return Run(name, entries, digest)
@@ -183,6 +183,7 @@ def plot(runs: list[Run], path: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
     above.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, dpi=130, format="png")
     plt.close(figure)
@@ -201,11 +202,11 @@ def main(
         parts: what to run.
         steps: of each loss curve.
         data: text to learn from, as train.py takes it; Python's standard library by default.
-        save: keep tables and curves in bench/results/trainer.md and trainer.png.
+        save: keep tables and curves in trainer.md and trainer.png, in the folder of results.
     """
     cuda = torch.cuda.is_available()
     preset = "gpt2" if cuda else "tiny"
-    picture = RESULTS.with_suffix(".png") if save else None
+    picture = (report.results() / RESULTS).with_suffix(".png") if save else None
     calls: dict[str, Callable[[Trial], Iterator[Table]]] = {
         "graph": graph, "speed": speed, "curves": lambda trial: curves(trial, steps, picture),
     }  # fmt: skip
@@ -229,7 +230,7 @@ def main(
                 console.print(each)
             lines += shown
     if save:
-        report.write(RESULTS, _markdown(lines, "curves" in parts).encode())
+        report.write(report.results() / RESULTS, _markdown(lines, "curves" in parts).encode())
 
 
 def _markdown(lines: list[str | Table], picture: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from rich.text import Text
 
 from .meters import figures_of
 from .schedule import Budget
+from .terminal import printable
 
 SMOOTHED = 50  # steps
 WIDTH = 120  # characters, where the terminal is as wide
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 class Display:
@@ -33,16 +35,21 @@ class Display:
         step: where it goes on.
         seconds: used before.
         title: of the panel.
+        log: entries of the steps before, so that the panel of a resumed run is that of the run.
         to: where it is shown.
     """
 
     def __init__(
-        self, budget: Budget, step: int, seconds: float, title: str = "", *, to: Console = console
-    ):
-        self._budget, self._title, self._to, self._printed = budget, title, to, 0.0
+        self, budget: Budget, step: int, seconds: float, title: str = "",
+        log: Sequence[dict] = (), *, to: Console = console,
+    ):  # fmt: skip
+        self._budget, self._title, self._to = budget, Text(printable(title)), to
+        self._printed = 0.0
         self._first, self._began = budget.used(step, seconds), seconds
         self._sum = self._weight = 0.0
-        self._validation = ""
+        self._validation = next((_validation(x) for x in reversed(log) if "val_loss" in x), "")
+        for entry in log[-10 * SMOOTHED :]:
+            self._smooth(entry["loss"])
         self._panel = self._draw(self._first, "first step ...", {})
         self._live = Live(
             console=to, transient=True, refresh_per_second=4, get_renderable=lambda: self
@@ -80,10 +87,7 @@ class Display:
             **figures_of(entry),
         }
         if evaluated := "val_loss" in entry:
-            self._validation = (
-                f"validation {entry['val_loss']:.3f} nats/token, "
-                f"{entry['val_bits_per_byte']:.3f} bits/byte"
-            )
+            self._validation = _validation(entry)
         of = f"/{self._budget.steps}" if self._budget.steps else ""
         step, left = f"step {entry['step']}{of}", f"{clock(left)} left"
         self._panel = self._draw(used, f"{step}  {left}", figures)
@@ -116,19 +120,25 @@ class Display:
         )  # fmt: skip
 
 
+def _validation(entry: dict) -> str:
+    return (
+        f"validation {entry['val_loss']:.3f} nats/token, {entry['val_bits_per_byte']:.3f} bits/byte"
+    )
+
+
 def group_table(optimizer: torch.optim.Optimizer) -> Table:
     """Return a table of an optimizer's parameter groups, with its options as title."""
     hidden = {"params", "name", "lr", "weight_decay", "maximize"}
     options = {k: x for k, x in optimizer.param_groups[0].items() if k not in hidden}
     title = ", ".join(f"{name} {value}" for name, value in options.items())
     title = f"{type(optimizer).__name__}: {title}"
-    table = Table("group", box=None, title=title, title_justify="left", title_style="")
+    table = Table("group", box=None, title=Text(title), title_justify="left", title_style="")
     for column in ("tensors", "parameters", "weight decay"):
         table.add_column(column, justify="right")
     for group in optimizer.param_groups:
         ps = group["params"]
         numbers = f"{len(ps):,}", f"{sum(p.numel() for p in ps):,}", f"{group['weight_decay']:g}"
-        table.add_row(group["name"], *numbers)
+        table.add_row(Text(group["name"]), *numbers)
     return table
 
 
@@ -143,7 +153,7 @@ def show_end(run: Path, history: list[dict], sample: str, seconds: float) -> Non
     """
     if sample:
         console.rule("sample")
-        console.print(sample, markup=False)
+        console.print(sample)
         console.rule()
     measured = [entry for entry in history if "val_loss" in entry]
     if measured:

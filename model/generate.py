@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +13,7 @@ from data import DataError, Tokenizer
 from .checkpoint import CheckpointError, newest
 from .device import choose_device
 from .sampling import write_stream
+from .terminal import tolerant_output
 from .transformer import Transformer
 
 
@@ -74,14 +74,11 @@ def load_tokenizer(run: Path) -> Tokenizer:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        tyro.cli(main, prog="model.generate")
+        with tolerant_output():
+            tyro.cli(main, prog="model.generate")
     except (ValueError, DataError) as error:  # a checkpoint, or a sampling argument out of range
         print(f"model.generate: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader has seen enough; Python would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 from . import trackers
 from .layers import LayerNorms, LayerWatch
 from .optim import Optimizer
-from .plot import plot_layers
+from .plot import draw, plot_layers
 from .run_folder import RunLog
 from .sampling import Tokenizer, write_on
 from .transformer import Transformer
@@ -78,6 +79,7 @@ class Observer:
             RunLog(run / f"{name}.jsonl", step, report, times)
             for name in ("layers", "samples", "events")
         )
+        self._lock = Lock()
         self._norms = LayerNorms(model)
         self._watch = LayerWatch(model, self._layers.entries)
         self._trackers = trackers.Trackers(config.track, run, settings, step, report)
@@ -129,6 +131,10 @@ class Observer:
         self._report(f"Warning: {warning}")
         self._keep_event(step, "warning", warning)
 
+    def save_failed(self, step: int, text: str) -> None:
+        """Keep that a step could not be saved; from any thread."""
+        self._keep_event(step, "save failed", text)
+
     def samples(self, step: int) -> bool:
         """Whether it is the turn of a sample."""
         return self._config.sample_every > 0 and step % self._config.sample_every == 0
@@ -150,11 +156,13 @@ class Observer:
     def draw(self, title: str) -> None:
         """Draw layers.png, if there is anything to draw."""
         if self._layers.entries:
-            plot_layers(self._layers.entries, self._run / "layers.png", title)
+            picture = self._run / "layers.png"
+            draw(self._report, plot_layers, self._layers.entries, picture, title)
 
     def _keep_event(self, step: int, kind: str, text: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._events.append([{"step": step, "kind": kind, "time": now, "text": text}])
+        with self._lock:  # a checkpoint that could not be written is reported by its own thread
+            self._events.append([{"step": step, "kind": kind, "time": now, "text": text}])
 
 
 def _spoken(what: str | dict) -> str:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import ceil, isfinite, nan
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from math import ceil, isfinite, log, nan
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .terminal import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLUMNS = 400  # of a heat map
 ROWS = 26  # of a heat map that names every layer
+TITLE = 90  # characters
+FIRST = 20.0  # seconds into a run, before which no picture is drawn
+SHARE = 0.02  # of the time that pictures on the way may take
 
 
 def plot_losses(entries: list[dict], path: Path, title: str) -> None:
@@ -21,22 +32,25 @@ def plot_losses(entries: list[dict], path: Path, title: str) -> None:
         path: of the PNG, which appears whole or not at all.
         title: of the picture.
     """
-    plt = _pyplot()
     finite = [entry for entry in entries if isfinite(entry["loss"])]
     steps = [entry["step"] for entry in finite]
     losses = [entry["loss"] for entry in finite]
     smooth = list(moving_average(losses))
     measured = [entry for entry in entries if isfinite(entry.get("val_loss", nan))]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth, color="tab:blue", label="training, smoothed")
     axes.plot(
         [entry["step"] for entry in measured], [entry["val_loss"] for entry in measured],
         "o-", color="tab:orange", markersize=4, label="validation",
     )  # fmt: skip
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    to_bits = measured[-1]["val_bits_per_byte"] / measured[-1]["val_loss"]
-    bits = axes.secondary_yaxis("right", functions=(lambda y: y * to_bits, lambda y: y / to_bits))
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set_title(_title(title), parse_math=False)
+    last = measured[-1]
+    to_bits = last["val_bits_per_byte"] / last["val_loss"] if last["val_loss"] else 1 / log(2)
+    scale = (lambda y: np.multiply(y, to_bits), lambda y: np.divide(y, to_bits))
+    bits = axes.secondary_yaxis("right", functions=scale)
     bits.set_ylabel("loss (bits per byte)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -54,7 +68,6 @@ def plot_layers(entries: list[dict], path: Path, title: str) -> None:
         path: of the PNG, which appears whole or not at all.
         title: of the picture.
     """
-    plt = _pyplot()
     latest = {entry["step"]: entry for entry in entries}
     entries = [latest[step] for step in sorted(latest)]
     names = list(dict.fromkeys(name for entry in entries for name in entry["layers"]))
@@ -65,7 +78,8 @@ def plot_layers(entries: list[dict], path: Path, title: str) -> None:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_SN = update_SN / weight_SN
     height = min(2.2 + 0.22 * 2 * len(names), 14)
-    figure, axes = plt.subplots(2, figsize=(9, height), sharex=True, layout="constrained")
+    figure = _figure(9, height)
+    axes = figure.subplots(2, sharex=True)
     for panel, values_SN, label in (
         (axes[0], gradient_SN, "gradient norm\n(nats per unit of weight)"),
         (axes[1], ratio_SN, "norm of the update\n/ norm of the weights"),
@@ -82,7 +96,7 @@ def plot_layers(entries: list[dict], path: Path, title: str) -> None:
         panel.set_yticks([row + 0.5 for row in rows], [names[row] for row in rows])
         figure.colorbar(image, ax=panel, label=label, extend="both")
     axes[1].set_xlabel("optimizer step")
-    figure.suptitle(title)
+    figure.suptitle(_title(title)).set_parse_math(False)
     _save(figure, path)
 
 
@@ -108,26 +122,88 @@ def _colours(logs_CN: np.ndarray):
     return LogNorm(low / 1.05, high * 1.05)
 
 
-def _pyplot():
-    import matplotlib
+def _figure(width: float, height: float) -> Figure:
+    """Make a figure that no window and no setting of the user's has a part in."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure, path: Path) -> None:
+def _title(text: str) -> str:
+    """Return a title on one line: a folder's name may hold anything."""
+    text = printable(text)
+    return text if len(text) <= TITLE else f"{text[: TITLE // 2]}…{text[-TITLE // 2 :]}"
+
+
+def _save(figure: Figure, path: Path) -> None:
     draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=130, format="png")
-    _pyplot().close(figure)
-    draft.rename(path)
+    try:
+        figure.savefig(draft, dpi=130, format="png")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def draw(report: Callable[[str], None], picture: Callable[..., None], *arguments) -> None:
+    """Draw a picture of a run, or report why not: no run ends for the want of one.
+
+    Args:
+        report: takes a sentence.
+        picture: such as `plot_losses`.
+        arguments: its own, of which the second is the path.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font does not have, for one
+            from matplotlib import style
+
+            with style.context("default"):  # not what a user's matplotlibrc wants, LaTeX for one
+                picture(*arguments)
+    except Exception as error:
+        why = str(error).strip().splitlines() or [""]
+        report(f"Could not draw {arguments[1]} ({type(error).__name__}: {why[-1]}).")
+
+
+class LossPicture:
+    """loss.png of a run: drawn when it ends, and now and then before, for a fiftieth of its time.
+
+    Args:
+        path: of the PNG.
+        title: of the picture.
+        report: takes a sentence if it could not be drawn; once, for the pictures on the way.
+    """
+
+    def __init__(self, path: Path, title: str, report: Callable[[str], None]):
+        self._path, self._title, self._report = path, title, report
+        self._next = time.perf_counter() + FIRST
+        self._failed = False
+
+    def refresh(self, entries: list[dict]) -> None:
+        """Draw it if it is time for that."""
+        began = time.perf_counter()
+        if began >= self._next and not self._failed:
+            self.draw(entries)
+            self._next = began + (time.perf_counter() - began) / SHARE
+
+    def draw(self, entries: list[dict]) -> None:
+        """Draw it, if there is a finite validation loss in the log."""
+        if any(isfinite(entry.get("val_loss", nan)) for entry in entries):
+            draw(self._say, plot_losses, entries, self._path, self._title)
+
+    def _say(self, failure: str) -> None:
+        if not self._failed:
+            self._report(failure)
+        self._failed = True
 
 
 def moving_average(values: list[float]) -> Iterator[float]:
-    """Smooth exponentially, over about a twentieth of the values, without a bias at the start."""
-    decay = 1 - 1 / max(1, len(values) / 20)
-    mean = weight = 0.0
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        yield mean / weight
+    """Smooth over about a tenth of the values, each in the middle of those that make its mean.
+
+    So the curve does not lag behind one that falls, as a mean of earlier values alone would: a
+    straight line stays as it is. Towards both ends there are fewer values to average.
+    """
+    n = len(values)
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    for i in range(n):
+        half = min(i, n - 1 - i, n // 20)
+        yield float((sums[i + half + 1] - sums[i - half]) / (2 * half + 1))

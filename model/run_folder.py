@@ -9,9 +9,11 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
+from math import nan
 from pathlib import Path
+from typing import Any
 
-from .durable import sync, write_durably
+from .durable import sync, to_json, write_durably
 
 LOCK = ".lock"
 
@@ -85,6 +87,8 @@ def _unwritable(run: Path, error: OSError) -> RunFolderError:
 class RunLog:
     """A file such as log.jsonl: one JSON object per line, each with its `step`.
 
+    JSON has no NaN and no infinity: both are null there, and NaN in what `read_lines` returns.
+
     Where a run in trouble goes back and does steps again, their first entries move to a file beside
     it, abandoned-log.jsonl, each with `abandoned`: how often the run had gone back by then.
 
@@ -156,7 +160,10 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Return the entries of a .jsonl file up to the first broken line; none without a file."""
+    """Return the entries of a .jsonl file up to the first broken line; none without a file.
+
+    null, which stands for a number that was not finite, comes back as NaN.
+    """
     entries = []
     try:
         lines = path.read_text().splitlines()
@@ -164,11 +171,19 @@ def read_lines(path: Path) -> list[dict]:
         return []
     for line in lines:
         try:
-            entries.append(json.loads(line))
+            entries.append(_with_nan(json.loads(line)))
         except ValueError:  # still being written, or the process was killed there
             break
     return entries
 
 
+def _with_nan(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        return {name: _with_nan(x) for name, x in entry.items()}
+    if isinstance(entry, list):
+        return [_with_nan(x) for x in entry]
+    return nan if entry is None else entry
+
+
 def _line(entry: dict) -> bytes:
-    return (json.dumps(entry) + "\n").encode()
+    return (to_json(entry) + "\n").encode()

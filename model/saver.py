@@ -55,12 +55,15 @@ class Saver:
         report: is told, in a sentence, of every save that failed.
 
     Attributes:
+        on_failure: is given the step and a sentence for every save that failed, beside `report`, by
+            whichever thread writes.
         last_step: step of the checkpoint that was written last, or that a run is to go on from;
             None if there is none.
     """
 
     def __init__(self, folder: Path, config: SaveConfig, *, report: Callable[[str], None]):
         self._folder, self._config, self._report = folder, config, report
+        self.on_failure: Callable[[int, str], None] = lambda step, text: None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.save_async else None
         self._writing: Future[None] | None = None
         checkpoint.tidy(folder)
@@ -154,10 +157,12 @@ class Saver:
             self._prune(taken.step, best_step)
         except OSError as error:
             last = "none yet" if self.last_step is None else f"that of step {self.last_step:,}"
-            self._report(
+            failure = (
                 f"Could not save step {taken.step:,}: {error}. The last checkpoint is {last}; "
                 "make room, the next save tries again."
             )
+            self._report(failure)
+            self.on_failure(taken.step, failure)
 
     def _prune(self, written: int, best_step: int | None) -> None:
         keep = self._config

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
+import sys
+from contextlib import suppress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -34,6 +37,16 @@ class StopRequest:
         self.name = signal.Signals(number).name
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        message = f"\n{self.name}: finishing the step and saving; once more stops at once\n"
-        cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
-        os.write(2, (cursor + message).encode())  # print might interrupt itself
+        if os.isatty(2):
+            with suppress(OSError):
+                os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
+        # From a thread, because here print might interrupt itself; print, because a panel that is
+        # shown makes room for it. Not a Thread: starting one waits for a lock.
+        _thread.start_new_thread(self._say, ())
+
+    def _say(self) -> None:
+        with suppress(Exception):
+            print(
+                f"{self.name}: finishing the step and saving; once more stops at once",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip

@@ -42,7 +42,7 @@ class Run:
     def __init__(self, monkeypatch, home: Path, corpus: Path, capsys):
         monkeypatch.setattr("kernels._runtime.CPU_KERNELS", False)
         monkeypatch.setenv("TRITIUM_HOME", str(home))
-        monkeypatch.setattr(train, "plot_losses", lambda *_: None)  # half of a run's time
+        monkeypatch.setattr("model.plot.plot_losses", lambda *_: None)  # half of a run's time
         self.monkeypatch, self.corpus, self.capsys = monkeypatch, corpus, capsys
 
     def __call__(self, run: Path, *arguments: str) -> int:

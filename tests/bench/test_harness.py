@@ -356,7 +356,7 @@ def test_the_table_has_units_and_says_cpu(capsys):
         assert words not in text, text
     gpu = replace(done, measured_on="GPU", device="NVIDIA H200")
     assert "CPU" not in gpu.title
-    assert gpu.path("json") == report.RESULTS / "softmax-nvidia-h200.json"
+    assert gpu.path("json") == report.results() / "softmax-nvidia-h200.json"
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[1:2], ()])
@@ -384,7 +384,7 @@ def run_main(monkeypatch, *words: str) -> None:
 
 
 def test_saves_and_plots_what_was_asked_for(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "results", lambda: tmp_path)
     monkeypatch.setattr(harness, "measured_device", lambda device, seconds: RATES)
     words = ("relu_squared", "--sizes", "32", "64", "--dtype", "fp32", "--save", "--plot")
     run_main(monkeypatch, *words)
@@ -421,7 +421,7 @@ def test_refuses_what_it_cannot_explain(op, shape, words, monkeypatch):
 
 
 def test_ours_does_not_err_more_in_more_chunks(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(chunk_error, "RESULTS", tmp_path / "chunk_error.md")
+    monkeypatch.setattr(report, "results", lambda: tmp_path)
     found = dict(chunk_error.measure(512, 32, 128))
     ours = found["kernels.linear_cross_entropy"]
     assert max(ours) < 1.1 * min(ours) < 4e-3

@@ -217,7 +217,7 @@ def run_main(monkeypatch, *words: str) -> None:
 
 
 def test_saves_plots_and_judges(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "results", lambda: tmp_path)
     words = ("--tasks", "clip + AdamW float32", "norm", "--quick", "--targets", "--save", "--plot")
     with pytest.raises(SystemExit) as exit:
         run_main(monkeypatch, *words)

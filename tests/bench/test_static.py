@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from bench import _machine_code, static
-from bench.__main__ import main
 from bench._devices import DEVICES
 from bench._figures import Row
 
@@ -241,10 +240,10 @@ def test_compares_only_the_operations_that_it_measured():
 def test_exits_with_1_for_a_broken_limit_or_a_stale_table(
     changed, kept, code, said, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setattr(static, "RESULTS", tmp_path / "static.md")
+    monkeypatch.setattr(static.report, "results", lambda: tmp_path)
     monkeypatch.setattr(static, "measure_all", lambda ops: rows(**changed))
     monkeypatch.setattr(static.knobs.runtime, "interpret", False)
-    static.RESULTS.write_text(static.write_tables(lines(**kept)))
+    (tmp_path / "static.md").write_text(static.write_tables(lines(**kept)))
     with pytest.raises(SystemExit) as exit:
         static.main()
     assert exit.value.code == code
@@ -252,7 +251,7 @@ def test_exits_with_1_for_a_broken_limit_or_a_stale_table(
 
 
 def test_writes_the_table_on_request(monkeypatch, tmp_path):
-    monkeypatch.setattr(static, "RESULTS", tmp_path / "static.md")
+    monkeypatch.setattr(static.report, "results", lambda: tmp_path)
     monkeypatch.setattr(static, "measure_all", lambda ops: rows())
     monkeypatch.setattr(static.knobs.runtime, "interpret", False)
     for write, code in ((False, 1), (True, 0), (False, 0)):
@@ -264,12 +263,3 @@ def test_writes_the_table_on_request(monkeypatch, tmp_path):
 def test_refuses_an_unknown_operation():
     with pytest.raises(SystemExit, match="no operation"):
         static.main(("nonsense",))
-
-
-@pytest.mark.parametrize(("words", "code"), [([], 0), (["nonsense"], 2)])
-def test_lists_the_verbs(words, code, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench", *words])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    assert exit.value.code == code
-    assert "static" in capsys.readouterr().out

@@ -80,3 +80,14 @@ def test_the_mean_fades_and_leaves_out_what_is_not_finite():
     last = text_of(to).splitlines()[-1]
     assert last.startswith("step 399  loss 7.000 nats/token  smoothed 7.000 nats/token")
     assert last.endswith("0 min 30 s left")
+
+
+def test_the_panel_of_a_resumed_run_has_the_validation_and_the_mean_of_before():
+    to = console(200, terminal=True)
+    log = [entry(1, loss=6.0), entry(2, loss=6.0, **VALIDATED), entry(3, loss=6.0)]
+    resumed = Display(Budget(steps=8), 3, 0.0, "run", log, to=to)
+    assert "last validation 4.000 nats/token, 1.500 bits/byte" in text_of(to, resumed)
+    resumed.show([entry(4, loss=6.0)], 1.0)
+    shown = text_of(to, resumed)
+    assert "last validation 4.000" in shown
+    assert shown.count("6.000 nats/token") == 2

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from math import isfinite
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from model.run_folder import RunFolderError, RunLog, claim
+from model.run_folder import RunFolderError, RunLog, claim, read_lines
 
 HOLD = """
 import sys
@@ -138,3 +141,36 @@ def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):
     FullDisk.room = True
     log.append(entries(4))
     assert read(path) == log.entries == entries(1, 2, 3, 4)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["loss", "lr", "grad_norm"]),
+            st.floats() | st.integers() | st.lists(st.floats(), max_size=3),
+        ),
+        min_size=1, max_size=4,
+    )
+)  # fmt: skip
+def test_a_log_is_json_whatever_the_numbers_are(tmp_path_factory, numbers):
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    written = [{"step": i, **entry} for i, entry in enumerate(numbers)]
+    RunLog(path, 0, print).append(written)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+    def shown(x):
+        if isinstance(x, list):
+            return [shown(y) for y in x]
+        return x if isinstance(x, int) or isfinite(x) else "nan"
+
+    expected = [{name: shown(x) for name, x in entry.items()} for entry in written]
+    found = [{name: shown(x) for name, x in entry.items()} for entry in read_lines(path)]
+    assert found == expected
+    again = RunLog(path, len(numbers), print)  # written anew, as a resumed run does
+    assert [{name: shown(x) for name, x in entry.items()} for entry in again.entries] == expected

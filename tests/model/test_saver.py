@@ -178,3 +178,23 @@ def test_a_run_that_went_back_forgets_what_came_after(trained, tmp_path):
     assert steps(tmp_path) == [1, 4, 6]
     saver.save(5, *trained, {})
     assert steps(tmp_path) == [1, 4, 5]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_every_save_that_fails_is_handed_on(asynchronous, trained, tmp_path, monkeypatch):
+    told, failed = [], []
+    saver = Saver(tmp_path, SaveConfig(save_async=asynchronous), report=told.append)
+    saver.on_failure = lambda step, text: failed.append((step, text))
+    saver.save(1, *trained, {})
+    saver.wait()
+
+    def full_disk(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    for step in (2, 3):
+        saver.save(step, *trained, {})
+    saver.wait()
+    assert [step for step, _ in failed] == [2, 3]
+    assert [text for _, text in failed] == told
+    assert all("No space left" in line for line in told)

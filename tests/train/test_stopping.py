@@ -14,7 +14,7 @@ from train_runs import RANDOM, CrashError, crash, log
 import train
 from bench import resume
 from model import checkpoint
-from model.run_folder import claim
+from model.run_folder import claim, read_lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -90,6 +90,9 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(more, run, tmp_pa
     assert run(full, *RANDOM, *more) == 74
     out = run.output()
     assert "Could not save step 6: " in out
+    events = [x for x in read_lines(full / "events.jsonl") if x["kind"] == "save failed"]
+    assert 6 in [x["step"] for x in events]
+    assert len(events) == out.count("Could not save step")
     assert "No space left on device (os error 28). The last checkpoint is that of step 3" in out
     assert "train.py: step 12 could not be saved; the last checkpoint is that of step 3" in out
     assert [x["step"] for x in log(full)] == list(range(1, 13))
