@@ -4,7 +4,7 @@
     loss_B = -log(exp(s_bb) / sum_j(exp(s_bj)))
 
 which is a linear cross-entropy whose weight is the keys and whose target is the diagonal: chunks of
-the similarities exist, in linear_cross_entropy.py, never all. Symmetric: the mean of this and the
+the similarities exist, in _linear_loss.py, never all. Symmetric: the mean of this and the
 same with query and key exchanged.
 
 B pairs, D features.
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._linear_loss import linear_loss
 from ._token_loss import Options, check_options
-from .linear_cross_entropy import linear_loss
 
 
 def info_nce_reference(

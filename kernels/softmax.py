@@ -83,9 +83,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @triton.jit
 def _softmax_forward_tile_kernel(
-    x_ptr, y_ptr, lse_ptr, M, N, Lq, stride_xM, scale, CAUSAL: tl.constexpr, LOG: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, y_ptr, lse_ptr, M, N, Lq, stride_xM, scale: tl.float64,
+    CAUSAL: tl.constexpr, LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.full((), scale, ACC)  # a float without a type arrives as float32
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_N = tl.arange(0, BLOCK_N)[None, :]
     mask_MN = (m < M) & (offs_N < N)
@@ -108,10 +110,11 @@ def _softmax_forward_tile_kernel(
 
 @triton.jit
 def _softmax_backward_tile_kernel(
-    dy_ptr, y_ptr, dlse_ptr, dx_ptr, M, N, Lq, stride_dyM, stride_dlseM, scale,
+    dy_ptr, y_ptr, dlse_ptr, dx_ptr, M, N, Lq, stride_dyM, stride_dlseM, scale: tl.float64,
     CAUSAL: tl.constexpr, LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.full((), scale, ACC)  # a float without a type arrives as float32
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_N = tl.arange(0, BLOCK_N)[None, :]
     mask_MN = (m < M) & (offs_N < N)
