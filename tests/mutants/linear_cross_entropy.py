@@ -4,7 +4,7 @@ from functools import partial
 
 from . import Mutant
 
-_mutant = partial(Mutant, file="kernels/linear_cross_entropy.py")
+_mutant = partial(Mutant, file="kernels/_linear_loss.py")
 _rows = partial(Mutant, file="kernels/_token_loss.py")
 
 MUTANTS = [
