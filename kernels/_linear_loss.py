@@ -22,8 +22,8 @@ from ._token_loss import (
     TokenStats,
     all_reduce,
     check_class_weight,
-    check_layer,
     check_target,
+    mean_scale,
     shape_stats,
     shard,
     stats_reference,
@@ -188,8 +188,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # PyTorch, an empty mean is nan, and so is the gradient of what counts with weight 0, but
         # ignored rows get 0, whatever `first` is.
         first = scale if plan.narrow else _row_scale(inputs, plan, options).to(scale)
-        first = torch.where(scale.isinf(), torch.nan, first)
-        rest = torch.where(scale.isinf(), 1.0, scale / first)
+        first = torch.where(scale.isnan(), torch.nan, first)
+        rest = torch.where(scale.isnan(), 1.0, scale / first)
         dloss_T = first.expand(inputs.hidden.shape[0])
         loss_T, values_RT, argmax_T, *grads = _call(inputs, dloss_T, plan, wants, options)
         ctx.save_for_backward(*grads, rest)
@@ -305,7 +305,7 @@ def linear_loss(
     else:
         wide = torch.promote_types(dtype, torch.float32)
         w_T = token_weights(target_T, class_weight_V, options.ignore_index, wide)
-        scale = 1 / w_T.sum() if reduction == "mean" else w_T.new_ones(())
+        scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
         loss, values_RT, argmax_T = _LinearCrossEntropy.apply(
             *inputs, scale, weight_grad, plan, wants, options
         )  # fmt: skip
@@ -342,3 +342,33 @@ def _whole(
         return loss
     z_TV = final_logits(x_TV.detach(), *shaping)
     return loss, shape_stats(stats_reference(z_TV, inputs.target, options.ignore_index), shape)
+
+
+def check_layer(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None
+) -> None:
+    """Raise ValueError if a linear layer and its buffer do not fit `hidden` and each other."""
+    D = hidden.shape[-1]
+    if not hidden.is_floating_point():
+        raise ValueError(f"{op}: input must be floating point, got {hidden.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
+        raise ValueError(f"{op}: linear_weight must have shape [V, {D}], got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: linear_bias must have shape [{weight.shape[0]}], got {list(bias.shape)}"
+        )
+    named = zip(("weight", "bias", "weight_grad"), (weight, bias, weight_grad), strict=True)
+    for name, x in ((f"linear_{name}", x) for name, x in named):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {x.device}; move it to {hidden.device}")
+    if weight_grad is None:
+        return
+    if weight_grad.shape != weight.shape or weight_grad.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: linear_weight_grad must be float32 {list(weight.shape)}, "
+            f"got {weight_grad.dtype} {list(weight_grad.shape)}"
+        )
+    if not weight.requires_grad:
+        raise ValueError(
+            f"{op}: linear_weight_grad is given, but linear_weight.requires_grad is False; set it"
+        )

@@ -98,7 +98,13 @@ def reduce_loss(
         return loss_T
     if reduction == "sum":
         return loss_T.sum()
-    return loss_T.sum() / token_weights(target_T, w_V, ignore_index, loss_T.dtype).sum()
+    return loss_T.sum() * mean_scale(token_weights(target_T, w_V, ignore_index, loss_T.dtype))
+
+
+def mean_scale(w_T: Tensor) -> Tensor:
+    """What a sum is multiplied by to make it a mean; nan where all weights are 0, as in PyTorch."""
+    total = w_T.sum()
+    return torch.where(total == 0, torch.nan, 1 / total)
 
 
 def loss_of(values_RT: Tensor, w_T: Tensor, options: Options, soft: bool) -> Tensor:
@@ -369,33 +375,3 @@ def check_class_weight(op: str, name: str, w_V: Tensor | None, V: int, x: Tensor
     if w_V.requires_grad:
         raise ValueError(f"{op}: {name} gets no gradient; pass {name}.detach()")
     return w_V.contiguous()
-
-
-def check_layer(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None
-) -> None:
-    """Raise ValueError if a linear layer and its buffer do not fit `hidden` and each other."""
-    D = hidden.shape[-1]
-    if not hidden.is_floating_point():
-        raise ValueError(f"{op}: input must be floating point, got {hidden.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
-        raise ValueError(f"{op}: linear_weight must have shape [V, {D}], got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{op}: linear_bias must have shape [{weight.shape[0]}], got {list(bias.shape)}"
-        )
-    named = zip(("weight", "bias", "weight_grad"), (weight, bias, weight_grad), strict=True)
-    for name, x in ((f"linear_{name}", x) for name, x in named):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {x.device}; move it to {hidden.device}")
-    if weight_grad is None:
-        return
-    if weight_grad.shape != weight.shape or weight_grad.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{op}: linear_weight_grad must be float32 {list(weight.shape)}, "
-            f"got {weight_grad.dtype} {list(weight_grad.shape)}"
-        )
-    if not weight.requires_grad:
-        raise ValueError(
-            f"{op}: linear_weight_grad is given, but linear_weight.requires_grad is False; set it"
-        )

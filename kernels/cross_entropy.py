@@ -42,6 +42,7 @@ from ._token_loss import (
     check_options,
     check_reduction,
     check_target,
+    mean_scale,
     reduce_loss,
     rows_reference,
     shape_stats,
@@ -336,7 +337,7 @@ def cross_entropy(
     late = input.dtype == torch.float16  # its range is too narrow for a gradient over N
     if overwrite and not late:
         w_T = token_weights(target_T, w_V, ignore_index, torch.float32)
-        scale = 1 / w_T.sum() if reduction == "mean" else w_T.new_ones(())
+        scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
         loss, values_RT, argmax_T = _CrossEntropyInPlace.apply(
             x_TV, target_T, w_V, scale, options
         )  # fmt: skip

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
@@ -25,7 +26,7 @@ LOSSES = {
         x, W, t, return_stats=True
     )[0],
     "info_nce": lambda x, t: kernels.info_nce(x, x.roll(1, -1)),
-    "mse_loss": lambda x, t: kernels.mse_loss(x, x.detach() * 2),
+    "mse_loss": lambda x, t: kernels.mse_loss(x, torch.zeros_like(x)),
     "softmax": lambda x, t: kernels.softmax(x, -1).square().sum(),
     "log_softmax": lambda x, t: kernels.log_softmax(x, -1).square().sum(),
 }
@@ -51,11 +52,11 @@ def test_begins_with_the_parameters_of_pytorch(name):
     ("name", "args", "options"),
     [
         ("cross_entropy", (X, CLASSES, torch.rand(8)), {}),
-        ("cross_entropy", (X, CLASSES, None, None, 3, None, "sum", 0.1), {}),
+        ("cross_entropy", (X, CLASSES.abs() % 8, None, None, 3, None, "sum", 0.1), {}),
         ("cross_entropy", (), dict(input=X, target=P, reduction="none")),
         ("linear_cross_entropy", (X, W, CLASSES), dict(weight=torch.rand(11))),
         ("linear_cross_entropy", (X, W, CLASSES), dict(linear_bias=torch.rand(11))),
-        ("linear_cross_entropy", (X, W, CLASSES), dict(ignore_index=3)),
+        ("linear_cross_entropy", (X, W, CLASSES.abs() % 8), dict(ignore_index=3)),
         ("linear_cross_entropy", (X[0], W, CLASSES[0]), {}),
         ("mse_loss", (X, P, None, None, "sum"), {}),
         ("mse_loss", (X, P), dict(weight=P)),
