@@ -140,7 +140,8 @@ def _store_gradient(
 def _cross_entropy_kernel(
     x_ptr, target_ptr, w_ptr, w_sum_ptr, dloss_ptr, loss_ptr, values_ptr, argmax_ptr, dx_ptr,
     V, first, n_classes, stride_xT, stride_qT, stride_dxT, stride_dlossT, stride_valuesR,
-    ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+    ignore_index, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
+    logit_scale: tl.float64,
     LOSS: tl.constexpr, GRADIENT: tl.constexpr, INCOMING: tl.constexpr, ALL_VALUES: tl.constexpr,
     SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
@@ -148,6 +149,9 @@ def _cross_entropy_kernel(
 ):  # fmt: skip
     # LOSS computes the row's statistics (else they are read), GRADIENT uses them; both together
     # may overwrite the logits. Soft targets are `[T, V]`, where target_ptr is otherwise `[T]`.
+    # A float without a type arrives as float32.
+    label_smoothing, z_loss = tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC)
+    softcap, logit_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
     t = tl.program_id(0).to(tl.int64)
     x_ptr += t * stride_xT
     dx_ptr += t * stride_dxT
@@ -162,9 +166,8 @@ def _cross_entropy_kernel(
         counts = target != ignore_index
 
     if counts:
-        smoothing = tl.cast(label_smoothing, ACC)
-        uniform = smoothing / n_classes
-        hit = 1 - smoothing
+        uniform = label_smoothing / n_classes
+        hit = 1 - label_smoothing
         w_t = tl.full((), 1.0, ACC)
         mass = tl.full((), 0.0, ACC)
         if not SOFT:
@@ -180,7 +183,7 @@ def _cross_entropy_kernel(
             w_t = tl.where(known, w_t, float("nan"))
             hit *= w_t
             if SMOOTHING:
-                mass += smoothing
+                mass += label_smoothing
                 if WEIGHT:
                     mass = uniform * tl.load(w_sum_ptr).to(ACC)
         w_ptr += first

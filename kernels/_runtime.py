@@ -39,7 +39,16 @@ def uses_triton(x: Tensor, op: str | None = None) -> bool:
 
     Without `op`, whether kernels compute on `x` at all.
     """
-    return (x.is_cuda or CPU_KERNELS) and not REFERENCE and op not in _fallen
+    kernels = (x.is_cuda or CPU_KERNELS) and not REFERENCE and op not in _fallen
+    return kernels and not sees_through()
+
+
+def sees_through() -> bool:
+    """Whether what calls must see PyTorch's own operators: a transform of torch.func, torch.export.
+
+    The operators here have no gradient and no batching rule, their autograd functions neither.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
 
 
 def fall_back(*ops: str) -> None:

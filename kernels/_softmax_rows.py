@@ -98,11 +98,12 @@ def _softmax_bulk(end, cut, share, width, LEAD: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _softmax_forward_loop_kernel(
-    x_ptr, y_ptr, lse_ptr, part_ptr, N, Lq, stride_xM, scale, width,
+    x_ptr, y_ptr, lse_ptr, part_ptr, N, Lq, stride_xM, scale: tl.float64, width,
     CAUSAL: tl.constexpr, LOG: tl.constexpr, MEASURE: tl.constexpr, WRITE: tl.constexpr,
     LEAD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, SHARES: tl.constexpr,
     LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.full((), scale, ACC)  # a float without a type arrives as float32
     m = tl.program_id(0).to(tl.int64)
     share = tl.program_id(1).to(tl.int64)
     row, h, cut = _softmax_row(m, N, LEAD)
@@ -166,10 +167,12 @@ def _softmax_forward_loop_kernel(
 
 @triton.jit
 def _softmax_backward_loop_kernel(
-    dy_ptr, y_ptr, dlse_ptr, dx_ptr, part_ptr, N, Lq, stride_dyM, stride_dlseM, scale, width,
+    dy_ptr, y_ptr, dlse_ptr, dx_ptr, part_ptr, N, Lq, stride_dyM, stride_dlseM,
+    scale: tl.float64, width,
     CAUSAL: tl.constexpr, LOG: tl.constexpr, MEASURE: tl.constexpr, WRITE: tl.constexpr,
     LEAD: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.full((), scale, ACC)  # a float without a type arrives as float32
     m = tl.program_id(0).to(tl.int64)
     share = tl.program_id(1).to(tl.int64)
     row, h, cut = _softmax_row(m, N, LEAD)

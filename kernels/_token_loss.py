@@ -90,7 +90,7 @@ def token_weights(
     return torch.where(counts_T, w_V.to(dtype)[known_T], 0)
 
 
-def reduce(
+def reduce_loss(
     loss_T: Tensor, target_T: Tensor, w_V: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
     """`loss_T` itself, its sum, or its mean by `token_weights` (nan where no target counts)."""
@@ -98,7 +98,13 @@ def reduce(
         return loss_T
     if reduction == "sum":
         return loss_T.sum()
-    return loss_T.sum() / token_weights(target_T, w_V, ignore_index, loss_T.dtype).sum()
+    return loss_T.sum() * mean_scale(token_weights(target_T, w_V, ignore_index, loss_T.dtype))
+
+
+def mean_scale(w_T: Tensor) -> Tensor:
+    """What a sum is multiplied by to make it a mean; nan where all weights are 0, as in PyTorch."""
+    total = w_T.sum()
+    return torch.where(total == 0, torch.nan, 1 / total)
 
 
 def loss_of(values_RT: Tensor, w_T: Tensor, options: Options, soft: bool) -> Tensor:
@@ -156,11 +162,33 @@ def token_stats(
     log_s_T = s_T.log()
     lse_T, entropy_T = m_T + log_s_T, log_s_T - u_T / s_T
     if target_T.is_floating_point():
-        return TokenStats(*(x.view(shape) for x in (lse_T, entropy_T, argmax_T)), None, None)
+        return shape_stats(TokenStats(lse_T, entropy_T, argmax_T, None, None), shape)
     log_p_T = (z_t_T - m_T) - log_s_T
     counts_T = target_T != ignore_index
     accuracy = ((argmax_T == target_T) & counts_T).sum() / counts_T.sum()
-    return TokenStats(*(x.view(shape) for x in (lse_T, entropy_T, argmax_T, log_p_T)), accuracy)
+    return shape_stats(TokenStats(lse_T, entropy_T, argmax_T, log_p_T, accuracy), shape)
+
+
+def shape_stats(stats: TokenStats, shape: torch.Size) -> TokenStats:
+    """`stats`, one number per token, in the `shape` of the targets."""
+    *rows, accuracy = stats
+    return TokenStats(*(None if x is None else x.view(shape) for x in rows), accuracy)
+
+
+def stats_reference(z_TV: Tensor, target_T: Tensor, ignore_index: int) -> TokenStats:
+    """`TokenStats` of the final logits, without a gradient, in plain PyTorch."""
+    z_TV = z_TV.detach()
+    log_p_TV = z_TV.log_softmax(-1)
+    lse_T, argmax_T = z_TV.logsumexp(-1), z_TV.argmax(-1)
+    entropy_T = -(log_p_TV.exp() * log_p_TV.clamp_min(LOWEST_GAP)).sum(-1)
+    if target_T.is_floating_point():
+        return TokenStats(lse_T, entropy_T, argmax_T, None, None)
+    ignored_T = target_T == ignore_index
+    log_p_T = log_p_TV.gather(-1, target_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
+    lse_T, entropy_T, log_p_T = (x.masked_fill(ignored_T, 0) for x in (lse_T, entropy_T, log_p_T))
+    argmax_T = argmax_T.masked_fill(ignored_T, -1)
+    accuracy = ((argmax_T == target_T) & ~ignored_T).sum() / (~ignored_T).sum()
+    return TokenStats(lse_T, entropy_T, argmax_T, log_p_T, accuracy)
 
 
 def rows_reference(
@@ -273,16 +301,41 @@ def check_options(
     logit_scale: float,
 ) -> None:
     """Raise ValueError, in the name of `op`, for an option outside its range."""
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'{op}: reduction must be "none", "mean" or "sum", got {reduction!r}')
+    check_reduction(op, reduction)
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+    for name, number in (numbers | {"logit_scale": logit_scale}).items():
+        check_number(op, name, number)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"{op}: z_loss must be at least 0, got {z_loss}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be above 0, or None for no cap, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:  # math.isfinite is closed to torch.compile
         raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+
+
+def check_number(op: str, name: str, value: float | None) -> None:
+    """Raise ValueError for a tensor, whose gradient a kernel would drop."""
+    if isinstance(value, Tensor):
+        raise ValueError(
+            f"{op}: {name} must be a number, got a tensor, which would get no gradient; "
+            "pass its item(), or apply it outside"
+        )
+
+
+def check_reduction(
+    op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None
+) -> None:
+    """Raise ValueError for another `reduction`, or for what PyTorch had before it."""
+    if size_average is not None or reduce is not None:
+        instead = "none" if reduce is False else "sum" if size_average is False else "mean"
+        raise ValueError(
+            f"{op}: size_average and reduce are deprecated in PyTorch and not taken here; "
+            f'pass reduction="{instead}"'
+        )
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'{op}: reduction must be "none", "mean" or "sum", got {reduction!r}')
 
 
 def check_target(op: str, target: Tensor, shape: torch.Size, V: int, x: Tensor) -> Tensor:
@@ -322,28 +375,3 @@ def check_class_weight(op: str, name: str, w_V: Tensor | None, V: int, x: Tensor
     if w_V.requires_grad:
         raise ValueError(f"{op}: {name} gets no gradient; pass {name}.detach()")
     return w_V.contiguous()
-
-
-def check_layer(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None
-) -> None:
-    """Raise ValueError if a linear layer and its buffer do not fit `hidden` and each other."""
-    D = hidden.shape[-1]
-    if not hidden.is_floating_point():
-        raise ValueError(f"{op}: hidden must be floating point, got {hidden.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
-        raise ValueError(f"{op}: weight must have shape [V, {D}], got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, x in (("weight", weight), ("bias", bias), ("weight_grad", weight_grad)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {x.device}; move it to {hidden.device}")
-    if weight_grad is None:
-        return
-    if weight_grad.shape != weight.shape or weight_grad.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{op}: weight_grad must be float32 {list(weight.shape)}, "
-            f"got {weight_grad.dtype} {list(weight_grad.shape)}"
-        )
-    if not weight.requires_grad:
-        raise ValueError(f"{op}: weight_grad is given, but weight.requires_grad is False; set it")

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._loss_rows import empty_results, launch_rows, rows
-from ._runtime import once_differentiable, operator, unit_stride, uses_triton
+from ._runtime import once_differentiable, operator, sees_through, unit_stride, uses_triton
 from ._token_loss import (
     SCHEMA,
     Options,
@@ -40,17 +40,26 @@ from ._token_loss import (
     TokenStats,
     check_class_weight,
     check_options,
+    check_reduction,
     check_target,
-    reduce,
+    mean_scale,
+    reduce_loss,
     rows_reference,
+    shape_stats,
     shard,
+    stats_reference,
     token_stats,
     token_weights,
 )
 
+ONCE = (
+    "cross_entropy: with inplace=True the gradient can be taken once; "
+    "pass inplace=False to call backward again"
+)
+
 
 def cross_entropy_reference(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
     *,
     weight: Tensor | None = None,
@@ -61,10 +70,8 @@ def cross_entropy_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The definition of `cross_entropy` on `[T, V]`, in float32 or the wider dtype of `logits`."""
-    z_TV = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
-    if softcap:
-        z_TV = softcap * torch.tanh(z_TV / softcap)
+    """The reference of `cross_entropy` on `[T, V]`, in float32 or the wider dtype of `input`."""
+    z_TV = final_logits(input, softcap, logit_scale)
     target = target.to(z_TV) if target.is_floating_point() else target
     w_V = None if weight is None else weight.to(z_TV)
     loss_T = F.cross_entropy(
@@ -74,7 +81,13 @@ def cross_entropy_reference(
     if z_loss:
         w_T = token_weights(target, w_V, ignore_index, z_TV.dtype)
         loss_T = loss_T + z_loss * w_T * z_TV.logsumexp(-1).square()
-    return reduce(loss_T, target, w_V, ignore_index, reduction)
+    return reduce_loss(loss_T, target, w_V, ignore_index, reduction)
+
+
+def final_logits(x_TV: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """The logits scaled and capped, in float32 or their wider dtype."""
+    z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32)) * logit_scale
+    return softcap * torch.tanh(z_TV / softcap) if softcap else z_TV
 
 
 @triton.jit
@@ -98,14 +111,21 @@ def _launch_backward(
     *options,
 ) -> Tensor:  # fmt: skip
     dx_TV = torch.empty(x_TV.shape, dtype=x_TV.dtype, device=x_TV.device)
+    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, Options(*options))
+    return dx_TV
+
+
+def _write_gradient(
+    dx_TV: Tensor, dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None,
+    values_RT: Tensor, options: Options,
+) -> None:  # fmt: skip
+    """Write dloss_T · dx_TV, which may be over `x_TV` itself."""
     if uses_triton(x_TV, "cross_entropy"):
         launch_rows(
-            x_TV, target_T, w_V, Options(*options), values_RT=values_RT, dx_TV=dx_TV,
-            dloss_T=dloss_T,
+            x_TV, target_T, w_V, options, values_RT=values_RT, dx_TV=dx_TV, dloss_T=dloss_T
         )  # fmt: skip
     else:
-        rows_reference(dx_TV.copy_(x_TV), target_T, w_V, dloss_T, Options(*options), gradient=True)
-    return dx_TV
+        rows_reference(dx_TV.copy_(x_TV), target_T, w_V, dloss_T, options, gradient=True)
 
 
 def _launch_inplace(
@@ -150,21 +170,33 @@ _scale = operator(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The loss of each row; with `overwrite`, backward writes the gradient over the logits."""
+
     @staticmethod
-    def forward(ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options):
+    def forward(
+        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options, overwrite: bool
+    ):
         loss_T, values_RT, argmax_T = _forward(x_TV, target_T, w_V, *options)
         ctx.save_for_backward(x_TV, target_T, w_V, values_RT)
         ctx.mark_non_differentiable(values_RT, argmax_T)
         ctx.set_materialize_grads(False)
-        ctx.options = options
+        ctx.options, ctx.overwrite, ctx.spent = options, overwrite, False
         return loss_T, values_RT, argmax_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss_T: Tensor | None, *_):
         if dloss_T is None:
-            return None, None, None, None
-        return _backward(dloss_T, *ctx.saved_tensors, *ctx.options), None, None, None
+            return (None,) * 5
+        if not ctx.overwrite:
+            return _backward(dloss_T, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        if ctx.spent:
+            raise RuntimeError(ONCE)
+        x_TV, target_T, w_V, values_RT = ctx.saved_tensors
+        dx_TV, ctx.spent = x_TV.detach(), True
+        _write_gradient(dx_TV, dloss_T, dx_TV, target_T, w_V, values_RT, ctx.options)
+        torch.autograd.graph.increment_version(x_TV)
+        return dx_TV, None, None, None, None
 
 
 class _CrossEntropyInPlace(torch.autograd.Function):
@@ -188,10 +220,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
         if dloss is None:
             return None, None, None, None, None
         if ctx.dx_TV is None:
-            raise RuntimeError(
-                "cross_entropy: with inplace=True the gradient can be taken once; "
-                "pass inplace=False to call backward again"
-            )
+            raise RuntimeError(ONCE)
         _scale(ctx.dx_TV, dloss)
         dx_TV, ctx.dx_TV = ctx.dx_TV, None
         return dx_TV, None, None, None, None
@@ -199,30 +228,34 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 
 @overload
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", label_smoothing: float = 0.0, z_loss: float = 0.0,
-    softcap: float | None = None, logit_scale: float = 1.0, inplace: bool = False,
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+    label_smoothing: float = 0.0, *, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0, inplace: bool = False,
     return_stats: Literal[False] = False, group: ProcessGroup | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", label_smoothing: float = 0.0, z_loss: float = 0.0,
-    softcap: float | None = None, logit_scale: float = 1.0, inplace: bool = False,
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+    label_smoothing: float = 0.0, *, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0, inplace: bool = False,
     return_stats: Literal[True], group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenStats]: ...  # fmt: skip
 
 
 def cross_entropy(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
-    *,
     weight: Tensor | None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -232,17 +265,20 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Compute the cross-entropy loss between logits and class indices or probabilities.
 
-    Nothing is read back to the host. A target outside [0, V) other than `ignore_index` raises an
-    IndexError where the reference runs (CPU) and makes its loss and gradient nan on a GPU. A mean
-    over no target at all is nan, its gradient 0, as in PyTorch.
+    A call of `torch.nn.functional.cross_entropy` means the same here. Nothing is read back to the
+    host. A target outside [0, V) other than `ignore_index` raises an IndexError where the reference
+    runs (CPU) and makes its loss and gradient nan on a GPU. A mean over no target at all is nan,
+    its gradient 0, as in PyTorch.
 
     Args:
-        logits: `[T, V]`, `[V]`, or `[N, V, ...]` as in `torch.nn.functional.cross_entropy`;
-            float32, float16, bfloat16 or float64. Copied unless its last axis is contiguous.
+        input: the logits, `[T, V]`, `[V]`, or `[N, V, ...]`; float32, float16, bfloat16 or
+            float64. Copied unless its last axis is contiguous.
         target: class indices, `[T]`, `[]` or `[N, ...]`, any integer dtype; or probabilities in
-            the shape of `logits`, floating point, each row of which should sum to 1.
+            the shape of `input`, floating point, each row of which should sum to 1.
         weight: `[V]`, the weight of each class, or None for ones. It gets no gradient.
-        ignore_index: targets of this value count neither in the loss nor in the mean.
+        size_average, reduce: deprecated in PyTorch, refused here: `reduction` says it.
+        ignore_index: targets of this value count neither in the loss nor in the mean. Of
+            probabilities none can be ignored: a value of 0 or more is refused.
         reduction: "mean" (by class weight; per token for probabilities), "sum" or "none".
         label_smoothing: ε in [0, 1].
         z_loss: factor of lse², at least 0.
@@ -250,7 +286,8 @@ def cross_entropy(
         logit_scale: factor of the logits, before the softcap.
         inplace: allow the logits to be overwritten, by their gradient: a third less memory traffic
             and no second buffer. They must be contiguous rows and not a leaf. With reduction
-            "none" and on the CPU nothing is overwritten.
+            "none" and on the CPU nothing is overwritten. In float16 the backward pass overwrites,
+            at no less traffic: a gradient stored before the loss scale has come would be 0.
         return_stats: return `(loss, TokenStats)`: lse, entropy, argmax, target log-probability and
             accuracy, from the pass that computes the loss. They get no gradient.
         group: the ranks over which the classes are split. Rank r of R holds the logits (and the
@@ -266,56 +303,71 @@ def cross_entropy(
         ValueError: a shape, dtype or option is outside what stands above.
     """
     op = "cross_entropy"
+    check_reduction(op, reduction, size_average, reduce)
     check_options(op, reduction, label_smoothing, z_loss, softcap, logit_scale)
-    x_TV, target_T, shape = _rows(logits, target)
+    x_TV, target_T, shape = _rows(input, target)
+    if target_T.is_floating_point() and ignore_index >= 0:
+        raise ValueError(
+            f"{op}: ignore_index is for class indices, got {ignore_index} with probabilities; "
+            "leave it out"
+        )
     first_class, n_classes, name = shard(group, x_TV.shape[1])
-    w_V = check_class_weight(op, "weight", weight, n_classes or x_TV.shape[1], logits)
+    w_V = check_class_weight(op, "weight", weight, n_classes or x_TV.shape[1], input)
     options = Options(
         ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats,
         first_class, n_classes, name,
     )  # fmt: skip
-    overwrite = inplace and logits.requires_grad and torch.is_grad_enabled()
+    overwrite = inplace and input.requires_grad and torch.is_grad_enabled()
     if overwrite:
-        _check_inplace(logits, x_TV)
-    if not (uses_triton(logits, "cross_entropy") or return_stats or group):
+        _check_inplace(input, x_TV)
+    if group and sees_through():
+        raise ValueError(f"{op}: group works neither inside torch.func nor in torch.export")
+    if not (uses_triton(input, op) or group):
         loss = cross_entropy_reference(
             x_TV, target_T, weight=w_V, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
             logit_scale=logit_scale,
         )  # fmt: skip
-        return loss.view(shape) if reduction == "none" else loss
-    if overwrite and reduction != "none" and uses_triton(logits, "cross_entropy"):
+        loss = loss.view(shape) if reduction == "none" else loss
+        if not return_stats:
+            return loss
+        z_TV = final_logits(x_TV.detach(), softcap, logit_scale)
+        return loss, shape_stats(stats_reference(z_TV, target_T, ignore_index), shape)
+    overwrite = overwrite and reduction != "none" and uses_triton(input, op)
+    late = input.dtype == torch.float16  # its range is too narrow for a gradient over N
+    if overwrite and not late:
         w_T = token_weights(target_T, w_V, ignore_index, torch.float32)
-        scale = 1 / w_T.sum() if reduction == "mean" else w_T.new_ones(())
+        scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
         loss, values_RT, argmax_T = _CrossEntropyInPlace.apply(
             x_TV, target_T, w_V, scale, options
         )  # fmt: skip
     else:
-        loss_T, values_RT, argmax_T = _CrossEntropy.apply(x_TV, target_T, w_V, options)
-        loss = reduce(loss_T, target_T, w_V, ignore_index, reduction)
+        overwrite = overwrite and not torch.compiler.is_compiling()
+        loss_T, values_RT, argmax_T = _CrossEntropy.apply(x_TV, target_T, w_V, options, overwrite)
+        loss = reduce_loss(loss_T, target_T, w_V, ignore_index, reduction)
     loss = loss.view(shape) if reduction == "none" else loss
     if not return_stats:
         return loss
     return loss, token_stats(values_RT, argmax_T, target_T, ignore_index, shape)
 
 
-def _rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
     """View or copy the logits as `[T, V]` with contiguous rows; the targets; the tokens' shape."""
-    if logits.dim() == 0 or not logits.is_floating_point() or 0 in logits.shape[1:2]:
+    if input.dim() == 0 or not input.is_floating_point() or 0 in input.shape[1:2]:
         raise ValueError(
-            "cross_entropy: logits must be floating point [T, V], [V] or [N, V, ...] with V >= 1, "
-            f"got {logits.dtype} {list(logits.shape)}"
+            "cross_entropy: input must be floating point [T, V], [V] or [N, V, ...] with V >= 1, "
+            f"got {input.dtype} {list(input.shape)}"
         )
-    x = logits.movedim(1, -1) if logits.dim() > 2 else logits
+    x = input.movedim(1, -1) if input.dim() > 2 else input
     if target.is_floating_point() and target.dim() > 2:
         target = target.movedim(1, -1)
     shape, V = x.shape[:-1], x.shape[-1]
-    target_T = check_target("cross_entropy", target, shape, V, logits)
+    target_T = check_target("cross_entropy", target, shape, V, input)
     return unit_stride(x.reshape(-1, V)), target_T, shape
 
 
-def _check_inplace(logits: Tensor, x_TV: Tensor) -> None:
-    if logits.is_leaf:
+def _check_inplace(input: Tensor, x_TV: Tensor) -> None:
+    if input.is_leaf:
         raise ValueError("cross_entropy: inplace would overwrite a leaf; pass inplace=False")
-    if not x_TV.is_contiguous() or x_TV.data_ptr() != logits.data_ptr():
+    if not x_TV.is_contiguous() or x_TV.data_ptr() != input.data_ptr():
         raise ValueError("cross_entropy: inplace needs contiguous rows; pass inplace=False")

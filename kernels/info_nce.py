@@ -4,7 +4,7 @@
     loss_B = -log(exp(s_bb) / sum_j(exp(s_bj)))
 
 which is a linear cross-entropy whose weight is the keys and whose target is the diagonal: chunks of
-the similarities exist, in linear_cross_entropy.py, never all. Symmetric: the mean of this and the
+the similarities exist, in _linear_loss.py, never all. Symmetric: the mean of this and the
 same with query and key exchanged.
 
 B pairs, D features.
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._linear_loss import linear_loss
 from ._token_loss import Options, check_options
-from .linear_cross_entropy import linear_loss
 
 
 def info_nce_reference(
@@ -40,7 +40,7 @@ def info_nce_reference(
     if normalize:
         q_BD, k_BD = F.normalize(q_BD, dim=-1), F.normalize(k_BD, dim=-1)
     s_BB = ((q_BD / temperature).to(query.dtype) @ k_BD.to(query.dtype).mT).to(wide)
-    diagonal = torch.arange(len(s_BB), device=s_BB.device)
+    diagonal = torch.arange(s_BB.shape[0], device=s_BB.device)
     if negatives is not None:
         excluded_BB = ~negatives & (diagonal[:, None] != diagonal)
         s_BB = s_BB.masked_fill(excluded_BB, -torch.inf)
@@ -118,7 +118,7 @@ def info_nce(
     pairs = [(q_BD, k_BD, excluded_BB)]
     if symmetric:
         pairs.append((k_BD, q_BD, None if excluded_BB is None else excluded_BB.mT))
-    target_B = torch.arange(len(query), device=query.device)
+    target_B = torch.arange(query.shape[0], device=query.device)
     results = [
         linear_loss(
             "info_nce", a.to(query.dtype), b.to(query.dtype), target_B, None, None, excluded,
@@ -152,7 +152,7 @@ def _validate(
     elif not temperature > 0:
         raise ValueError(f"info_nce: temperature must be above 0, got {temperature}")
     if negatives is not None:
-        B = len(query)
+        B = query.shape[0]
         if negatives.shape != (B, B) or negatives.dtype != torch.bool:
             raise ValueError(
                 f"info_nce: negatives must be bool [{B}, {B}], "

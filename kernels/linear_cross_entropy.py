@@ -15,45 +15,24 @@ pass multiplies by the incoming scalar. With reduction "none" that is one number
 the backward pass starts from the logits again (a fourth product).
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._loss_rows import empty_results
-from ._loss_rows import rows as loss_rows
-from ._runtime import once_differentiable, operator
-from ._token_loss import (
-    SCHEMA,
-    Options,
-    TokenStats,
-    all_reduce,
-    check_class_weight,
-    check_layer,
-    check_options,
-    check_target,
-    shard,
-    token_stats,
-    token_weights,
-)
+from ._linear_loss import linear_loss
+from ._token_loss import Options, TokenStats, check_options
 from .cross_entropy import cross_entropy_reference
-
-# A chunk's rows must outnumber what the float32 sum of dweight costs (about 230 rows' worth on an
-# H200, computed), so the budget is large; on a CPU a chunk should stay in the cache: 95 ms against
-# 129 ms for whole logits at T = 2048, D = 256, V = 4096 on 2 cores.
-CHUNK_BYTES_CUDA = 1 << 30
-CHUNK_BYTES_CPU = 1 << 22
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
     *,
-    bias: Tensor | None = None,
-    class_weight: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -61,339 +40,113 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The definition of `linear_cross_entropy` on `[T, D]`: whole logits, plain PyTorch."""
+    """The reference of `linear_cross_entropy` on `[T, D]`: whole logits, plain PyTorch."""
     return cross_entropy_reference(
-        F.linear(hidden, weight, bias), target, weight=class_weight, ignore_index=ignore_index,
-        reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale,
+        F.linear(input, linear_weight, linear_bias), target, weight=weight,
+        ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+        z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
-
-
-class Plan(NamedTuple):
-    """How the products are done."""
-
-    dtype: torch.dtype
-    chunk_rows: int
-    narrow: bool  # one chunk: dweight in the weight's dtype, gradients those of the reduced loss
-
-
-def chunk_rows(
-    op: str, hidden_TD: Tensor, V: int, dtype: torch.dtype, narrow: bool, chunk_bytes: int | None
-) -> int:
-    """The rows of a chunk: those that `chunk_bytes` of logits hold, or by default all where that
-    costs no more memory.
-
-    Where the weight is bfloat16 (`narrow`), one chunk needs no float32 sum of dweight, only the
-    product itself. The sum takes 4·V·D bytes, beside 2·V·D when it is rounded: the logits of D more
-    rows than a chunk has, or of 2·D rows in all.
-    """
-    T, D = hidden_TD.shape
-    budget = CHUNK_BYTES_CUDA if hidden_TD.is_cuda else CHUNK_BYTES_CPU
-    budget = budget if chunk_bytes is None else chunk_bytes
-    if budget < 1:
-        raise ValueError(f"{op}: chunk_bytes must be positive, got {chunk_bytes}")
-    rows = max(1, budget // (V * dtype.itemsize))
-    rows = rows // 128 * 128 if rows > 128 else rows  # whole tiles of the matrix products
-    return max(rows, T) if chunk_bytes is None and narrow and max(rows, D) + D >= T else rows
-
-
-def _launch(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor,
-    class_weight_V: Tensor | None, excluded_TV: Tensor | None, dloss_T: Tensor | None,
-    chunk_rows: int, narrow: bool, want_hidden: bool, want_weight: bool, want_bias: bool, *options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return loss_T, its statistics and the gradients asked for (empty in place of the others)."""
-    outputs = _fake(
-        hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV, dloss_T, chunk_rows,
-        narrow, want_hidden, want_weight, want_bias, *options,
-    )  # fmt: skip
-    loss_T, values_RT, argmax_T, dhidden_TD, dweight_VD, dbias_V = outputs
-    dweight_VD.zero_()
-    dbias_V.zero_()
-    options, gradient = Options(*options), want_hidden or want_weight or want_bias
-    T, V = hidden_TD.shape[0], weight_VD.shape[0]
-    stride = -(-V // 64) * 64  # rows that start on 128 bytes, so that every V has wide accesses
-    buffer_CV = hidden_TD.new_empty(min(chunk_rows, T), stride)[:, :V]
-    for start in range(0, T, chunk_rows):
-        chunk = slice(start, start + chunk_rows)
-        h_CD = hidden_TD[chunk]
-        x_CV = buffer_CV[: h_CD.shape[0]]
-        if bias_V is None:
-            torch.mm(h_CD, weight_VD.T, out=x_CV)
-        else:
-            torch.addmm(bias_V, h_CD, weight_VD.T, out=x_CV)
-        if excluded_TV is not None:
-            x_CV.masked_fill_(excluded_TV[chunk], -torch.inf)
-        dloss_C = None if dloss_T is None else dloss_T[chunk]
-        loss_C, values_RC, argmax_C = loss_rows(
-            x_CV, target_T[chunk], class_weight_V, dloss_C, options, gradient
-        )
-        loss_T[chunk] = loss_C
-        if options.stats:
-            values_RT[:, chunk], argmax_T[chunk] = values_RC, argmax_C
-        if want_hidden:
-            torch.mm(x_CV, weight_VD, out=dhidden_TD[chunk])
-        if want_weight and narrow:
-            torch.mm(x_CV.T, h_CD, out=dweight_VD)
-        elif want_weight:
-            _add_product(dweight_VD, x_CV.T, h_CD)
-        if want_bias:
-            dbias_V += x_CV.sum(0, dtype=dbias_V.dtype)
-    if options.group and want_hidden:  # each rank's classes give a part of it
-        dhidden_TD.copy_(all_reduce(dhidden_TD.to(loss_T.dtype), options.group, "sum"))
-    return outputs
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a · b to `out`, whose dtype may be wider, without rounding the product in between."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif out.is_cuda:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
-
-
-def _fake(
-    hidden, weight, bias, target, class_weight, excluded, dloss, chunk_rows, narrow,
-    want_hidden, want_weight, want_bias, *options,
-):  # fmt: skip
-    loss, values, argmax = empty_results(hidden, target.is_floating_point(), Options(*options))
-    return (
-        loss,
-        values if Options(*options).stats else values.new_empty(0),
-        argmax,
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(
-            weight.shape if want_weight else 0, dtype=weight.dtype if narrow else loss.dtype
-        ),
-        weight.new_empty(weight.shape[0] if want_bias else 0, dtype=loss.dtype),
-    )
-
-
-_operator = operator(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target,"
-    " Tensor? class_weight, Tensor? excluded, Tensor? dloss, SymInt chunk_rows, bool narrow,"
-    f" bool want_hidden, bool want_weight, bool want_bias, {SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _launch,
-    _fake,
-)
-
-
-class Inputs(NamedTuple):
-    """The tensors of a call; the first three may get gradients."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    target: Tensor
-    class_weight: Tensor | None
-    excluded: Tensor | None  # True: this class is none for this token
-
-
-def _call(inputs: Inputs, dloss_T, plan: Plan, wants, options: Options):
-    h, w, b = (None if x is None else x.to(plan.dtype) for x in inputs[:3])
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
-        return _operator(
-            h, w, b, *inputs[3:], dloss_T, plan.chunk_rows, plan.narrow, *wants, *options
-        )  # fmt: skip
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The summed loss of all rows times `scale`, its gradients made in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx, hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV, scale,
-        weight_grad_VD, plan, wants, options,
-    ):  # fmt: skip
-        inputs = Inputs(hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV)
-        # An empty mean is nan, its gradient 0, as in PyTorch.
-        grad_scale = torch.where(scale.isinf(), 0.0, scale)
-        dloss_T = grad_scale.expand(inputs.hidden.shape[0]) if plan.narrow else None
-        loss_T, values_RT, argmax_T, *grads = _call(inputs, dloss_T, plan, wants, options)
-        ctx.save_for_backward(*grads, torch.ones_like(scale) if plan.narrow else grad_scale)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-        ctx.wants, ctx.weight_grad_VD = wants, weight_grad_VD
-        ctx.mark_non_differentiable(values_RT, argmax_T)
-        ctx.set_materialize_grads(False)
-        return loss_T.sum() * scale, values_RT, argmax_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss: Tensor | None, *_):
-        if dloss is None:
-            return (None,) * 11
-        *grads, scale = ctx.saved_tensors
-        grads = _hand_over(ctx, grads, ctx.dtypes, dloss * scale)
-        return *grads, None, None, None, None, None, None, None, None
-
-
-class _LinearCrossEntropyRows(torch.autograd.Function):
-    """The loss of each row; the backward pass computes the logits again."""
-
-    @staticmethod
-    def forward(
-        ctx, hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV,
-        weight_grad_VD, plan, wants, options,
-    ):  # fmt: skip
-        inputs = Inputs(hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV)
-        ctx.save_for_backward(*inputs)
-        ctx.weight_grad_VD, ctx.plan, ctx.wants, ctx.options = weight_grad_VD, plan, wants, options
-        results = _call(inputs, None, plan, (False, False, False), options)[:3]
-        ctx.mark_non_differentiable(*results[1:])
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss_T: Tensor | None, *_):
-        if dloss_T is None:
-            return (None,) * 10
-        inputs = Inputs(*ctx.saved_tensors)
-        options = ctx.options._replace(stats=False)
-        grads = _call(inputs, dloss_T, ctx.plan, ctx.wants, options)[3:]
-        dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-        grads = _hand_over(ctx, grads, dtypes, dloss_T.new_ones(()))
-        return *grads, None, None, None, None, None, None, None
-
-
-def _hand_over(ctx, grads, dtypes, factor: Tensor) -> list[Tensor | None]:
-    """The gradients times `factor` for autograd; the weight's goes to its own buffer, if any."""
-    wants = list(ctx.wants)
-    if ctx.weight_grad_VD is not None:
-        ctx.weight_grad_VD.addcmul_(grads[1], factor)
-        wants[1] = False
-    # In float32: a bfloat16 tensor times a 0-dim one would round that one to bfloat16 first.
-    return [
-        (g.to(factor.dtype) * factor).to(dtype) if want else None
-        for g, dtype, want in zip(grads, dtypes, wants, strict=True)
-    ]
 
 
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
-    class_weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
-    logit_scale: float = 1.0, chunk_bytes: int | None = None, weight_grad: Tensor | None = None,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: None = None, z_loss: float = 0.0,
+    softcap: float | None = None, logit_scale: float = 1.0, chunk_bytes: int | None = None,
+    linear_weight_grad: Tensor | None = None,
     return_stats: Literal[False] = False, group: ProcessGroup | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
-    class_weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
-    logit_scale: float = 1.0, chunk_bytes: int | None = None, weight_grad: Tensor | None = None,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: None = None, z_loss: float = 0.0,
+    softcap: float | None = None, logit_scale: float = 1.0, chunk_bytes: int | None = None,
+    linear_weight_grad: Tensor | None = None,
     return_stats: Literal[True], group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenStats]: ...  # fmt: skip
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
     *,
-    bias: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
+    ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int | None = None,
-    weight_grad: Tensor | None = None,
+    linear_weight_grad: Tensor | None = None,
     return_stats: bool = False,
     group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Compute the cross-entropy of `hidden @ weight.T + bias` against classes or probabilities.
+    """Compute the cross-entropy of a linear layer's output against classes or probabilities.
 
-    Equal to `cross_entropy(torch.nn.functional.linear(hidden, weight, bias), target, ...)`, but
-    about `chunk_bytes` of logits exist at a time. The products run in the dtype of `hidden`, or of
+    Equal to `cross_entropy(linear(input, linear_weight, linear_bias), target, weight, ...)`, and
+    a call of `torch.nn.functional.linear_cross_entropy` means the same here, but about
+    `chunk_bytes` of logits exist at a time. The products run in the dtype of `input`, or of
     autocast where that is on; the gradients of weight and bias are summed in float32 over all
     chunks. Between forward and backward it keeps those gradients, not the logits. Deterministic.
-    Targets outside [0, V) are treated as `cross_entropy` treats them.
+    Targets outside [0, V) are treated as `cross_entropy` treats them. Inside torch.func, where
+    torch.export traces and with TRITIUM_REFERENCE=1 the logits exist whole.
 
     Args:
-        hidden: `[..., D]`; float32, float16, bfloat16 or float64.
-        weight: `[V, D]`, any of these dtypes.
-        target: class indices, `[...]`, the leading axes of `hidden`, any integer dtype; or
+        input: `[..., D]`; float32, float16, bfloat16 or float64.
+        linear_weight: `[V, D]`, any of these dtypes.
+        target: class indices, `[...]`, the leading axes of `input`, any integer dtype; or
             probabilities `[..., V]`, floating point.
-        bias: `[V]` or None.
-        class_weight: `[V]`, the weight of each class, or None for ones. It gets no gradient.
-        ignore_index: targets of this value count neither in the loss nor in the mean.
+        linear_bias: `[V]` or None.
+        weight: `[V]`, the weight of each class, or None for ones. It gets no gradient.
         reduction: "mean" (by class weight; per token for probabilities), "sum" or "none"; "none"
             costs a fourth product.
+        ignore_index: targets of this value count neither in the loss nor in the mean; None for
+            -100. Refused with probabilities.
         label_smoothing: ε in [0, 1].
+        options: PyTorch's way to set chunks, refused here: `chunk_bytes` sets them.
         z_loss: factor of lse², at least 0.
         softcap: bound of the logits, softcap · tanh(logits / softcap), above 0; None for no bound.
         logit_scale: factor of the logits, before the softcap.
         chunk_bytes: budget of the logits buffer in bytes; None for 1 GiB on a GPU, 4 MiB on a CPU.
             Exceeded only where one chunk costs no more memory than several: `plan`.
-        weight_grad: `[V, D]` float32 (or float64), to which the backward pass adds the gradient of
-            the weight, unrounded, instead of handing it to autograd: `weight.grad` stays as it is
-            and hooks of the weight do not run. Not under torch.compile.
+        linear_weight_grad: `[V, D]` float32 (or float64), to which the backward pass adds the
+            gradient of the weight, unrounded, instead of handing it to autograd:
+            `linear_weight.grad` stays as it is and hooks of the weight do not run. Not under
+            torch.compile.
         return_stats: return `(loss, TokenStats)`, as in `cross_entropy`.
         group: the ranks over which the classes are split, as in `cross_entropy`: rank r of R holds
-            rows r·V to (r + 1)·V - 1 of weight and bias, and every rank the whole `hidden`, whose
+            rows r·V to (r + 1)·V - 1 of weight and bias, and every rank the whole `input`, whose
             gradient is summed over the ranks.
 
     Returns:
-        The loss in nats: a scalar, or with reduction "none" the leading axes of `hidden`; float32
-        (float64 for float64 `hidden`). With `return_stats` a pair.
+        The loss in nats: a scalar, or with reduction "none" the leading axes of `input`; float32
+        (float64 for float64 `input`). With `return_stats` a pair.
 
     Raises:
         ValueError: a shape, dtype or option is outside what stands above.
     """
-    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, logit_scale)
-    options = Options(
-        ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats
-    )
-    return linear_loss(
-        "linear_cross_entropy", hidden, weight, target, bias, class_weight, None, options,
-        reduction, chunk_bytes, weight_grad, group,
+    op = "linear_cross_entropy"
+    check_options(op, reduction, label_smoothing, z_loss, softcap, logit_scale)
+    if options is not None:
+        raise ValueError(f"{op}: options sets the chunks of PyTorch's loss; pass chunk_bytes here")
+    if target.is_floating_point() and ignore_index is not None:
+        raise ValueError(
+            f"{op}: ignore_index is for class indices, got {ignore_index} with probabilities; "
+            "leave it out"
+        )
+    chosen = Options(
+        -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap or 0.0,
+        logit_scale, return_stats,
     )  # fmt: skip
-
-
-def linear_loss(
-    op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    class_weight: Tensor | None, excluded: Tensor | None, options: Options, reduction: str,
-    chunk_bytes: int | None, weight_grad: Tensor | None, group: ProcessGroup | None,
-) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """`linear_cross_entropy` in the name of `op`, without the classes that `excluded` says."""
-    check_layer(op, hidden, weight, bias, weight_grad)
-    V, D = weight.shape
-    target_T = check_target(op, target, hidden.shape[:-1], V, hidden)
-    first_class, n_classes, name = shard(group, V)
-    class_weight_V = check_class_weight(op, "class_weight", class_weight, n_classes or V, hidden)
-    options = options._replace(first_class=first_class, n_classes=n_classes, group=name)
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    hidden_TD = hidden.reshape(-1, D)
-    narrow = dtype == weight.dtype == torch.bfloat16 and weight_grad is None
-    rows = chunk_rows(op, hidden_TD, V, dtype, narrow, chunk_bytes)
-    plan = Plan(dtype, rows, narrow and rows >= hidden_TD.shape[0])
-    grad = torch.is_grad_enabled()
-    wants = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    inputs = Inputs(hidden_TD, weight, bias, target_T, class_weight_V, excluded)
-    if reduction == "none":
-        loss, values_RT, argmax_T = _LinearCrossEntropyRows.apply(
-            *inputs, weight_grad, plan, wants, options
-        )  # fmt: skip
-        loss = loss.view(hidden.shape[:-1])
-    else:
-        wide = torch.promote_types(dtype, torch.float32)
-        w_T = token_weights(target_T, class_weight_V, options.ignore_index, wide)
-        scale = 1 / w_T.sum() if reduction == "mean" else w_T.new_ones(())
-        loss, values_RT, argmax_T = _LinearCrossEntropy.apply(
-            *inputs, scale, weight_grad, plan, wants, options
-        )  # fmt: skip
-    if not options.stats:
-        return loss
-    stats = token_stats(values_RT, argmax_T, target_T, options.ignore_index, hidden.shape[:-1])
-    return loss, stats
+    return linear_loss(
+        op, input, linear_weight, target, linear_bias, weight, None, chosen, reduction,
+        chunk_bytes, linear_weight_grad, group,
+    )  # fmt: skip

@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import accumulator, once_differentiable, operator, uses_triton
+from ._token_loss import check_reduction
 
 TILE = 2048  # elements that a program holds at a time: 16 a thread
 P_MAX = 1024  # not the number of multiprocessors: the loss is the same sum on every GPU
 
 
 def mse_loss_reference(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """The definition of `mse_loss` in plain PyTorch, in float32 or the wider of the two dtypes."""
+    """The reference of `mse_loss` in plain PyTorch, in float32 or the wider of the two dtypes."""
     wide = _wide(input, target)
     loss = (input.to(wide) - target.to(wide)).square()
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
@@ -177,7 +178,14 @@ class _MSELoss(torch.autograd.Function):
         return *(dx if needed else None for dx, needed in zip(grads, needs, strict=True)), None
 
 
-def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
     """Compute the squared difference between `input` and `target`, and its mean.
 
     As `torch.nn.functional.mse_loss`, but nothing is broadcast, and the loss is float32. It is
@@ -189,7 +197,10 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
             contiguous.
         target: the shape and device of `input`, in any of the same dtypes; likewise. It gets a
             gradient, too, where it requires one.
+        size_average, reduce: deprecated in PyTorch, refused here: `reduction` says it.
         reduction: "mean" (nan over no element), "sum" or "none".
+        weight: the shape and device of `input`: factors of the elements, whose mean is then
+            divided by their sum. With them the loss of each element is stored.
 
     Returns:
         The loss: a scalar, or with reduction "none" the shape of `input`; float32 (float64 if
@@ -199,7 +210,14 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
         ValueError: `input` and `target` differ in shape or device, are not floating point, or
             `reduction` is another.
     """
-    _validate(input, target, reduction)
+    check_reduction("mse_loss", reduction, size_average, reduce)
+    _validate(input, target, weight)
+    if weight is not None:
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        loss = mse_loss(input, target, reduction="none") * wide
+        if reduction == "none":
+            return loss
+        return loss.sum() if reduction == "sum" else loss.sum() / wide.sum()
     if not uses_triton(input, "mse_loss"):
         return mse_loss_reference(input, target, reduction=reduction)
     inputs = input.contiguous().view(-1), target.contiguous().view(-1)
@@ -207,9 +225,7 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
     return loss.view(input.shape) if reduction == "none" else loss
 
 
-def _validate(input: Tensor, target: Tensor, reduction: str) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'mse_loss: reduction must be "none", "mean" or "sum", got {reduction!r}')
+def _validate(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     if input.shape != target.shape:
         raise ValueError(
             "mse_loss: input and target must have one shape, since nothing is broadcast, "
@@ -224,4 +240,9 @@ def _validate(input: Tensor, target: Tensor, reduction: str) -> None:
         raise ValueError(
             "mse_loss: input and target must be floating point, "
             f"got {input.dtype} and {target.dtype}; convert them"
+        )
+    if weight is not None and (weight.shape != input.shape or weight.device != input.device):
+        raise ValueError(
+            f"mse_loss: weight must be {list(input.shape)} on {input.device}, "
+            f"got {list(weight.shape)} on {weight.device}; expand it"
         )

@@ -42,6 +42,7 @@ from ._softmax_rows import (
     softmax_normalise,
     softmax_visible,
 )
+from ._token_loss import check_number
 
 TILE = 2048  # elements per program where rows are short: 16 a thread
 MAX_TILE = 16384  # the longest row that 16 warps hold without spilling
@@ -83,9 +84,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @triton.jit
 def _softmax_forward_tile_kernel(
-    x_ptr, y_ptr, lse_ptr, M, N, Lq, stride_xM, scale, CAUSAL: tl.constexpr, LOG: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, y_ptr, lse_ptr, M, N, Lq, stride_xM, scale: tl.float64,
+    CAUSAL: tl.constexpr, LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.full((), scale, ACC)  # a float without a type arrives as float32
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_N = tl.arange(0, BLOCK_N)[None, :]
     mask_MN = (m < M) & (offs_N < N)
@@ -108,10 +111,11 @@ def _softmax_forward_tile_kernel(
 
 @triton.jit
 def _softmax_backward_tile_kernel(
-    dy_ptr, y_ptr, dlse_ptr, dx_ptr, M, N, Lq, stride_dyM, stride_dlseM, scale,
+    dy_ptr, y_ptr, dlse_ptr, dx_ptr, M, N, Lq, stride_dyM, stride_dlseM, scale: tl.float64,
     CAUSAL: tl.constexpr, LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.full((), scale, ACC)  # a float without a type arrives as float32
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_N = tl.arange(0, BLOCK_N)[None, :]
     mask_MN = (m < M) & (offs_N < N)
@@ -214,31 +218,39 @@ class _Softmax(torch.autograd.Function):
 
 @overload
 def softmax(
-    x: Tensor, dim: int = ..., *, scale: float = ..., causal: bool = ...,
-    return_lse: Literal[False] = ...,
+    input: Tensor, dim: int | None = ..., _stacklevel: int = ..., dtype: torch.dtype | None = ...,
+    *, scale: float = ..., causal: bool = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def softmax(
-    x: Tensor, dim: int = ..., *, scale: float = ..., causal: bool = ..., return_lse: Literal[True]
+    input: Tensor, dim: int | None = ..., _stacklevel: int = ..., dtype: torch.dtype | None = ...,
+    *, scale: float = ..., causal: bool = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def softmax(
-    x: Tensor,
-    dim: int = -1,
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
     *,
     scale: float = 1.0,
     causal: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute the softmax of `scale · x` over `dim`.
+    """Compute the softmax of `scale · input` over `dim`.
+
+    A call of `torch.nn.functional.softmax` means the same here, but `dim` must be given for more
+    than two axes.
 
     A row that is all -inf, or that holds +inf or NaN, is NaN, as in PyTorch. Keeps only its output
     for backward.
 
     Args:
-        x: `[...]`, at least one axis; float32, float16, bfloat16 or float64. Copied only if `dim`
+        input: `[...]`; float32, float16, bfloat16 or float64. Copied only if `dim`
             is not contiguous in memory or the other axes do not flatten into one.
-        dim: the axis over which the outputs sum to 1.
-        scale: multiplies `x`; an attention's 1/sqrt(K) or a sampler's 1/temperature.
+        dim: the axis over which the outputs sum to 1. None: the last, of at most two axes or with
+            `causal`.
+        dtype: to which `input` is converted first, as in PyTorch.
+        scale: multiplies `input`; an attention's 1/sqrt(K) or a sampler's 1/temperature.
         causal: the last two axes are queries and keys, `[..., Lq, Lk]`, and query i sees the keys
             j <= i + Lk - Lq: the last query sees every key. What a query does not see is 0, takes
             no gradient, and need not be finite.
@@ -251,49 +263,73 @@ def softmax(
         is all -inf.
 
     Raises:
-        ValueError: `x` has no axis or is not floating point; or, with `causal`, `dim` is not the
-            last axis, or Lq exceeds Lk.
-        IndexError: `x` has no axis `dim`.
+        ValueError: `input` is not floating point, `dim` is left open; or, with `causal`, `dim` is
+            not the last axis, or Lq exceeds Lk.
+        IndexError: `input` has no axis `dim`.
     """
-    _validate("softmax", x, dim, causal)
+    x, dim = _prepare("softmax", input, dim, dtype, scale, causal)
     if not uses_triton(x, "softmax"):
         return softmax_reference(x, dim, scale=scale, causal=causal, return_lse=return_lse)
     y, *lse = _apply(x, dim, scale, causal, log=False, return_lse=return_lse)
     return (y, lse[0]) if return_lse else y
 
 
-def log_softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False) -> Tensor:
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+) -> Tensor:
     """Compute the logarithm of `softmax`, without the rounding of taking it afterwards.
 
     Arguments, dtypes and errors are those of `softmax`. What a query does not see is -inf.
     """
-    _validate("log_softmax", x, dim, causal)
+    x, dim = _prepare("log_softmax", input, dim, dtype, scale, causal)
     if not uses_triton(x, "log_softmax"):
         return log_softmax_reference(x, dim, scale=scale, causal=causal)
     (y,) = _apply(x, dim, scale, causal, log=True, return_lse=False)
     return y
 
 
-def _validate(op: str, x: Tensor, dim: int, causal: bool) -> None:
-    if x.ndim == 0 or not x.is_floating_point():
+def _prepare(
+    op: str, x: Tensor, dim: int | None, dtype: torch.dtype | None, scale: float, causal: bool
+) -> tuple[Tensor, int]:
+    """Return the input in its dtype and the axis, after checking them for either path."""
+    x = x if dtype is None else x.to(dtype)
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: input must be floating point, got {x.dtype}; pass dtype")
+    if dim is None and x.ndim > 2 and not causal:
         raise ValueError(
-            f"{op}: x must be floating point with at least one axis, got {x.dtype} {list(x.shape)}"
+            f"{op}: dim must be given for an input of more than two axes, got {list(x.shape)}; "
+            "pass dim=-1 for the last"
         )
+    dim = -1 if dim is None else dim
+    check_number(op, "scale", scale)
+    if not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
+        raise IndexError(f"{op}: dim must be an axis of the input {list(x.shape)}, got {dim}")
     if not causal:
-        return
+        return x, dim
     if x.ndim < 2 or dim not in (-1, x.ndim - 1):
         raise ValueError(
-            f"{op}: causal needs x [..., Lq, Lk] and dim=-1, got {list(x.shape)} and dim={dim}"
+            f"{op}: causal needs input [..., Lq, Lk] and dim=-1, got {list(x.shape)} and dim={dim}"
         )
     if x.shape[-2] > x.shape[-1]:
         raise ValueError(
             f"{op}: causal needs no more queries than keys, got [Lq, Lk] = {list(x.shape[-2:])}"
         )
+    return x, dim
 
 
 def _apply(
     x: Tensor, dim: int, scale: float, causal: bool, *, log: bool, return_lse: bool
 ) -> tuple[Tensor, ...]:
+    if x.ndim == 0:
+        return tuple(
+            y.view(()) for y in _apply(x.view(1), 0, scale, causal, log=log, return_lse=return_lse)
+        )
     moved = x.movedim(dim, -1)
     x_MN = unit_stride(moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]))
     Lq = x.shape[-2] if causal else 0

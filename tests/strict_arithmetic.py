@@ -129,8 +129,8 @@ def _minimum_drops_nan(original, builder, a, b):
 def _arguments_are_typed(original, value):
     """A float argument stays a double without a type; a bool is refused."""
     if isinstance(value, bool):
-        return _scalar(value, tl.int1)
-    return _scalar(value, tl.float32) if isinstance(value, float) else original(value)
+        return scalar(value, tl.int1)
+    return scalar(value, tl.float32) if isinstance(value, float) else original(value)
 
 
 @mend(interpreter.ASTTransformer, "visit_Name")
@@ -150,9 +150,10 @@ def typed_range(*bounds, step=1, **pipelining):
     semantic = interpreter.interpreter_semantic
     tensors = [semantic.to_tensor(bound) for bound in (start, stop, step)]
     dtype = reduce(semantic.integer_promote_impl, [x.dtype for x in tensors])
-    return (_scalar(i, dtype) for i in range(*(int(x.handle.data.item()) for x in tensors)))
+    return (scalar(i, dtype) for i in range(*(int(x.handle.data.item()) for x in tensors)))
 
 
-def _scalar(value: float, dtype: tl.dtype) -> tl.tensor:
+def scalar(value: float, dtype: tl.dtype) -> tl.tensor:
+    """An argument of a kernel."""
     data = np.array([value], interpreter._get_np_dtype(dtype))
     return tl.tensor(TensorHandle(data, dtype), dtype)

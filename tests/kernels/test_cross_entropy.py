@@ -325,7 +325,7 @@ X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
         (X, T.bool(), {}, r"class indices \(int64\) or probabilities, got torch.bool"),
         (X, X.clone().requires_grad_(), {}, "soft targets get no gradient"),
         (X, T, dict(logit_scale=float("inf")), "logit_scale must be finite, got inf"),
-        (X.long(), T, {}, "logits must be floating point"),
+        (X.long(), T, {}, "input must be floating point"),
         (X[:, :0], T, {}, "with V >= 1"),
         (X, T, dict(weight=torch.ones(2)), r"weight must have shape \[3\], got \[2\]"),
         (X, T, dict(weight=torch.ones(3, requires_grad=True)), "weight gets no gradient"),

@@ -96,10 +96,10 @@ def _hold_together(rank, device, options, soft, weighted):
         )
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     parts = [x.detach().clone().requires_grad_() for x in (hidden, weight[mine], bias[mine])]
-    options = dict(options, class_weight=class_weight, chunk_bytes=4 * V * 4)
+    options = dict(options, weight=class_weight, chunk_bytes=4 * V * 4)
     compare(
-        linear_cross_entropy(*leaves[:2], target, bias=leaves[2], **options),
-        linear_cross_entropy(*parts[:2], shard, bias=parts[2], group=group, **options),
+        linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **options),
+        linear_cross_entropy(*parts[:2], shard, linear_bias=parts[2], group=group, **options),
         leaves,
         parts,
     )

@@ -3,29 +3,28 @@
 Every case runs twice: with the kernels, and with their PyTorch stand-in that serves a CPU.
 """
 
-from importlib import import_module
-
 import pytest
 import torch
 from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import _runtime
+from kernels import _linear_loss, _runtime
+from kernels._linear_loss import _operator
 from kernels.cross_entropy import cross_entropy
 from kernels.linear_cross_entropy import (
-    _operator,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
 
 IGNORE = -100
-MODULE = import_module("kernels.linear_cross_entropy")  # the package's name for it is the function
+MODULE = _linear_loss
 
 
 @pytest.fixture(params=["kernel", "reference"], autouse=True)
 def rows(request, monkeypatch):
-    monkeypatch.setattr(_runtime, "REFERENCE", request.param == "reference")
+    if request.param == "reference":
+        monkeypatch.setattr(_runtime, "_fallen", frozenset({"cross_entropy"}))
 
 
 def layer(T, D, V, device="cpu", dtype=torch.float32):
@@ -62,7 +61,7 @@ def test_every_combination_of_options(
     target[1::3] = IGNORE
     target = torch.randn(T, V, device=device).softmax(1) if soft else target
     options = dict(
-        class_weight=torch.rand(V, device=device) + 0.1 if weighted else None,
+        weight=torch.rand(V, device=device) + 0.1 if weighted else None,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
@@ -72,10 +71,10 @@ def test_every_combination_of_options(
     inputs = (hidden, weight, bias) if biased else (hidden, weight)
 
     def ours(h, w, b=None):
-        return linear_cross_entropy(h, w, target, bias=b, chunk_bytes=chunk_bytes, **options)
+        return linear_cross_entropy(h, w, target, linear_bias=b, chunk_bytes=chunk_bytes, **options)
 
     def definition(h, w, b=None):
-        return linear_cross_entropy_reference(h, w, target, bias=b, **options)
+        return linear_cross_entropy_reference(h, w, target, linear_bias=b, **options)
 
     # A gradient is a difference of sums whose terms are inputs times dloss, which reaches 3.
     unit = 4 * max(x.abs().max().item() for x in inputs)
@@ -92,7 +91,7 @@ def test_gradients_do_not_depend_on_the_number_of_chunks(device):
 
 def gradients(hidden, weight, bias, target, **options):
     leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
-    loss = linear_cross_entropy(*leaves[:2], target, bias=leaves[2], **options)
+    loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **options)
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
@@ -154,11 +153,11 @@ def test_adds_the_weight_gradient_to_a_buffer(reduction, dtype, device):
     options = dict(reduction=reduction, chunk_bytes=4 * 7 * dtype.itemsize)
 
     def loss(**more):
-        return linear_cross_entropy(*leaves[:2], target, bias=bias, **options, **more)
+        return linear_cross_entropy(*leaves[:2], target, linear_bias=bias, **options, **more)
 
     dloss = torch.rand_like(loss())
     expected = torch.autograd.grad(loss(), leaves, dloss)
-    loss(weight_grad=buffer).backward(dloss)
+    loss(linear_weight_grad=buffer).backward(dloss)
     assert weight.grad is None
     # What autograd would have handed over was rounded to the dtype of the weight.
     room = dict(rtol=1e-6, atol=1e-6) if dtype == torch.float32 else dict(rtol=8e-3, atol=1e-3)
@@ -173,7 +172,7 @@ def test_statistics(device):
     inputs = [x.requires_grad_() for x in (hidden, weight)]
     options = dict(softcap=5.0, logit_scale=2.0, return_stats=True)
     loss, stats = linear_cross_entropy(
-        *inputs, target, bias=bias, chunk_bytes=4 * 7 * 4, **options
+        *inputs, target, linear_bias=bias, chunk_bytes=4 * 7 * 4, **options
     )  # fmt: skip
     logits = torch.nn.functional.linear(hidden, weight, bias).detach()
     expected_loss, expected = cross_entropy(logits, target, **options)
@@ -184,7 +183,7 @@ def test_statistics(device):
     loss.backward()
     with torch.no_grad():
         torch.testing.assert_close(
-            linear_cross_entropy(*inputs, target, bias=bias, reduction="none", **options)[1],
+            linear_cross_entropy(*inputs, target, linear_bias=bias, reduction="none", **options)[1],
             stats,
         )
 
@@ -193,8 +192,8 @@ def test_statistics(device):
 def test_gradient_for_one_input_only(wanted, device):
     hidden, weight, bias, target = layer(5, 3, 7, device)
     check(
-        lambda h, w, b: linear_cross_entropy(h, w, target, bias=b),
-        lambda h, w, b: linear_cross_entropy_reference(h, w, target, bias=b),
+        lambda h, w, b: linear_cross_entropy(h, w, target, linear_bias=b),
+        lambda h, w, b: linear_cross_entropy_reference(h, w, target, linear_bias=b),
         hidden, weight, bias, needs_grad=[wanted], unit=1.0,
     )  # fmt: skip
 
@@ -217,7 +216,9 @@ def test_gradient_in_float64(reduction, device):
     )
     options = dict(reduction=reduction, label_smoothing=0.1, z_loss=0.1, softcap=6.0)
     torch.autograd.gradcheck(
-        lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, chunk_bytes=64, **options),
+        lambda h, w, b: linear_cross_entropy(
+            h, w, target, linear_bias=b, chunk_bytes=64, **options
+        ),
         [x.requires_grad_() for x in (hidden, weight, bias)],
     )
 
@@ -300,13 +301,15 @@ def test_is_a_well_formed_operator(device):
 def test_compiles_without_graph_breaks(reduction, device):
     hidden, weight, bias, target = layer(6, 8, 33, device)
     compiled = torch.compile(
-        lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, reduction=reduction),
+        lambda h, w, b: linear_cross_entropy(h, w, target, linear_bias=b, reduction=reduction),
         fullgraph=True,
         backend="aot_eager",
     )
     check(
         compiled,
-        lambda h, w, b: linear_cross_entropy_reference(h, w, target, bias=b, reduction=reduction),
+        lambda h, w, b: linear_cross_entropy_reference(
+            h, w, target, linear_bias=b, reduction=reduction
+        ),
         hidden, weight, bias, unit=4.0,
     )  # fmt: skip
 
@@ -340,18 +343,36 @@ H, W, T = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long)
 @pytest.mark.parametrize(
     ("hidden", "weight", "target", "options", "message"),
     [
-        (H, W[:, :2], T, {}, r"weight must have shape \[V, 3\], got \[5, 2\]"),
+        (H, W[:, :2], T, {}, r"linear_weight must have shape \[V, 3\], got \[5, 2\]"),
         (H, W, T[:1], {}, r"target must have shape \[2\], got \[1\]"),
-        (H.long(), W, T, {}, "hidden must be floating point, got torch.int64"),
-        (H, W, T, dict(bias=torch.zeros(4)), r"bias must have shape \[5\], got \[4\]"),
-        (H, W, T, dict(class_weight=torch.ones(4)), r"class_weight must have shape \[5\]"),
+        (H.long(), W, T, {}, "input must be floating point, got torch.int64"),
+        (
+            H,
+            W,
+            T,
+            dict(linear_bias=torch.zeros(4)),
+            r"linear_bias must have shape \[5\], got \[4\]",
+        ),
+        (H, W, T, dict(weight=torch.ones(4)), r"weight must have shape \[5\]"),
         (H, W, T, dict(chunk_bytes=0), "chunk_bytes must be positive, got 0"),
         (H, W, T, dict(softcap=-1.0), "softcap must be above 0"),
         (H, W, T.float(), {}, r"soft targets must have shape \[2, 5\], got \[2\]"),
         (H, W, T, dict(logit_scale=float("nan")), "logit_scale must be finite"),
-        (H, W, T, dict(weight_grad=W.bfloat16()), r"weight_grad must be float32 \[5, 3\]"),
-        (H, W, T, dict(weight_grad=W[1:]), r"weight_grad must be float32 \[5, 3\], got .*\[4, 3\]"),
-        (H, W, T, dict(weight_grad=W), "weight.requires_grad is False; set it"),
+        (
+            H,
+            W,
+            T,
+            dict(linear_weight_grad=W.bfloat16()),
+            r"linear_weight_grad must be float32 \[5, 3\]",
+        ),
+        (
+            H,
+            W,
+            T,
+            dict(linear_weight_grad=W[1:]),
+            r"linear_weight_grad must be float32 \[5, 3\], got .*\[4, 3\]",
+        ),
+        (H, W, T, dict(linear_weight_grad=W), "weight.requires_grad is False; set it"),
     ],
 )
 def test_refuses_wrong_input(hidden, weight, target, options, message):

@@ -148,13 +148,13 @@ MUTANTS = [
     ),
     _function(
         what="logits of a strided view overwritten",
-        original="    if not x_TV.is_contiguous() or x_TV.data_ptr() != logits.data_ptr():\n",
+        original="    if not x_TV.is_contiguous() or x_TV.data_ptr() != input.data_ptr():\n",
         replacement="    if False:\n",
     ),
     _function(
         what="in place without a gradient",
-        original="overwrite = inplace and logits.requires_grad and torch.is_grad_enabled()",
-        replacement="overwrite = inplace and logits.requires_grad",
+        original="overwrite = inplace and input.requires_grad and torch.is_grad_enabled()",
+        replacement="overwrite = inplace and input.requires_grad",
     ),
     _function(
         what="incoming gradient of the mean ignored",

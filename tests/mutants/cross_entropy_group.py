@@ -60,8 +60,8 @@ MUTANTS = [
     ),
     _kernel(
         what="smoothing over this rank's classes",
-        original="uniform = smoothing / n_classes",
-        replacement="uniform = smoothing / V",
+        original="uniform = label_smoothing / n_classes",
+        replacement="uniform = label_smoothing / V",
     ),
     _kernel(
         what="a class that no rank has is 0",
@@ -70,7 +70,7 @@ MUTANTS = [
     ),
     Mutant(
         what="the hidden states' gradient of one rank only",
-        file="kernels/linear_cross_entropy.py",
+        file="kernels/_linear_loss.py",
         original="    if options.group and want_hidden:",
         replacement="    if options.group and want_hidden and False:",
     ),

@@ -50,7 +50,7 @@ MUTANTS = [
     ),
     Mutant(
         what="mask of the first chunk for all",
-        file="kernels/linear_cross_entropy.py",
+        file="kernels/_linear_loss.py",
         original="x_CV.masked_fill_(excluded_TV[chunk], -torch.inf)",
         replacement="x_CV.masked_fill_(excluded_TV[: x_CV.shape[0]], -torch.inf)",
     ),

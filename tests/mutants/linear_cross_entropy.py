@@ -4,7 +4,7 @@ from functools import partial
 
 from . import Mutant
 
-_mutant = partial(Mutant, file="kernels/linear_cross_entropy.py")
+_mutant = partial(Mutant, file="kernels/_linear_loss.py")
 _rows = partial(Mutant, file="kernels/_token_loss.py")
 
 MUTANTS = [
@@ -55,8 +55,8 @@ MUTANTS = [
     ),
     _mutant(
         what="gradient of nothing is nan",
-        original="grad_scale = torch.where(scale.isinf(), 0.0, scale)",
-        replacement="grad_scale = scale",
+        original="rest = torch.where(scale.isnan(), 1.0, scale / first)",
+        replacement="rest = scale / first",
     ),
     _mutant(
         what="gradients made under no_grad",
@@ -65,13 +65,13 @@ MUTANTS = [
     ),
     _mutant(
         what="autocast ignored",
-        original="autocast = torch.is_autocast_enabled(device)",
-        replacement="autocast = False",
+        original="if hidden.is_meta or not torch.is_autocast_enabled(device):",
+        replacement="if True:",
     ),
     _mutant(
         what="one chunk: the mean divides twice",
-        original="torch.ones_like(scale) if plan.narrow else grad_scale)",
-        replacement="grad_scale)",
+        original="first = scale if plan.narrow else _row_scale",
+        replacement="first = scale if False else _row_scale",
     ),
     _mutant(
         what="one chunk where several were meant",
