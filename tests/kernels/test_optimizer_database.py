@@ -1,4 +1,4 @@
-"""Every sample of PyTorch's own database of optimizers steps as torch's does, every error is refused.
+"""PyTorch's own database of optimizers: every sample steps as torch's does, no error is taken.
 
 Each rule errs against float64 at most twice as much as torch's class does in float32.
 """
