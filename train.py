@@ -371,7 +371,7 @@ def accumulate_gradients(
     """
     device = model.embedding.weight.device
     n_targets = (batch[1] >= 0).sum().clamp(min=1)  # on the host, but in a CUDA graph
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     for inputs in zip(*(x.split(micro_batch) for x in batch), strict=True):
         share = (inputs[1] >= 0).sum() / n_targets
         with cast:

@@ -8,13 +8,14 @@ groups through another; both are uploaded when they change, and nothing is read 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._multi_tensor import Tables, check_memory, is_capturing, upload
-from ._options import Norms, StepOptions, checked
+from ._options import Norms, StepOptions, check_flags, check_keys, checked, explained
 from ._runtime import uses_triton
 from ._shards import local, sum_over_ranks
 from ._states import Storage
@@ -52,12 +53,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     states: tuple[str, ...]
     squares: tuple[str, ...] = ()
     """States that are never negative."""
-    decoupled = False
-    """Whether weight decay is decoupled unless a group says otherwise."""
     fused: Fused | None = None
     """The step by PyTorch's kernel for CPUs, if there is one."""
-    refused: tuple[str, ...] = ()
-    """Options of torch's class that must be off in a state that is loaded."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        names = [*signature(cls.__init__).parameters, *StepOptions.__annotations__]
+        cls.__doc__ = explained(cls.__doc__, names)
 
     def __init__(self, params, defaults: dict[str, Any], options: StepOptions) -> None:
         self._op = type(self).__name__
@@ -67,12 +69,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self.skipped = torch.zeros((), dtype=torch.int64)
         self.records_norms: bool = every["record_norms"]
         self._forget()
-        decoupled = every["decoupled_weight_decay"]
-        ours = {
-            "l1": every["l1"],
-            "decoupled_weight_decay": self.decoupled if decoupled is None else decoupled,
-        }
-        super().__init__(params, defaults | ours)
+        super().__init__(params, _OFF | defaults | {"l1": every["l1"]})
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
         """The rule's own columns of the table of groups."""
@@ -104,12 +101,14 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
         self._tensors = Tensors(self._op, self._storage, options["seed"])
         self._hyper_rows: list[tuple[float, ...]] = []
-        self._hyper = torch.empty(0)
+        self._hyper = torch.empty(0, dtype=torch.float64)
         self._sums: Tensor | None = None
         self._summed: Tables | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.Optimizer.add_param_group` does, and check what is in it."""
+        if isinstance(param_group, dict):
+            check_keys(self._op, param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._check_group(group)
@@ -141,7 +140,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._op = type(self).__name__
         self._forget()
         for group in self.param_groups:
-            for name in _OURS:
+            for name in sorted(_OPTIONAL & self.defaults.keys()):
                 group.setdefault(name, self.defaults[name])
             self._check_group(group)
             for p in filter(self.state.get, group["params"]):
@@ -172,21 +171,22 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         names = list(map(self._names, self.param_groups))
         rates = list(map(self._rate_address, self.param_groups))
         found = self._tensors
-        if found.find(self.param_groups, names, rates, self.state, self._start):
+        if found.find(self.param_groups, names, rates, self._states, self._start):
             self.skipped = self.skipped.to(found.device)
             zero = self._options["zero_grads"]
             if uses_triton(found.items[0].p, self._op):
                 with torch.cuda.device_of(found.items[0].p):
                     self._step_kernels(found)
-                torch.autograd.graph.increment_version(
-                    [*found.params, *found.grads] if zero else found.params
-                )
                 unread = found.copied_grads() if zero else []
             else:
                 self._step_reference(found)
                 unread = found.raw_grads() if zero else []
             for g in unread:
                 g.zero_()
+            # Whatever wrote them: PyTorch's own fused kernels for CPUs do not count it either.
+            means = [item.ema for item in found.items if item.ema is not None]
+            written = [*found.params, *means, *(found.grads if zero else [])]
+            torch.autograd.graph.increment_version(written)
             found.release()
         return loss
 
@@ -218,7 +218,14 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return sum(x.nbytes for x in state.values())
 
     def _start(self, p: Tensor, group: dict[str, Any]) -> None:
-        self._storage.start(p, self._names(group), self.state[p], self._initial(group))
+        state = self.state.get(p, {})
+        self._storage.start(p, self._names(group), state, self._initial(group))
+        if state:
+            self.state[p] = state
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        """All that is kept of each parameter."""
+        return self.state
 
     def _rate_address(self, group: dict[str, Any]) -> int:
         """Where kernels find the learning rate of `group`, if it lives where they run, or 0."""
@@ -243,7 +250,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                     sums[:, GRADS.value], sums[:, UPDATES.value] = squares_N, 0
                 return
             coef = clip_coefficient_reference(norm, self.max_grad_norm).item()
-        groups = [group | {"lr": float(group["lr"])} for group in self.param_groups]
+        groups = [
+            group | {name: float(x) for name, x in group.items() if isinstance(x, Tensor)}
+            for group in self.param_groups
+        ]
         terms = [self._terms(group, coef) for group in groups]
         taken = step_fused(self.fused, found, groups, coef, sums)
         for i, (item, g) in enumerate(zip(found.items, found.grads, strict=True)):
@@ -257,7 +267,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
 
     def _terms(self, group: dict[str, Any], coef: float) -> Terms:
-        decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
+        decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
         return Terms(
             -coef if group["maximize"] else coef, 0.0 if decoupled else decay, group["l1"],
             group["lr"] * decay if decoupled else 0.0, 1 - (self._options["ema_decay"] or 0.0),
@@ -287,7 +297,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if not self.records_norms:
             return None
         if self._sums is None or len(self._sums) != count:
-            self._sums = torch.zeros(count, SUMS.value, device=found.device)
+            shape = count, SUMS.value
+            self._sums = torch.zeros(shape, dtype=torch.float32, device=found.device)
         return self._sums
 
     def _hyper_table(self, rows: list[tuple[float, ...]], device: torch.device) -> Tensor:
@@ -299,7 +310,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return made
 
     def _table_row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
+        decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
         return (
             0.0 if self._rate_address(group) else float(group["lr"]),
             -1.0 if group["maximize"] else 1.0,
@@ -311,10 +322,15 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
-        if lr.dim() if isinstance(lr, Tensor) else not lr >= 0:
+        if isinstance(lr, Tensor):
+            wrong = lr.numel() != 1 or (lr.device.type == "cpu" and not lr >= 0)
+        else:
+            wrong = not lr >= 0
+        if wrong:
             raise ValueError(
-                f"{self._op}: lr must be at least 0, a float or a 0-dim tensor, got {lr}"
+                f"{self._op}: lr must be at least 0, a float or a tensor of one element, got {lr}"
             )
+        check_flags(self._op, group)
         self._check_not_negative(group, ("weight_decay", "l1"))
 
     def _check_not_negative(self, group: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -323,14 +339,19 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{self._op}: {name} must be at least 0, got {group[name]}")
 
     def _check_betas(self, group: dict[str, Any]) -> None:
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"{self._op}: betas must lie in [0, 1), got {group['betas']}")
+        betas, tensors = group["betas"], [x for x in group["betas"] if isinstance(x, Tensor)]
+        if len(tensors) == 1 or any(x.numel() != 1 for x in tensors):
+            raise ValueError(
+                f"{self._op}: betas must be floats, or tensors of one element both, got {betas}"
+            )
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{self._op}: betas must lie in [0, 1), got {betas}")
 
     def _check_param(self, p: Tensor) -> None:
         if p.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(
                 f"{self._op}: parameters must be float32 or bfloat16, got {p.dtype}; convert the "
-                "model with .float() or .bfloat16()"
+                "model with .float() or .bfloat16(), and compute in float16 under torch.autocast"
             )
         if self._options["state_dtype"] == torch.uint8 and hasattr(p, "to_local"):
             raise TypeError(
@@ -341,14 +362,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _before_load(self, _optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         for group in saved["param_groups"]:
-            if missing := self.defaults.keys() - {*_OURS, *_TORCHS} - group.keys():
+            if missing := self.defaults.keys() - _OPTIONAL - group.keys():
                 raise ValueError(
                     f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
                     "load what the same rule saved"
-                )
-            for name in filter(group.get, self.refused):
-                raise ValueError(
-                    f"{self._op}: {name} must be off, got a state saved with it; start afresh"
                 )
         state = {
             number: {name: _AsSaved(x) for name, x in own.items()}
@@ -357,10 +374,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return saved | {"state": state}
 
 
-_OURS = ("maximize", "l1", "decoupled_weight_decay")
+_OFF = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
+"""Flags of torch.optim, where a class of torch's has them, by their defaults."""
+_OPTIONAL = {*_OFF, "capturable", "amsgrad", "l1", "decoupled_weight_decay"}
 """Keys of groups that a state may lack."""
-_TORCHS = ("differentiable",)
-"""What torch.optim adds to the defaults, but not to groups, when a state is loaded."""
 
 
 @dataclass(frozen=True)

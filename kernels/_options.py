@@ -1,5 +1,7 @@
 """What every optimizer here takes beyond torch.optim's arguments, and what it reports."""
 
+from collections.abc import Iterable
+from textwrap import fill
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -7,33 +9,102 @@ from torch import Tensor
 
 
 class StepOptions(TypedDict, total=False):
-    """What every optimizer here takes beyond torch.optim's arguments; all of it is off by default.
+    """What every optimizer here takes beyond torch.optim's arguments; `EXPLAINED` says what it is.
 
-    The first two are options of a parameter group, the others of the optimizer.
+    The first is an option of a parameter group too, the others are of the optimizer alone.
     """
 
     l1: float
-    """Penalty on the absolute value of a parameter: `l1 · sign(p)` is added to its gradient."""
-    decoupled_weight_decay: bool
-    """Shrink parameters by `lr · weight_decay`, and leave the gradient alone, as AdamW does."""
     max_grad_norm: float | None
-    """The largest global norm that an update sees; None does not compute the norm."""
     master: Literal["float32", "split"] | None
-    """What keeps the bits of a bfloat16 parameter that bfloat16 cannot: "float32" (the default), a
-    copy in the state; "split", 16 more bits in the state, which with the parameter's own make the
-    same float32; None, nothing: updates round stochastically."""
     state_dtype: torch.dtype
-    """Of the moments: torch.float32 (the default); torch.bfloat16, rounded stochastically; or
-    torch.uint8, codes of 8 bits with a float32 scale for every 128 elements, but float32 for
-    parameters of fewer than 4,096 elements."""
     seed: int
-    """Of stochastic rounding: a run with the same seed repeats bit by bit. 0 by default."""
     ema_decay: float | None
-    """Keep `state[p]["ema"]`, a float32 moving average of the parameter, with this decay."""
     zero_grads: bool
-    """Zero gradients as they are read, also in a step that is skipped."""
     record_norms: bool
-    """Keep what `norms()` returns; `optimizer.records_norms = False` pauses it."""
+
+
+EXPLAINED = {
+    "maximize": "climb instead of descending.",
+    "foreach": """taken because torch's has it, and changes nothing: a step is of all parameters at
+        once anyway.""",
+    "capturable": """taken because torch's has it, and changes nothing: a CUDA graph may capture any
+        step after the first.""",
+    "differentiable": "must be False: a step here is not recorded for a backward.",
+    "fused": "taken because torch's has it, and changes nothing: a step is fused anyway.",
+    "decoupled_weight_decay": """shrink parameters by `lr · weight_decay`, and leave the gradient
+        alone, as AdamW does; otherwise `weight_decay · p` is added to the gradient.""",
+    "l1": """penalty on the absolute value of a parameter: `l1 · sign(p)` is added to its gradient.
+        0, the default, adds none. May differ by group.""",
+    "max_grad_norm": """the largest global norm that an update sees: larger gradients are scaled
+        down to it. None, the default, does not compute the norm.""",
+    "master": """what keeps the bits of a bfloat16 parameter that bfloat16 cannot: "float32" (the
+        default), a copy in the state; "split", 16 more bits in the state, which with the
+        parameter's own make the same float32; None, nothing: updates round stochastically.""",
+    "state_dtype": """of the moments: torch.float32 (the default); torch.bfloat16, rounded
+        stochastically; or torch.uint8, codes of 8 bits with a float32 scale for every 128
+        elements, except that parameters of fewer than 4,096 elements keep float32.""",
+    "seed": "of stochastic rounding: a run with the same seed repeats bit by bit. 0 by default.",
+    "ema_decay": """keep `state[p]["ema"]`, a float32 moving average of the parameter, with this
+        decay, in [0, 1). None, the default, keeps none.""",
+    "zero_grads": """zero gradients as they are read, also in a step that is skipped. False by
+        default.""",
+    "record_norms": """keep what `norms()` returns; `optimizer.records_norms = False` pauses it.
+        False by default.""",
+}
+"""What the arguments are that all optimizers share, as their docstrings say it."""
+
+LABELS = frozenset({
+    "params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale",
+    "max_momentum", "base_momentum",
+})  # fmt: skip
+"""What may stand in a group and is no option: names, and what torch's schedulers keep there."""
+
+
+def explained(doc: str | None, names: Iterable[str]) -> str | None:
+    """The docstring of an optimizer, with those of its arguments `names` that all share."""
+    if doc is None:
+        return None
+    texts = [f"{name}: {' '.join(EXPLAINED[name].split())}" for name in names if name in EXPLAINED]
+    lines = [fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12) for text in texts]
+    before, attributes, after = doc.partition("\n    Attributes:\n")
+    return before + "".join(f"{line}\n" for line in lines) + attributes + after
+
+
+def check_keys(op: str, group: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise unless what stands in a parameter group is among the options of groups, or a label.
+
+    Raises:
+        TypeError: something else does.
+    """
+    if wide := sorted((_DEFAULTS.keys() - {*known}) & group.keys()):
+        raise TypeError(
+            f"{op}: options of the optimizer must be passed to it, got {wide} in a group; pass "
+            f"them to {op}(...)"
+        )
+    if unknown := sorted(map(str, group.keys() - LABELS - {*known})):
+        raise TypeError(
+            f"{op}: options of a group must be among {sorted(known)}, got {unknown}; leave them "
+            "out, and set a label of your own in `param_groups` once the optimizer is made"
+        )
+
+
+def check_flags(op: str, group: dict[str, Any]) -> None:
+    """Raise where torch's flags ask for what a step here does not do, or contradict themselves.
+
+    Raises:
+        ValueError: `differentiable` is on.
+        RuntimeError: `foreach` and `fused` are both on, as in torch.optim.
+    """
+    if group["differentiable"]:
+        raise ValueError(
+            f"{op}: differentiable must be False, got {group['differentiable']}; a step here is "
+            "not recorded for a backward, one of torch.optim can be"
+        )
+    if group["foreach"] and group["fused"]:
+        raise RuntimeError(
+            f"{op}: foreach and fused must not be True together, got both; leave one out"
+        )
 
 
 class Norms(NamedTuple):
@@ -75,7 +146,6 @@ def checked(op: str, options: StepOptions) -> dict[str, Any]:
 
 _DEFAULTS: dict[str, Any] = {
     "l1": 0.0,
-    "decoupled_weight_decay": None,
     "max_grad_norm": None,
     "master": "float32",
     "state_dtype": torch.float32,

@@ -200,5 +200,6 @@ def _constant(p: Tensor, value: float, kind: int) -> tuple[Tensor, Tensor | None
         dtype = torch.bfloat16 if kind == BFLOAT16.value else torch.float32
         return torch.full_like(p, value, dtype=dtype), None
     unit = 127**2 if kind == SIGNED.value else 255**4
-    scale = torch.full((-(-p.numel() // Q),), value / unit, device=p.device)
+    n_scales = -(-p.numel() // Q)
+    scale = torch.full((n_scales,), value / unit, dtype=torch.float32, device=p.device)
     return torch.full_like(p, 255, dtype=torch.uint8), scale

@@ -63,13 +63,14 @@ class Tensors:
         groups: list[Group],
         names: list[tuple[str, ...]],
         rates: list[int],
-        states: States,
+        states: Callable[[], States],
         start: Callable[[Tensor, Group], None],
     ) -> bool:
         """Look for the tensors of a step; return whether there are any.
 
         By group, `names` are the states of the rule, and `rates` the addresses of learning rates
-        on the device or 0; `start` makes the state that a parameter lacks.
+        on the device or 0; `states` returns what is kept of all parameters, `start` makes what is
+        lacking of one.
         """
         counts, ps, gs = [], [], []
         for group in groups:
@@ -81,7 +82,7 @@ class Tensors:
         if not ps:
             return False
         distributed = are_distributed(ps)
-        held = self._held_by(ps, states, distributed)
+        held = self._held_by(ps, states(), distributed)
         if (names, rates, counts, held) != self._held:
             if is_capturing():
                 raise RuntimeError(
@@ -90,7 +91,7 @@ class Tensors:
                 )
             self._list(groups, names, ps, states, start)
             self._rates = [rates[item.group] for item in self.items]
-            self._held = names, rates, counts, self._held_by(ps, states, distributed)
+            self._held = names, rates, counts, self._held_by(ps, states(), distributed)
         if distributed:
             check_alike(self._op, ps, gs)
             gs, ps = list(map(local, gs)), [item.p for item in self.items]
@@ -112,17 +113,20 @@ class Tensors:
         groups: list[Group],
         names: list[tuple[str, ...]],
         ps: list[Tensor],
-        states: States,
+        states: Callable[[], States],
         start: Callable[[Tensor, Group], None],
     ) -> None:
         self.mesh = mesh_of(self._op, ps) if are_distributed(ps) else None
         wanted, self.params, self.items = {*map(id, ps)}, ps, []
-        number = 0
-        for index, (group, own) in enumerate(zip(groups, names, strict=True)):
+        for group in groups:
             for p in group["params"]:
                 if id(p) in wanted:
                     start(p, group)
-                    self.items.append(self._item(p, index, number, own, states[p]))
+        kept, number = states(), 0
+        for index, (group, own) in enumerate(zip(groups, names, strict=True)):
+            for p in group["params"]:
+                if id(p) in wanted:
+                    self.items.append(self._item(p, index, number, own, kept.get(p, {})))
                     self._check(self.items[-1])
                 number += 1
         self._keys = list(map(self.key, self.items))

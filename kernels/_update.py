@@ -317,7 +317,8 @@ def launch_update(
     `norm`, those of the gradients are there already.
     """
     n_tensors, columns = tables.tensors.shape
-    coefs = torch.empty(n_tensors, BASE.value + rule.coefs, device=hyper.device)
+    n_coefs = BASE.value + rule.coefs
+    coefs = torch.empty(n_tensors, n_coefs, dtype=torch.float32, device=hyper.device)
     n_partials = 0 if partials_P is None else len(partials_P)
     block = BLOCK * (2 if all(format.is_narrow for format in formats) else 1)
     _prepare(
@@ -325,6 +326,8 @@ def launch_update(
         (tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials),
         (rule.prepare, rule.coefs, columns, hyper.shape[1], 128, P),
     )
+    # Products are rounded before they are added: where a compiler fuses the two depends on format
+    # and alignment, and equal numbers would take unequal steps.
     _update(
         len(tables.chunks),
         (*tables, coefs, norm, sums, options.ema_weight),
@@ -332,7 +335,7 @@ def launch_update(
             rule.update, rule.coefs, (columns - STATE.value) // 2, tuple(map(int, formats)),
             options.l1, options.l2, options.zero, columns, _multi_tensor.CHUNK, block,
         ),
-        num_warps=THREADS.value // 32,
+        num_warps=THREADS.value // 32, enable_fp_fusion=False,
     )  # fmt: skip
 
 

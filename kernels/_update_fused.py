@@ -78,7 +78,8 @@ def _calls(found: Tensors, chosen: list[int]) -> Iterator[list[_Part]]:
 
 
 def _parts(index: int, item: Item, g: Tensor) -> Iterator[_Part]:
-    xs, step = (item.p, g, *item.states), item.step
+    states = [x for x in item.states if x is not None]
+    xs, step = (item.p, g, *states), item.step
     assert step is not None  # a rule of such a kernel counts its steps
     if g.numel() <= SLICE:
         yield _Part(index, *xs[:2], xs[2:], step)

@@ -56,13 +56,11 @@ class Adagrad(MultiTensorOptimizer):
 
     Args:
         params: parameters or groups, as for `AdamW`.
-        lr: step size; a float, or a 0-dim tensor, which may change on the device.
+        lr: step size; a float, or a tensor of one element, which may change on the device.
         lr_decay: how fast the step size falls with the count of steps.
         weight_decay: how much of a parameter is added to its gradient.
         initial_accumulator_value: of the sum of squares; unlike torch's it may differ by group.
         eps: added to the root of the sum of squares.
-        maximize: climb instead of descending.
-        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -83,13 +81,19 @@ class Adagrad(MultiTensorOptimizer):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        foreach: bool | None = None,
         *,
         maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value, "maximize": maximize,
+            "initial_accumulator_value": initial_accumulator_value, "foreach": foreach,
+            "maximize": maximize, "differentiable": differentiable, "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
         super().__init__(params, defaults, options)
 
@@ -99,6 +103,12 @@ class Adagrad(MultiTensorOptimizer):
         group = self.param_groups[-1]
         for p in group["params"]:
             self._start(p, group)
+
+    def share_memory(self) -> None:
+        """Move the state into memory that processes share, as `torch.optim.Adagrad` does."""
+        for state in self.state.values():
+            for x in state.values():
+                x.share_memory_()
 
     def _initial(self, group: dict[str, Any]) -> float:
         return group["initial_accumulator_value"]

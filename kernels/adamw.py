@@ -45,14 +45,12 @@ class AdamW(Adam):
         params: parameters or groups, dense in memory, on one device; of distributed tensors, all
             on one mesh, each rank updates its own shards, and the norm is of all ranks. A gradient
             whose strides are not its parameter's is copied first.
-        lr: step size; a float, or a 0-dim tensor, float32 where it lives on the device, and read
-            there in every step.
+        lr: step size; a float, or a tensor of one element, float32 where it lives on the device,
+            and read there in every step.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decay of a parameter per step, in units of `lr`.
-        maximize: climb instead of descending.
-        options: those of `StepOptions`: l1, decoupled_weight_decay, max_grad_norm, master,
-            state_dtype, seed, ema_decay, zero_grads, record_norms.
+        amsgrad: divide by the root of the largest second moment so far; not with 8-bit state.
 
     Attributes:
         grad_norm: norm of all gradients in the last step, before clipping, 0-dim float32; a new
@@ -66,17 +64,25 @@ class AdamW(Adam):
             once", or parameters "must be dense" or "must hold their own memory".
     """
 
-    decoupled = True
-
     def __init__(
         self,
         params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
         **options: Unpack[StepOptions],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, **options)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
+            capturable=capturable, differentiable=differentiable, fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay, **options,
+        )  # fmt: skip

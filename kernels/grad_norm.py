@@ -261,10 +261,13 @@ def _tables(grads: list[Tensor], counts: list[int], layers: Iterable[int]) -> Ta
 
 
 def _launch_clip(
-    grads: list[Tensor], counts: list[int], mesh: "DeviceMesh | None", max_norm: float
-) -> Tensor:
+    grads: list[Tensor], counts: list[int], mesh: "DeviceMesh | None", max_norm: float,
+    only_finite: bool,
+) -> Tensor:  # fmt: skip
     tables = _tables(grads, counts, [0] * len(grads))
     partials_P = launch_partials(tables, mesh=mesh)
+    if only_finite:
+        _check_finite(partials_P.sum().sqrt())
     norm = partials_P.new_empty(())
     n_chunks = len(tables.chunks)
     _grad_norm_clip_kernel[(len(partials_P),)](
@@ -272,7 +275,6 @@ def _launch_clip(
         COLUMNS=tables.tensors.shape[1], CHUNK=_multi_tensor.CHUNK, BLOCK=CLIP_BLOCK, BLOCK_P=P,
         num_warps=THREADS.value // 32,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(grads)
     return norm
 
 
@@ -283,7 +285,7 @@ def _launch_clip_layers(
     layers = chain.from_iterable([layer] * size for layer, size in enumerate(sizes))
     tables = _tables(grads, counts, layers)
     (n_tensors, columns), n_chunks = tables.tensors.shape, len(tables.chunks)
-    sums = torch.empty(n_chunks, 1, device=tables.tensors.device)
+    sums = torch.empty(n_chunks, 1, dtype=torch.float32, device=tables.tensors.device)
     launch_partials(tables, sums)
     squares_G = sums.new_empty(len(sizes))
     _grad_norms_layers_kernel[(len(sizes),)](
@@ -298,7 +300,6 @@ def _launch_clip_layers(
         COLUMNS=columns, CHUNK=_multi_tensor.CHUNK, BLOCK=CLIP_BLOCK, BLOCK_G=LAYER_BLOCK,
         num_warps=THREADS.value // 32,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(grads)
     return norms_G
 
 
@@ -318,7 +319,13 @@ def _found(op: str, grads: list[Tensor]) -> tuple[list[Tensor], list[int], "Devi
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
     """Scale the gradients of `parameters` in place, to a global norm of `max_norm` at most.
 
     As `torch.nn.utils.clip_grad_norm_` with norm 2, in two launches and without reading back to the
@@ -330,6 +337,10 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         parameters: a tensor or an iterable of tensors, each once; those without `.grad` are
             skipped. Gradients are float32, float16 or bfloat16, of one device, dense in memory.
         max_norm: the norm to stay below.
+        norm_type: 2, the only norm there is here.
+        error_if_nonfinite: raise if the norm is not finite, before anything is scaled; the host
+            then waits for the norm.
+        foreach: taken for the sake of torch's signature; all gradients share the launches anyway.
 
     Returns:
         The norm before clipping, 0-dim float32 on the device of the gradients; summed in float32,
@@ -339,20 +350,46 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         TypeError: a gradient "must be float32, float16 or bfloat16".
         ValueError: gradients "must be dense", "must lie on one device", "must hold their own
             memory" or "must lie apart"; distributed ones "must share one device mesh" or "must be
-            sharded or replicated".
+            sharded or replicated"; or norm_type "must be 2".
+        RuntimeError: the norm "must be finite", with `error_if_nonfinite`.
     """
-    grads = _grads_of(parameters)
-    if not grads:
-        return torch.tensor(0.0)
-    grads, counts, mesh = _found("clip_grad_norm_", grads)
+    if norm_type != 2:
+        raise ValueError(
+            f"clip_grad_norm_: norm_type must be 2, got {norm_type}; for another norm use "
+            "torch.nn.utils.clip_grad_norm_"
+        )
+    max_norm, held = float(max_norm), _grads_of(parameters)
+    if not held:
+        return torch.tensor(0.0, dtype=torch.float32)
+    grads, counts, mesh = _found("clip_grad_norm_", held)
     if uses_triton(grads[0], "clip_grad_norm_"):
         with torch.cuda.device_of(grads[0]):
-            return _launch_clip(grads, counts, mesh, max_norm)
-    norm = norm_reference(squares_reference(grads), counts, mesh)
-    coef = clip_coefficient_reference(norm, max_norm)
-    for g in grads:
-        g.mul_(coef)
+            norm = _launch_clip(grads, counts, mesh, max_norm, error_if_nonfinite)
+    else:
+        norm = norm_reference(squares_reference(grads), counts, mesh)
+        if error_if_nonfinite:
+            _check_finite(norm)
+        coef = clip_coefficient_reference(norm, max_norm)
+        for g in grads:
+            _scale_reference(g, coef)
+    torch.autograd.graph.increment_version(held)
     return norm
+
+
+def _check_finite(norm: Tensor) -> None:
+    if not norm.isfinite():
+        raise RuntimeError(
+            f"clip_grad_norm_: the norm of the gradients must be finite, got {norm.item()}; "
+            "error_if_nonfinite=False scales them nevertheless"
+        )
+
+
+def _scale_reference(g: Tensor, coef: Tensor) -> None:
+    # A factor on a GPU would be rounded to the dtype of the gradient: to three digits of bfloat16.
+    if g.dtype == torch.float32:
+        g.mul_(coef)
+    else:
+        g.copy_(g.float() * coef)
 
 
 @torch.no_grad()
@@ -376,18 +413,20 @@ def clip_grad_norms_(layers: Iterable[Tensor | Iterable[Tensor]], max_norm: floa
         TypeError, ValueError: as `clip_grad_norm_`.
     """
     by_layer = list(map(_grads_of, layers))
-    grads, sizes = list(chain.from_iterable(by_layer)), list(map(len, by_layer))
-    if not grads:
-        return torch.zeros(len(sizes))
-    grads, counts, mesh = _found("clip_grad_norms_", grads)
+    held, sizes = list(chain.from_iterable(by_layer)), list(map(len, by_layer))
+    if not held:
+        return torch.zeros(len(sizes), dtype=torch.float32)
+    grads, counts, mesh = _found("clip_grad_norms_", held)
     if uses_triton(grads[0], "clip_grad_norms_"):
         with torch.cuda.device_of(grads[0]):
-            return _launch_clip_layers(grads, sizes, counts, mesh, max_norm)
-    norm_G = norms_reference(squares_reference(grads), sizes, counts, mesh)
-    coef_G = clip_coefficient_reference(norm_G, max_norm)
-    coef_N = coef_G.repeat_interleave(torch.tensor(sizes, device=coef_G.device))
-    for g, coef in zip(grads, coef_N, strict=True):
-        g.mul_(coef)
+            norm_G = _launch_clip_layers(grads, sizes, counts, mesh, max_norm)
+    else:
+        norm_G = norms_reference(squares_reference(grads), sizes, counts, mesh)
+        coef_G = clip_coefficient_reference(norm_G, max_norm)
+        coef_N = coef_G.repeat_interleave(torch.tensor(sizes, device=coef_G.device))
+        for g, coef in zip(grads, coef_N, strict=True):
+            _scale_reference(g, coef)
+    torch.autograd.graph.increment_version(held)
     return norm_G
 
 

@@ -55,11 +55,9 @@ class Lion(MultiTensorOptimizer):
 
     Args:
         params: parameters or groups, as for `AdamW`.
-        lr: step size; a float, or a 0-dim tensor, which may change on the device.
+        lr: step size; a float, or a tensor of one element, which may change on the device.
         betas: decay rates of the momentum that a step sees and of the one that is kept, in [0, 1).
         weight_decay: decay of a parameter per step, in units of `lr`.
-        maximize: climb instead of descending.
-        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -70,20 +68,28 @@ class Lion(MultiTensorOptimizer):
 
     rule = Rule(_lion_prepare, _lion_update, coefs=3)
     states = ("exp_avg",)
-    decoupled = True
 
     def __init__(
         self,
         params,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
         **options: Unpack[StepOptions],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"maximize": maximize}, options)
+        defaults = {
+            "lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize,
+            "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused, "decoupled_weight_decay": decoupled_weight_decay,
+        }  # fmt: skip
+        super().__init__(params, defaults, options)
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.states
@@ -93,10 +99,11 @@ class Lion(MultiTensorOptimizer):
         self._check_betas(group)
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         return 1 - beta1, 1 - beta2
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
     ) -> Move:
-        return lion_reference(g, states[0], lr=group["lr"], betas=group["betas"])
+        beta1, beta2 = map(float, group["betas"])
+        return lion_reference(g, states[0], lr=group["lr"], betas=(beta1, beta2))

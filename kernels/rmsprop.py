@@ -93,14 +93,12 @@ class RMSprop(MultiTensorOptimizer):
 
     Args:
         params: parameters or groups, as for `AdamW`.
-        lr: step size; a float, or a 0-dim tensor, which may change on the device.
+        lr: step size; a float, or a tensor of one element, which may change on the device.
         alpha: decay rate of the moments, at least 0.
         eps: added to the root of the second moment.
         weight_decay: how much of a parameter is added to its gradient.
         momentum: decay rate of the running sum of updates; 0 keeps none.
         centered: divide by the root of the variance of gradients, not of their second moment.
-        maximize: climb instead of descending.
-        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -122,13 +120,20 @@ class RMSprop(MultiTensorOptimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
         maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered,
-            "weight_decay": weight_decay, "maximize": maximize,
+            "weight_decay": weight_decay, "capturable": capturable, "foreach": foreach,
+            "maximize": maximize, "differentiable": differentiable, "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
         super().__init__(params, defaults, options)
 

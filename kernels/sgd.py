@@ -71,13 +71,11 @@ class SGD(MultiTensorOptimizer):
 
     Args:
         params: parameters or groups, as for `AdamW`.
-        lr: step size; a float, or a 0-dim tensor, which may change on the device.
+        lr: step size; a float, or a tensor of one element, which may change on the device.
         momentum: decay rate of the running sum of gradients, in [0, 1); 0 keeps none.
-        dampening: what part of a gradient stays out of that sum, but for the first.
+        dampening: what part of a gradient stays out of that sum, except of the first.
         weight_decay: how much of a parameter is added to its gradient.
         nesterov: look one step of the momentum ahead.
-        maximize: climb instead of descending.
-        options: those of `StepOptions`, as for `AdamW`.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -96,16 +94,25 @@ class SGD(MultiTensorOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "maximize": maximize,
+            "nesterov": nesterov, "maximize": maximize, "foreach": foreach,
+            "differentiable": differentiable, "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
+        # Which step is the first, where that matters. Torch's state holds no count, and a state
+        # that is saved must hold what `state` does, by parameter, or nothing finds its way back.
+        self._counts: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults, options)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,17 +124,41 @@ class SGD(MultiTensorOptimizer):
         saved = super().state_dict()
         groups = ((p, group) for group in self.param_groups for p in group["params"])
         for number, (p, group) in enumerate(groups):
-            if (state := saved["state"].get(number)) is None:
+            if (state := saved["state"].get(number)) is None or not self._names(group):
                 continue
-            names = self._names(group)
-            if names or "momentum_buffer" in state:
-                b = state.get("momentum_buffer") if state.get("step") else None
-                state = state | {"momentum_buffer": b}
-            if not self._storage.draws(p, names):
-                state = {name: x for name, x in state.items() if name != "step"}
-            saved["state"][number] = state
-        saved["state"] = {number: state for number, state in saved["state"].items() if state}
+            count = self._counts.get(p, state.get("step"))
+            if "momentum_buffer" not in state or (count is not None and not count):
+                saved["state"][number] = state | {"momentum_buffer": None}
         return saved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_counts": self._counts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._counts = {}  # of a state that is loaded; a copy of the optimizer has its own
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._set_aside(p, group)
+
+    def _start(self, p: Tensor, group: dict[str, Any]) -> None:
+        begun = "momentum_buffer" in self.state.get(p, {})
+        super()._start(p, group)
+        if begun and p not in self._counts and "step" in self.state[p]:
+            self.state[p]["step"].clamp_(min=1)  # momentum that began without dampening
+        self._set_aside(p, group)
+
+    def _set_aside(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Move the count of `p` out of its state, where no random bits depend on it."""
+        state = self.state.get(p, {})
+        if "step" in state and not self._storage.draws(p, self._names(group)):
+            self._counts.setdefault(p, state.pop("step"))
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        if not self._counts:
+            return self.state
+        counts = {p: {"step": count} for p, count in self._counts.items()}
+        return {p: counts.get(p, {}) | state for p, state in self.state.items()}
 
     def _adopted(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         # Torch counts no steps. All that matters here is whether there was one.
@@ -137,7 +168,10 @@ class SGD(MultiTensorOptimizer):
         return super()._adopted(p, group, {"step": 1.0} | state)
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("step", "momentum_buffer") if group["momentum"] else ()
+        if not group["momentum"]:
+            return ()
+        # Without dampening the first step is as all others: b = 0 · momentum + g.
+        return ("step", *self.states) if group["dampening"] else self.states
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -108,4 +108,4 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
         for group in self._optimizer.param_groups:
-            group["lr"] = torch.tensor(float(group["lr"]), device=self._device)
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self._device)

@@ -130,7 +130,9 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
-            group["lr"] = torch.tensor(lr).item() if group["params"][0].is_cuda else lr
+            group["lr"] = (
+                torch.tensor(lr, dtype=torch.float32).item() if group["params"][0].is_cuda else lr
+            )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

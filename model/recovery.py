@@ -90,7 +90,9 @@ class Recovery:
         self._config, self._batch, self._report = config, batch, report
         self._marked = min(trained, key=torch.numel)
         self._limit = NO_LIMIT
-        self._limit_on_device = torch.full((), NO_LIMIT, device=self._marked.device)
+        self._limit_on_device = torch.full(
+            (), NO_LIMIT, dtype=torch.float32, device=self._marked.device
+        )
         self._losses: deque[float] = deque(maxlen=config.spike_window)
         self._streak, self._first_bad = 0, {}  # of bad steps, up to the last one read
         self._rung, self._until, self._position, self._good = 0, 0, 0, True

@@ -146,7 +146,8 @@ class Random:
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return normal numbers."""
-        return torch.randn(shape, generator=self._generator, device=self._device).to(dtype)
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._device)
+        return x.to(dtype)
 
     def ids(self, below: int, count: int) -> Tensor:
         """Return `count` integers in [0, below)."""

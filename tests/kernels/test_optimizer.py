@@ -171,7 +171,7 @@ W = nn.Parameter(torch.ones(4))
 ARGUMENTS = [
     (([W], -1.0), ValueError, "lr must be at least 0"),
     (([W], float("nan")), ValueError, "lr must be at least 0"),
-    (([W], torch.ones(1)), ValueError, "0-dim tensor"),
+    (([W], torch.ones(2)), ValueError, "a tensor of one element"),
     (([W], 0.1, (1.0, 0.9)), ValueError, r"betas must lie in \[0, 1\)"),
     (([W], 0.1, (0.9, 0.9), -1.0), ValueError, "eps must be at least 0"),
     (([W], 0.1, (0.9, 0.9), 0.1, float("nan")), ValueError, "weight_decay must be at least 0"),
@@ -268,9 +268,3 @@ def test_rejects_the_state_of_another_model(device):
     state = train(AdamW, parameters([(5,)], device), 2).state_dict()
     with pytest.raises(ValueError, match=r"must have the shape \[6\]"):
         AdamW(parameters([(6,)], device)).load_state_dict(state)
-
-
-def test_rejects_amsgrad(device):
-    state = torch.optim.AdamW([W], amsgrad=True).state_dict()
-    with pytest.raises(ValueError, match="amsgrad must be off"):
-        AdamW([W]).load_state_dict(state)

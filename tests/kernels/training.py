@@ -105,6 +105,7 @@ THEIRS = {
 }
 MOMENTUM = {"momentum": 0.9}
 OPTIONS = [
+    (Adam, {"weight_decay": 0.1, "betas": (0.8, 0.9), "amsgrad": True}),
     (Adam, {"weight_decay": 0.1, "betas": (0.8, 0.99)}),
     (AdamW, {"weight_decay": 0.1}),
     (SGD, {"lr": 0.1, "weight_decay": 0.01}),

@@ -106,15 +106,16 @@ MUTANTS = [
         original="if lr.dtype != torch.float32:",
         replacement="if not lr.dtype.is_floating_point:",
     ),
-    _optimizer(
-        what="the default of the rule over that of the options",
-        original="self.decoupled if decoupled is None else decoupled",
-        replacement="self.decoupled",
+    Mutant(
+        what="decoupled decay by default in Adam",
+        file="kernels/adam.py",
+        original="decoupled_weight_decay: bool = False,",
+        replacement="decoupled_weight_decay: bool = True,",
     ),
     _optimizer(
         what="zeroed gradients not counted as changed",
-        original="[*found.params, *found.grads] if zero else found.params",
-        replacement="found.params",
+        original="*(found.grads if zero else [])]",
+        replacement="]",
     ),
     _optimizer(
         what="gradients held on to",

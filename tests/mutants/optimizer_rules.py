@@ -21,9 +21,9 @@ MUTANTS = [
         replacement="        g += 0 * p\n",
     ),
     _adam(
-        what="a state of AMSGrad accepted",
-        original='refused = ("amsgrad",)',
-        replacement="refused = ()",
+        what="the largest second moment not used",
+        original="        square = largest\n",
+        replacement="        pass\n",
     ),
     _sgd(
         what="the first gradient dampened",
