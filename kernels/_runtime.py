@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton import knobs
 from triton.runtime import driver
 
@@ -37,9 +38,19 @@ _fallen: frozenset[str] = frozenset()
 def uses_triton(x: Tensor, op: str | None = None) -> bool:
     """Whether the kernel of `op`, rather than its reference, computes on `x`.
 
-    Without `op`, whether kernels compute on `x` at all.
+    Without `op`, whether kernels compute on `x` at all. Inside a transform of torch.func, and where
+    derivatives are carried forward, references do: those can be transformed, any number of times.
     """
-    return (x.is_cuda or CPU_KERNELS) and not REFERENCE and op not in _fallen
+    return (
+        (x.is_cuda or CPU_KERNELS) and not REFERENCE and op not in _fallen and not is_transformed()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, or forward-mode differentiation, looks on."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def fall_back(*ops: str) -> None:
