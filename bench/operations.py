@@ -112,7 +112,9 @@ def _softmax(name: str, peers: dict[str, Loader]) -> Operation:
     )  # fmt: skip
 
 
-def _norm(name: str, load: Loader, tokens: int, vectors: int, peers: dict[str, Loader]) -> Operation:
+def _norm(
+    name: str, load: Loader, tokens: int, vectors: int, peers: dict[str, Loader]
+) -> Operation:
     """`tokens` inputs `[T, D]`, then `vectors` inputs `[D]`."""
     return Operation(
         WIDTHS, "D", {"T": 64, "D": 256},

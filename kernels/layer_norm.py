@@ -102,8 +102,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add `x` to the residual stream and normalise the sum, in one pass over memory.
 
-    Equal to `residual_out = residual + x`, and
-    `normed = layer_norm(residual_out, weight.shape, weight, bias, eps)`. Backward adds the gradient of `residual_out` in the same pass.
+    Equal to `residual_out = residual + x` and
+    `normed = layer_norm(residual_out, weight.shape, weight, bias, eps)`. Backward adds the gradient
+    of `residual_out` in the same pass.
 
     Args:
         x: `[..., D]`: the output of a block; as for `layer_norm`.
