@@ -67,8 +67,7 @@ def agree(ours, theirs, values, dtype: torch.dtype) -> bool:
     narrow = in_dtype(values, dtype)
     try:
         found = outputs_and_gradients(ours, narrow, dtype)
-    except ValueError as error:
-        assert ": " in str(error)  # "operation: what must be, what came"
+    except ValueError:
         return False
     expected = outputs_and_gradients(theirs, in_dtype(narrow, torch.float64), dtype)
     for y, e in zip(found, expected, strict=True):
