@@ -74,7 +74,11 @@ def _norm(dtype: torch.dtype, D: int, function=rms_norm, bias: bool = False) -> 
     vectors = [torch.empty(D, dtype=dtype) for _ in range(1 + bias)]
     label = _label(dtype, T, D, bias=bias or None)
     limits = _norm_limits(function, 2 * x.element_size(), 3 * x.element_size())
-    return Case(label, lambda: _train(function, x, *vectors), D % 16 == 0, limits=limits)
+
+    def normalise(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        return function(x, weight.shape, weight, *bias)
+
+    return Case(label, lambda: _train(normalise, x, *vectors), D % 16 == 0, limits=limits)
 
 
 def _add_norm(dtype: torch.dtype, D: int, stream: torch.dtype, function=add_rms_norm) -> Case:

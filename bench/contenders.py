@@ -25,6 +25,16 @@ def ours(name: str, module: str = "", **options) -> Loader:
     return _import(f"kernels.{module or name}", name, **options)
 
 
+def norm(name: str, eps: float) -> Loader:
+    """Load a norm of kernels/, which takes its weight, and bias, behind the input."""
+
+    def load() -> Callable:
+        function = ours(name)()
+        return lambda x, w, *b: function(x, w.shape, w, *b, eps=eps)
+
+    return load
+
+
 def liger(name: str, **options) -> Loader:
     """Load an operation of Liger-Kernel."""
     return _import("liger_kernel.transformers.functional", f"liger_{name}", **options)

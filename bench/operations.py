@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import contenders
-from .contenders import EAGER, Loader, liger, ours, quack
+from .contenders import EAGER, Loader, liger, norm, ours, quack
 
 Dims = dict[str, int]
 
@@ -112,13 +112,15 @@ def _softmax(name: str, peers: dict[str, Loader]) -> Operation:
     )  # fmt: skip
 
 
-def _norm(name: str, module: str, tokens: int, vectors: int, peers: dict[str, Loader]) -> Operation:
+def _norm(
+    name: str, load: Loader, tokens: int, vectors: int, peers: dict[str, Loader]
+) -> Operation:
     """`tokens` inputs `[T, D]`, then `vectors` inputs `[D]`."""
     return Operation(
         WIDTHS, "D", {"T": 64, "D": 256},
         lambda make, T, D: (*(make(T, D) for _ in range(tokens)),
                             *(make(D) for _ in range(vectors))),
-        {"ours": ours(name, module)}, EAGER[name], peers, rows=TOKENS,
+        {"ours": load}, EAGER[name], peers, rows=TOKENS,
     )  # fmt: skip
 
 
@@ -161,15 +163,17 @@ OPERATIONS: dict[str, Operation] = {
         rows=("T", 8192, 64),
         cpu_shapes=1,
     ),
-    "rms_norm": _norm("rms_norm", "rms_norm", 1, 1, {
+    "rms_norm": _norm("rms_norm", norm("rms_norm", 1e-6), 1, 1, {
         "liger": liger("rms_norm", eps=1e-6, in_place=False), "quack": quack("rmsnorm"),
     }),
-    "add_rms_norm": _norm("add_rms_norm", "rms_norm", 2, 1, {
+    "add_rms_norm": _norm("add_rms_norm", ours("add_rms_norm", "rms_norm"), 2, 1, {
         "liger": liger("fused_add_rms_norm", eps=1e-6, in_place=False),
         "quack": contenders.quack_add_rms_norm,
     }),
-    "layer_norm": _norm("layer_norm", "layer_norm", 1, 2, {"liger": liger("layer_norm", eps=1e-5)}),
-    "add_layer_norm": _norm("add_layer_norm", "layer_norm", 2, 2, {}),
+    "layer_norm": _norm("layer_norm", norm("layer_norm", 1e-5), 1, 2, {
+        "liger": liger("layer_norm", eps=1e-5),
+    }),
+    "add_layer_norm": _norm("add_layer_norm", ours("add_layer_norm", "layer_norm"), 2, 2, {}),
     "rope": Operation(
         HEADS, "H", {"T": 64, "H": 4, "K": 64}, _rope_inputs,
         {"ours": ours("rope")}, EAGER["rope"], rows=TOKENS,

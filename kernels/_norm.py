@@ -6,6 +6,7 @@ programs that share the rows in backward.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -196,27 +197,81 @@ def add_norm(
     return y_TD.view(x.shape), s_TD.view(x.shape)
 
 
+Shape = int | Sequence[int]
+"""The last axes of an input, over which a norm is taken: sizes, or one of them."""
+
+
+def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:
+    """`normalized_shape` as a tuple, empty where it is none."""
+    if isinstance(normalized_shape, int | torch.SymInt):
+        return (normalized_shape,)
+    listed = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
+    return tuple(normalized_shape) if listed else ()
+
+
+def shape_of(
+    op: str, x: Tensor, normalized_shape: Shape | Tensor, weight: Tensor | None
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """Return the sizes of the axes to normalise, and the weight; a ValueError if they do not fit.
+
+    A tensor as `normalized_shape` is the weight, and its shape is meant.
+    """
+    if isinstance(normalized_shape, Tensor):
+        if weight is not None:
+            raise ValueError(
+                f"{op}: normalized_shape must be sizes where a third argument follows, "
+                f"got a tensor; call {op}(input, weight.shape, weight)"
+            )
+        normalized_shape, weight = normalized_shape.shape, normalized_shape
+    sizes = as_sizes(normalized_shape)
+    if not sizes or x.shape[-len(sizes) :] != sizes:
+        raise ValueError(
+            f"{op}: normalized_shape must be the sizes of the last axes of input, which is "
+            f"{list(x.shape)}, got {normalized_shape!r}"
+        )
+    return sizes, weight
+
+
+def flat(x: Tensor, sizes: tuple[int, ...], *vectors: Tensor | None) -> tuple[Tensor, ...]:
+    """`x` and the vectors with the axes to normalise, of `sizes`, made one."""
+    if len(sizes) == 1:
+        return x, *vectors
+    rows = x.reshape(*x.shape[: x.ndim - len(sizes)], math.prod(sizes))
+    return rows, *(None if v is None else v.reshape(rows.shape[-1]) for v in vectors)
+
+
 def validate(
-    op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, ...] | None = None,
 ) -> None:
-    """Raise a ValueError in the name of `op` unless the inputs fit together."""
+    """Raise a ValueError in the name of `op` unless the inputs fit together.
+
+    `sizes` are those of the axes to normalise: without them, of the last one.
+    """
+    own = "input" if residual is None else "x"
     if x.ndim == 0:
-        raise ValueError(f"{op}: x must have at least one axis, got a scalar")
+        raise ValueError(f"{op}: {own} must have at least one axis, got a scalar")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
             f"{op}: residual must have shape {list(x.shape)}, got {list(residual.shape)}"
         )
-    D = x.shape[-1]
+    sizes = x.shape[-1:] if sizes is None else sizes
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != (D,):
-            raise ValueError(f"{op}: {name} must have shape [{D}], got {list(vector.shape)}")
-    for name, input in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if input is None:
+        if vector is not None and vector.shape != sizes:
+            raise ValueError(
+                f"{op}: {name} must have shape {list(sizes)}, got {list(vector.shape)}"
+            )
+    for name, given in ((own, x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if given is None:
             continue
-        if input.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device}, got {input.device}; move it")
-        if not input.is_floating_point():
-            raise ValueError(f"{op}: {name} must be floating point, got {input.dtype}; convert it")
+        if given.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device}, got {given.device}; move it")
+        if not given.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating point, got {given.dtype}; convert it")
 
 
 def _matrix(x: Tensor) -> Tensor:

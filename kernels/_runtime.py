@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton import knobs
 from triton.runtime import driver
 
@@ -37,18 +38,22 @@ _fallen: frozenset[str] = frozenset()
 def uses_triton(x: Tensor, op: str | None = None) -> bool:
     """Whether the kernel of `op`, rather than its reference, computes on `x`.
 
-    Without `op`, whether kernels compute on `x` at all.
+    Without `op`, whether kernels compute on `x` at all. Inside a transform of torch.func, and where
+    derivatives are carried forward, references do: those can be transformed, any number of times.
     """
     kernels = (x.is_cuda or CPU_KERNELS) and not REFERENCE and op not in _fallen
     return kernels and not sees_through()
 
 
 def sees_through() -> bool:
-    """Whether what calls must see PyTorch's own operators: a transform of torch.func, torch.export.
+    """Whether what calls must see PyTorch's own operators.
 
-    The operators here have no gradient and no batching rule, their autograd functions neither.
+    True in a transform of torch.func, in forward-mode differentiation and in torch.export: the
+    operators here have no gradient and no batching rule, their autograd functions neither.
     """
-    return torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def fall_back(*ops: str) -> None:

@@ -19,10 +19,10 @@ def is_written_out(*xs: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in xs)
+        and not torch.compiler.is_compiling()  # before any size is asked for, which may be unknown
         and all(x.device.type == "cpu" and x.numel() > 0 for x in xs)
-        and not torch.compiler.is_compiling()
-        # Its transforms need a setup_context, which would cost every call 15 us.
-        and not torch._C._are_functorch_transforms_active()
+        # Transforms need a setup_context, which would cost every call 15 us.
+        and not _runtime.sees_through()
         and not _runtime.REFERENCE
     )
 
@@ -30,7 +30,12 @@ def is_written_out(*xs: Tensor) -> bool:
 def differentiate(
     definition: Callable[..., Tensor], xs: tuple[Tensor, ...], wanted: tuple[bool, ...], dy: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients of `definition(*xs)`, None where not wanted, with a graph of theirs."""
-    inputs = [x for x, wants in zip(xs, wanted, strict=True) if wants]
-    found = iter(torch.autograd.grad(definition(*xs), inputs, dy, create_graph=True))
+    """Return the gradients of `definition(*xs)`, None where not wanted, with a graph of theirs.
+
+    The gradient ends at views of `xs`, each its own: where one of `xs` was computed from another,
+    or is the other, what reaches one by way of the other is left to autograd, which adds it.
+    """
+    ends = [x.view_as(x) for x in xs]
+    inputs = [x for x, wants in zip(ends, wanted, strict=True) if wants]
+    found = iter(torch.autograd.grad(definition(*ends), inputs, dy, create_graph=True))
     return [next(found) if wants else None for wants in wanted]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
+from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton, widen
 
 TILE = 2048  # elements per program of the forward: 16 a thread
 S = 32  # sorted positions per block
@@ -29,12 +29,9 @@ BLOCK_D = 256  # features per program of the backward, which is one warp: 8 a th
 BLOCK_B = 32  # partials that are added at a time
 
 
-def embedding_reference(
-    tokens: Tensor, weight: Tensor, *, padding_idx: int | None = None
-) -> Tensor:
-    """The definition of `embedding` in plain PyTorch; gradients add up in float32 or wider."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return F.embedding(tokens, weight.to(wide), padding_idx).to(weight.dtype)
+def embedding_reference(input: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """The reference of `embedding` in plain PyTorch; gradients add up in float32 or wider."""
+    return F.embedding(input, widen(weight), padding_idx).to(weight.dtype)
 
 
 @triton.jit
@@ -187,8 +184,16 @@ class _Embedding(torch.autograd.Function):
         return None, _backward(unit_stride(dy_TD), *ctx.saved_tensors, ctx.V, ctx.padding_idx), None
 
 
-def embedding(tokens: Tensor, weight: Tensor, *, padding_idx: int | None = None) -> Tensor:
-    """Look up the rows of `weight` that `tokens` name.
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up the rows of `weight` that `input` names.
 
     As `torch.nn.functional.embedding`. Each gradient is summed in float32 in a fixed order,
     bitwise the same on every run, and rounded once; the whole of it is dense. Backward keeps the
@@ -196,37 +201,48 @@ def embedding(tokens: Tensor, weight: Tensor, *, padding_idx: int | None = None)
     where the reference runs (CPU); on a GPU its row is nan, and backward leaves it out.
 
     Args:
-        tokens: any shape, int64 or int32.
+        input: tokens, any shape, int64 or int32.
         weight: `[V, D]`, V below 2³¹; float32, float16, bfloat16 or float64, on the device of
-            `tokens`. Copied only if its last axis is not contiguous.
+            `input`. Copied only if its last axis is not contiguous.
         padding_idx: a row that gets no gradient, negative to count from the end; None for none.
+        max_norm: None: no row is scaled to a norm.
+        norm_type: not used, as there is no `max_norm`.
+        scale_grad_by_freq: False: gradients are not divided by how often a token occurs.
+        sparse: False: the gradient is dense.
 
     Returns:
-        `[*tokens.shape, D]`, contiguous, in the dtype of `weight`, also under autocast.
+        `[*input.shape, D]`, contiguous, in the dtype of `weight`, also under autocast.
 
     Raises:
-        ValueError: `tokens` is of another dtype or device, `weight` is not `[V, D]` or not floating
-            point, or `padding_idx` is not a row.
+        ValueError: `input` is of another dtype or device, `weight` is not `[V, D]` or not floating
+            point, `padding_idx` is not a row, or one of the last arguments is not as above.
     """
-    _validate(tokens, weight, padding_idx)
+    unknown = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+    for name, value in unknown.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"embedding: {name} must be left out, got {value!r}; there is no kernel that "
+                "honours it: call torch.nn.functional.embedding"
+            )
+    _validate(input, weight, padding_idx)
     if not uses_triton(weight, "embedding"):
-        return embedding_reference(tokens, weight, padding_idx=padding_idx)
+        return embedding_reference(input, weight, padding_idx)
     V, D = weight.shape
     excluded = -1 if padding_idx is None else padding_idx % V
-    y_TD = _Embedding.apply(tokens.reshape(-1).contiguous(), unit_stride(weight), excluded)
-    return y_TD.view(*tokens.shape, D)
+    y_TD = _Embedding.apply(input.reshape(-1).contiguous(), unit_stride(weight), excluded)
+    return y_TD.view(*input.shape, D)
 
 
-def _validate(tokens: Tensor, weight: Tensor, padding_idx: int | None) -> None:
+def _validate(input: Tensor, weight: Tensor, padding_idx: int | None) -> None:
     if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[0] >= 1 << 31:
         raise ValueError(
             "embedding: weight must be floating point [V, D] with V below 2**31, "
             f"got {weight.dtype} {list(weight.shape)}"
         )
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"embedding: tokens must be int64 or int32, got {tokens.dtype}")
-    if tokens.device != weight.device:
-        raise ValueError(f"embedding: tokens are on {tokens.device}; move them to {weight.device}")
+    if input.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"embedding: input must be int64 or int32, got {input.dtype}")
+    if input.device != weight.device:
+        raise ValueError(f"embedding: input is on {input.device}; move it to {weight.device}")
     V = weight.shape[0]
     if padding_idx is not None and not -V <= padding_idx < V:
         raise ValueError(f"embedding: padding_idx must lie in [{-V}, {V}), got {padding_idx}")

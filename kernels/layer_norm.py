@@ -23,17 +23,22 @@ Ba, Kiros & Hinton, "Layer Normalization", 2016. https://arxiv.org/abs/1607.0645
 import torch
 from torch import Tensor
 
-from ._norm import add_norm, norm, validate
-from ._runtime import uses_triton
+from ._norm import Shape, add_norm, as_sizes, flat, norm, shape_of, validate
+from ._runtime import uses_triton, widen
 
 
 def layer_norm_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """The definition of `layer_norm` in plain PyTorch, in float32 or the wider dtype of `x`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    w, b = (None if vector is None else vector.to(wide) for vector in (weight, bias))
-    return torch.nn.functional.layer_norm(x.to(wide), x.shape[-1:], w, b, eps).to(x.dtype)
+    """The reference of `layer_norm` in plain PyTorch, in float32 or the wider dtype of `input`."""
+    x = widen(input)
+    w, b = (None if vector is None else vector.to(x.dtype) for vector in (weight, bias))
+    y = torch.nn.functional.layer_norm(x, as_sizes(normalized_shape), w, b, eps)
+    return y.to(input.dtype)
 
 
 def add_layer_norm_reference(
@@ -43,38 +48,49 @@ def add_layer_norm_reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `add_layer_norm` in plain PyTorch."""
+    """The reference of `add_layer_norm` in plain PyTorch."""
     s = (x + residual).to(residual.dtype)
-    wide = torch.promote_types(s.dtype, torch.float32)
-    return layer_norm_reference(s.to(wide), weight, bias, eps).to(x.dtype), s
+    return layer_norm_reference(widen(s), s.shape[-1:], weight, bias, eps).to(x.dtype), s
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape: Shape | Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """Shift each row of `x` to mean zero, scale it to unit variance, then by `weight`, add `bias`.
+    """Shift each row to mean zero, scale it to unit variance, then by `weight`, and add `bias`.
 
-    The gradients of `weight` and `bias` are summed in a fixed order: bitwise the same on every run.
+    As `torch.nn.functional.layer_norm`. The gradients of `weight` and `bias` are summed in a fixed
+    order: bitwise the same on every run.
 
     Args:
-        x: `[..., D]`; float32, float16, bfloat16 or float64. Copied only if its last axis is not
-            contiguous or the others do not flatten into one.
-        weight: `[D]`; any of the same dtypes, on the device of `x`. None scales by nothing.
-        bias: `[D]`, as `weight`. None adds nothing.
-        eps: added to the variance before the root, in units of `x`².
+        input: `[..., *normalized_shape]`; float32, float16, bfloat16 or float64. Copied only if its
+            last axis is not contiguous or the others do not flatten into one.
+        normalized_shape: D or `(D,)`, or the sizes of several last axes, which make one row. The
+            weight itself says both: `layer_norm(x, weight)` is
+            `layer_norm(x, weight.shape, weight)`.
+        weight: `normalized_shape`; any of the same dtypes, on the device of `input`. None scales
+            by nothing.
+        bias: as `weight`. None adds nothing.
+        eps: added to the variance before the root, in units of `input`².
 
     Returns:
-        `[..., D]`, contiguous, in the dtype of `x`, also under autocast. Computed in float32
+        The shape of `input`, contiguous, in its dtype, also under autocast. Computed in float32
         (float64 for float64) and rounded once.
 
     Raises:
-        ValueError: `weight` or `bias` is not `[D]` or on another device, `x` is a scalar, or an
-            input is not floating point.
+        ValueError: `normalized_shape` is not the sizes of the last axes of `input`, `weight` or
+            `bias` is of another shape or device, `input` is a scalar, or an input is not floating
+            point.
     """
-    validate("layer_norm", x, None, weight, bias)
-    if not uses_triton(x, "layer_norm"):
-        return layer_norm_reference(x, weight, bias, eps)
-    return norm(x, weight, bias, eps, offset=0.0, centred=True)
+    sizes, weight = shape_of("layer_norm", input, normalized_shape, weight)
+    validate("layer_norm", input, None, weight, bias, sizes)
+    if not uses_triton(input, "layer_norm"):
+        return layer_norm_reference(input, sizes, weight, bias, eps)
+    x, w, b = flat(input, sizes, weight, bias)
+    return norm(x, w, b, eps, offset=0.0, centred=True).view(input.shape)
 
 
 def add_layer_norm(
@@ -86,8 +102,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add `x` to the residual stream and normalise the sum, in one pass over memory.
 
-    Equal to `residual_out = residual + x; normed = layer_norm(residual_out, weight, bias, eps)`.
-    Backward adds the gradient of `residual_out` in the same pass.
+    Equal to `residual_out = residual + x` and
+    `normed = layer_norm(residual_out, weight.shape, weight, bias, eps)`. Backward adds the gradient
+    of `residual_out` in the same pass.
 
     Args:
         x: `[..., D]`: the output of a block; as for `layer_norm`.

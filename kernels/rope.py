@@ -66,7 +66,7 @@ class _WrittenOut(torch.autograd.Function):
 
 def _rows(table: Tensor, L: int, offset: int | Tensor) -> Tensor:
     """The rows of `table` for L positions from `offset` on; NaN where there is no such row."""
-    if isinstance(offset, int):
+    if not isinstance(offset, Tensor):
         return table[offset : offset + L]
     position = offset.long().unsqueeze(-1) + torch.arange(L, device=table.device)
     inside = (position >= 0) & (position < table.shape[0])
@@ -265,7 +265,7 @@ def rope(
         if is_written_out(x):
             return _WrittenOut.apply(x, cos, sin, offset, interleaved)
         return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
-    if isinstance(offset, int):
+    if not isinstance(offset, Tensor):
         cos, sin, offset_B = *(_rows(table, x.shape[-3], offset) for table in (cos, sin)), None
     else:
         offset_B = offset.reshape(-1).contiguous()
@@ -294,14 +294,14 @@ def _validate(x: Tensor, offset: int | Tensor, **tables: Tensor) -> None:
             raise ValueError(f"rope: {name} must be on {x.device}, got {table.device}")
         if table.requires_grad:
             raise ValueError(f"rope: {name} has no gradient, got requires_grad; detach it")
-    if len({len(table) for table in tables.values()}) > 1:
+    if tables["cos"].shape[0] != tables["sin"].shape[0]:  # sizes that are symbols have no hash
         shapes = " and ".join(str(list(table.shape)) for table in tables.values())
         raise ValueError(f"rope: cos and sin must have one shape, got {shapes}")
 
 
 def _validate_offset(x: Tensor, offset: int | Tensor) -> int:
     """Return how many rows the tables need at least."""
-    if isinstance(offset, int):
+    if not isinstance(offset, Tensor):
         if offset < 0:
             raise ValueError(f"rope: offset must be at least 0, got {offset}")
         return offset + x.shape[-3]

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from .linear import ONEDNN_PRODUCTS, is_transformed
+from .linear import ONEDNN_PRODUCTS, sees_through
 
 POLICIES = "none", "selective", "every-2", "full"
 """From the least that is computed again to the most; any other number may follow `every-`."""
@@ -80,7 +80,7 @@ def run_block(policy: str, layer: int, block: Callable, inputs: tuple, *, draws:
     """
     keeps_all = checkpointed(policy, layer) == checkpointed(policy, layer + 1)
     # A transform of torch.func takes no saved-tensor hooks.
-    if keeps_all or is_transformed() or not torch.is_grad_enabled():
+    if keeps_all or sees_through() or not torch.is_grad_enabled():
         return block(*inputs)
     run = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     # Two calls, because torch.compile takes no context_fn that is decided as it runs.

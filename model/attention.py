@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .linear import is_transformed
+from .linear import sees_through
 
 
 def widen(x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def attend(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | N
     with ExitStack() as stack:
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
-        if is_transformed():  # fused attention is batched in a loop, and has one derivative
+        if sees_through():  # fused attention is batched in a loop, and has one derivative
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return F.scaled_dot_product_attention(
             q_BHLK, k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype), mask_BHLS, is_causal=causal,

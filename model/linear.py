@@ -66,13 +66,13 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dim() > 1
         and x.numel() >= ROWS * x.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
-        and not is_transformed()
+        and not sees_through()
         and torch.backends.mkldnn.enabled
         and _mkl_is_slow()
     )
 
 
-def is_transformed() -> bool:
+def sees_through() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, outside of a compiler.
 
     Neither can do much with a classic autograd function, saved-tensor hooks or fused attention.

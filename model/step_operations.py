@@ -68,7 +68,7 @@ def cases(
         return random((max(1, min(batch, sequences)), L, *axes), dtype)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, config.norm_eps)
+        return rms_norm(x, weight.shape, weight, config.norm_eps)
 
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, residual, weight, config.norm_eps)

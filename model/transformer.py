@@ -342,7 +342,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """Normalise the last axis of `x`."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def add(self, x, residual):
         """Return the normalised sum of `x` and `residual` (None for zeros), and the sum."""

@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     _written_out(
         what="torch.func meets a gradient it cannot see through",
-        original="and not torch._C._are_functorch_transforms_active()",
+        original="and not _runtime.sees_through()",
         replacement="and True",
     ),
     _written_out(

@@ -1,0 +1,127 @@
+"""PyTorch's own samples of these operations, through kernels and references, match float64.
+
+Every sample that PyTorch keeps for its tests (OpInfo, ModuleInfo) either gives PyTorch's outputs
+and gradients, or is refused in a sentence; how many of each there are is stated, so that none is
+left out unseen. Every call that PyTorch must refuse is refused.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace as Namespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.utils._pytree import tree_map
+
+import kernels
+
+OPS = {(op.name.removeprefix("nn.functional."), op.variant_test_name): op for op in op_db}
+MODULES = {info.module_cls.__name__: info for info in module_db}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+# How many samples give PyTorch's results, how many are refused, how many errors there are.
+COUNTS = {
+    ("rms_norm", ""): (6, 0, 3),
+    ("layer_norm", ""): (6, 0, 0),
+    ("embedding", ""): (3, 0, 2),
+}
+# PyTorch's samples begin with what is differentiated.
+REORDERED = {
+    "embedding": lambda weight, tokens, **named: kernels.embedding(tokens, weight, **named)
+}
+MODULE_FUNCTIONS = {
+    "LayerNorm": lambda m, x: kernels.layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps),
+    "RMSNorm": lambda m, x: kernels.rms_norm(x, m.normalized_shape, m.weight, m.eps),
+    "Embedding": lambda m, x: kernels.embedding(x, m.weight, m.padding_idx, m.max_norm),
+}  # fmt: skip
+MODULE_COUNTS = {"LayerNorm": (7, 0), "RMSNorm": (6, 0), "Embedding": (2, 0)}
+
+
+def in_dtype(values, dtype: torch.dtype):
+    """Copies of all floating tensors among `values`, in `dtype`, that want a gradient."""
+
+    def convert(x):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+    return tree_map(convert, values)
+
+
+def outputs_and_gradients(f, values, dtype: torch.dtype) -> list[Tensor]:
+    """What `f` returns for `values`, and the gradients, of an incoming one that `dtype` holds."""
+    leaves = [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor)]
+    leaves = [x for x in leaves if x.requires_grad]
+    y = f(*values[0], **values[1])
+    if not leaves or not y.requires_grad:
+        return [y.detach()]
+    dy = torch.linspace(-1, 2, y.numel(), device=y.device).to(dtype)
+    grads = torch.autograd.grad(y, leaves, dy.view(y.shape).to(y.dtype), materialize_grads=True)
+    return [y.detach(), *grads]
+
+
+def agree(ours, theirs, values, dtype: torch.dtype) -> bool:
+    """Whether both agree on `values`; False if the call is refused in a sentence."""
+    narrow = in_dtype(values, dtype)
+    try:
+        found = outputs_and_gradients(ours, narrow, dtype)
+    except ValueError:
+        return False
+    expected = outputs_and_gradients(theirs, in_dtype(narrow, torch.float64), dtype)
+    for y, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, e.to(y.dtype), equal_nan=True)
+    return True
+
+
+def samples(op, device: str) -> Iterator:
+    for sample in op.sample_inputs(device, torch.float64, requires_grad=True):
+        yield (sample.input, *sample.args), sample.kwargs
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", COUNTS, ids=" ".join)
+def test_samples(name, dtype, device):
+    op, ours = OPS[name], REORDERED.get(name[0]) or getattr(kernels, name[0])
+    agreed = [agree(ours, op.op, values, dtype) for values in samples(op, device)]
+    assert (agreed.count(True), agreed.count(False)) == COUNTS[name][:2]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("name", COUNTS, ids=" ".join)
+def test_errors_are_refused(name, device):
+    op, ours = OPS[name], REORDERED.get(name[0]) or getattr(kernels, name[0])
+    errors = list(op.error_inputs(device)) if op.error_inputs_func else []
+    for error in errors:
+        sample = error.sample_input
+        with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
+            ours(sample.input, *sample.args, **sample.kwargs)
+    assert len(errors) == COUNTS[name][2]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODULE_COUNTS)
+def test_modules(name, dtype, device):
+    info, ours = MODULES[name], MODULE_FUNCTIONS[name]
+    inputs = info.module_inputs_func(
+        info, device=device, dtype=torch.float64, requires_grad=True, training=True
+    )
+    agreed = []
+    for sample in inputs:
+        made = sample.constructor_input
+        module = info.module_cls(*made.args, **made.kwargs, device=device, dtype=torch.float64)
+        named = dict(module.named_parameters())
+        given = sample.forward_input
+
+        def plain(*args, module=module, **named):
+            return torch.func.functional_call(module.double(), named, args)
+
+        def replaced(*args, module=module, **named):
+            swapped = {key: getattr(module, key, None) for key in vars(module) if key[0] != "_"}
+            return ours(Namespace(**{"weight": None, "bias": None} | swapped | named), *args)
+
+        agreed.append(agree(replaced, plain, (given.args, named), dtype))
+    assert (agreed.count(True), agreed.count(False)) == MODULE_COUNTS[name]
