@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ._linear_loss import chunk_rows as chunk_rows
 from ._linear_loss import linear_loss
 from ._token_loss import Options, TokenStats, check_options
 from .cross_entropy import cross_entropy_reference
