@@ -22,7 +22,7 @@ lint: .venv/installed
 	touch $@
 
 static: .venv/installed
-	$(BIN)/python -m bench static
+	$(BIN)/python -m tritium.bench static
 
 clean:
 	rm -rf .venv runs

@@ -20,33 +20,34 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from data import LOADERS, DataError, Loader, Tokenizer, prepare
-from data.verification import Verification
-from model import ModelConfig, Transformer, checkpoint, random_state
-from model.checkpoint import CheckpointError
-from model.compute import ComputeConfig
-from model.cuda_graph import training_step
-from model.device import choose_device, describe, keep_freed_memory, set_threads
-from model.display import Display, console, count, group_table, show_end
-from model.durable import to_json, write_durably
-from model.evaluation import evaluate
-from model.fallback import Fallback
-from model.fingerprint import FingerprintError, code_version, require_same
-from model.garbage import collected_on_request
-from model.memory import Memory
-from model.meters import Meter
-from model.observer import ObserveConfig, Observer
-from model.optim import Optimizer, OptimizerConfig, set_rate
-from model.plan import MemoryConfig, Planner
-from model.plot import LossPicture
-from model.recovery import Recovery, RecoveryConfig, UnrecoverableError, restore
-from model.run_folder import RunFolderError, RunLog, claim
-from model.saver import SaveConfig, SaveError, Saver
-from model.schedule import Budget, Length, Schedule
-from model.self_check import check
-from model.stopping import StopRequest
-from model.terminal import tolerant_output
-from model.waiting import ThreadWaiting
+from tritium.data import LOADERS, DataError, Loader, Tokenizer, prepare
+from tritium.data.verification import Verification
+from tritium.model import ModelConfig, Transformer
+from tritium.training.cuda_graph import training_step
+from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
+from tritium.training.evaluation import evaluate
+from tritium.training.gc_pause import collected_on_request
+from tritium.training.memory.plan import MemoryConfig, Planner
+from tritium.training.memory.predict import Memory
+from tritium.training.memory.retry import Fallback
+from tritium.training.monitor.display import Display, console, count, group_table, show_end
+from tritium.training.monitor.observer import ObserveConfig, Observer
+from tritium.training.monitor.plot import LossPicture
+from tritium.training.monitor.terminal import tolerant_output
+from tritium.training.monitor.throughput import Meter
+from tritium.training.optim import Optimizer, OptimizerConfig, set_rate
+from tritium.training.precision import ComputeConfig
+from tritium.training.recovery import Recovery, RecoveryConfig, UnrecoverableError, restore
+from tritium.training.run import checkpoint, random_state
+from tritium.training.run.checkpoint import CheckpointError
+from tritium.training.run.durable import to_json, write_durably
+from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
+from tritium.training.run.run_folder import RunFolderError, RunLog, claim
+from tritium.training.run.saver import SaveConfig, SaveError, Saver
+from tritium.training.schedule import Budget, Length, Schedule
+from tritium.training.self_check import check
+from tritium.training.signals import StopRequest
+from tritium.training.waiting import ThreadWaiting
 
 UNPREFIXED = tyro.conf.arg(name="")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
@@ -420,8 +421,8 @@ def print_start(
         epochs = budget.steps * config.batch_size / loader.n_windows
         length = f"{budget.steps:,} steps of {batch:,} tokens, {epochs:.2f} epochs"
     console.print(
-        f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
-        f"{model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
+        f"Preset {preset}: {count(model)}, {tritium.model.config.n_layers} layers of width "
+        f"{tritium.model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
         f"{machine['dtype'][6:]}\n"
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"

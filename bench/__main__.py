@@ -1,4 +1,4 @@
-"""`python -m bench VERB` or `python -m bench OP [OP ...]`; without either, explain them."""
+"""`python -m tritium.bench VERB` or `python -m tritium.bench OP [OP ...]`; without either, explain them."""
 
 import sys
 import textwrap
@@ -30,12 +30,12 @@ def main() -> None:
     """Hand the command line to the verb that it begins with, or measure the operations named."""
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in VERBS:
-        tyro.cli(_main_of(VERBS[verb][0]), args=arguments, prog=f"python -m bench {verb}")
+        tyro.cli(_main_of(VERBS[verb][0]), args=arguments, prog=f"python -m tritium.bench {verb}")
         return
-    from .operations import OPERATIONS
+    from tritium.bench.operations import OPERATIONS
 
     if verb == "all" or verb in OPERATIONS:
-        tyro.cli(_main_of("compare"), args=[verb, *arguments], prog="python -m bench")
+        tyro.cli(_main_of("compare"), args=[verb, *arguments], prog="python -m tritium.bench")
         return
     known = verb in ("--help", "-h", "help")
     said = _usage(list(OPERATIONS))
@@ -54,9 +54,9 @@ def _usage(operations: list[str]) -> str:
     )
     return "\n".join(
         [
-            "usage: python -m bench VERB [--help]",
+            "usage: python -m tritium.bench VERB [--help]",
             *verbs,
-            "or:    python -m bench OP [OP ...] [--help], beside PyTorch and other libraries, of",
+            "or:    python -m tritium.bench OP [OP ...] [--help], beside PyTorch and other libraries, of",
             names,
             "What --write, --save and --plot keep goes to bench/results at the root of a checkout,",
             "elsewhere to ./bench-results.",

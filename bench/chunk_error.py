@@ -1,4 +1,4 @@
-"""What chunking costs linear cross-entropy in accuracy: `python -m bench chunk_error`.
+"""What chunking costs linear cross-entropy in accuracy: `python -m tritium.bench chunk_error`.
 
 The gradient of the weight is a sum over chunks. Its relative root mean square error is taken
 against float64 on the same bfloat16 inputs. Ours adds in float32, and
@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels.linear_cross_entropy import linear_cross_entropy
-
-from . import report
-from .harness import device_name, relative_rms
+from tritium.bench import tables
+from tritium.bench.harness import device_name, relative_rms
+from tritium.kernels.linear_cross_entropy import linear_cross_entropy
 
 RESULTS = "chunk_error.md"  # in the folder of results
 WIDTH = 120
@@ -32,7 +31,7 @@ def contenders(T: int, V: int) -> Iterator[tuple[str, dict[int, Callable]]]:
     """Each contender's loss, by its number of chunks."""
     rows = {n: -(-T // n) for n in CHUNKS}
     yield (
-        "kernels.linear_cross_entropy",
+        "tritium.kernels.linear_cross_entropy",
         {n: partial(linear_cross_entropy, chunk_bytes=rows[n] * V * 2) for n in CHUNKS},
     )
     torchs = getattr(F, "linear_cross_entropy", None)
@@ -97,8 +96,8 @@ def main(T: int = 4096, D: int = 256, V: int = 4096, write: bool = False) -> Non
         lines.append(f"torch {torch.__version__} has no chunked linear_cross_entropy to compare.")
     Console(width=WIDTH).print(*lines, table(box.SIMPLE), sep="\n")
     if write:
-        command = f"python -m bench chunk_error --T {T} --D {D} --V {V} --write"
+        command = f"python -m tritium.bench chunk_error --T {T} --D {D} --V {V} --write"
         file = StringIO()
         print(f"`{command}`, torch {torch.__version__}", *lines, sep="\n\n", file=file)
         Console(file=file, width=WIDTH).print(table(box.MARKDOWN))
-        report.write(report.results() / RESULTS, file.getvalue().encode())
+        tables.write(tables.results() / RESULTS, file.getvalue().encode())

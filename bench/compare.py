@@ -1,4 +1,4 @@
-"""Ours against PyTorch and the others: `python -m bench OP [OP ...]`, `python -m bench all`."""
+"""Ours against PyTorch and the others: `python -m tritium.bench OP [OP ...]`, `python -m tritium.bench all`."""
 
 import shlex
 import sys
@@ -18,13 +18,12 @@ from rich.progress import Progress
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from kernels._runtime import uses_triton
-from kernels.explain import Bound, Device, explain
-
-from . import harness, report
-from .contenders import Loader
-from .operations import OPERATIONS, Dims, Make, Operation
-from .report import Report, Row
+from tritium.bench import harness, tables
+from tritium.bench.implementations import Loader
+from tritium.bench.operations import OPERATIONS, Dims, Make, Operation
+from tritium.bench.tables import Report, Row
+from tritium.kernels.roofline import Bound, Device, explain
+from tritium.kernels.runtime import uses_triton
 
 T = TypeVar("T")
 
@@ -284,21 +283,21 @@ def settings_here(console: Console, quick: bool) -> Settings:
     seconds = 0.02 if quick else 0.3
     rates = harness.measured_device(device, seconds)
     where = "CPU, not a GPU" if device.type == "cpu" else "GPU"
-    console.print(f"Measured on a {where}: {rates.name}; {report.describe_rates(rates)}")
+    console.print(f"Measured on a {where}: {rates.name}; {tables.describe_rates(rates)}")
     return Settings(device, rates, harness.cache_bytes(device), quick=quick, seconds=seconds)
 
 
 def command_line() -> str:
     """The command that this process was started with."""
-    return f"python -m bench {shlex.join(sys.argv[1:])}"
+    return f"python -m tritium.bench {shlex.join(sys.argv[1:])}"
 
 
 def show(done: Report, console: Console, save: bool, plot: bool) -> None:
     """Print a report; keep it and draw it where asked."""
-    console.print(report.table(done), *done.notes, sep="\n")
+    console.print(tables.table(done), *done.notes, sep="\n")
     if save:
-        report.save(done, done.path("json"))
+        tables.save(done, done.path("json"))
         console.print(f"Saved {done.path('json')}")
     if plot:
-        report.plot(done, done.path("png"))
+        tables.plot(done, done.path("png"))
         console.print(f"Drew {done.path('png')}")

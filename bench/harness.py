@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.explain import Device
+from tritium.kernels.roofline import Device
 
 Call = Callable[[], object]
 Outputs = dict[str, list[Tensor]]  # by pass

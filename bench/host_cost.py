@@ -16,10 +16,9 @@ import torch
 import triton
 from triton import knobs
 
-from kernels import _runtime
-
-from ._stub_driver import StubDriver
-from .harness import Call
+from tritium.bench.compiled._stub_driver import StubDriver
+from tritium.bench.harness import Call
+from tritium.kernels import runtime
 
 ROUNDS, CALLS = 6, 30
 PAUSE = 0.1  # seconds between rounds: a neighbour's disturbance lasts longer than a round
@@ -61,7 +60,7 @@ def of_cpu_call(call: Call) -> HostCost:
 
 def of_unexecuted_call(call: Call) -> HostCost | None:
     """The cost of a call of our kernels on CPU tensors; None where they are not compiled."""
-    if knobs.runtime.interpret or _runtime.REFERENCE:
+    if knobs.runtime.interpret or runtime.REFERENCE:
         return None
     with _unexecuted() as launches:
         call()  # compiles
@@ -76,11 +75,11 @@ def _unexecuted() -> Iterator[list]:
     """Send CPU tensors to kernels that are compiled and not run; give the list of launches."""
     driver = _stub_driver()
     triton.runtime.driver.set_active(driver)
-    before, _runtime.CPU_KERNELS = _runtime.CPU_KERNELS, True
+    before, runtime.CPU_KERNELS = runtime.CPU_KERNELS, True
     try:
         yield driver.launches
     finally:
-        _runtime.CPU_KERNELS = before
+        runtime.CPU_KERNELS = before
 
 
 @cache

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import contenders
-from .contenders import EAGER, Loader, liger, norm, ours, quack
+from tritium.bench import implementations
+from tritium.bench.implementations import EAGER, Loader, liger, norm, ours, quack
 
 Dims = dict[str, int]
 
@@ -143,7 +143,7 @@ OPERATIONS: dict[str, Operation] = {
     "cross_entropy": Operation(
         VOCABULARIES, "V", {"T": 64, "V": 1000},
         lambda make, T, V: (make(T, V), make.integers(V, T)),
-        {"ours": ours("cross_entropy"), "ours, in place": contenders.cross_entropy_inplace},
+        {"ours": ours("cross_entropy"), "ours, in place": implementations.cross_entropy_inplace},
         EAGER["cross_entropy"],
         {"liger": liger("cross_entropy"), "quack": quack("cross_entropy")},
         gradient_in_forward=("ours, in place", "liger"),
@@ -157,7 +157,7 @@ OPERATIONS: dict[str, Operation] = {
         {
             "liger": liger("fused_linear_cross_entropy"),
             "quack": quack("linear_cross_entropy", "chunked_linear_cross_entropy"),
-            "cut-cross-entropy": contenders.cut_cross_entropy,
+            "cut-cross-entropy": implementations.cut_cross_entropy,
         },
         gradient_in_forward=("ours", "liger", "quack"),
         rows=("T", 8192, 64),
@@ -168,7 +168,7 @@ OPERATIONS: dict[str, Operation] = {
     }),
     "add_rms_norm": _norm("add_rms_norm", ours("add_rms_norm", "rms_norm"), 2, 1, {
         "liger": liger("fused_add_rms_norm", eps=1e-6, in_place=False),
-        "quack": contenders.quack_add_rms_norm,
+        "quack": implementations.quack_add_rms_norm,
     }),
     "layer_norm": _norm("layer_norm", norm("layer_norm", 1e-5), 1, 2, {
         "liger": liger("layer_norm", eps=1e-5),

@@ -1,4 +1,4 @@
-"""The optimizer's step on the parameters of real models: `python -m bench optimizer`.
+"""The optimizer's step on the parameters of real models: `python -m tritium.bench optimizer`.
 
 Every task of `optimizer_tasks` is measured for every model: time, the bound's bytes and those of
 the state per parameter, launches, host time, memory, and error. Percent of the bound is of the
@@ -17,10 +17,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from kernels._runtime import uses_triton
-
-from . import harness, host_cost
-from .compare import (
+from tritium.bench import harness, host_cost
+from tritium.bench.compare import (
     Settings,
     attempt,
     command_line,
@@ -31,12 +29,13 @@ from .compare import (
     show,
     watched,
 )
-from .contenders import Loader
-from .optimizer_contenders import Parameters, Stepper
-from .optimizer_shapes import CPU_MODELS, MODELS, SMALLEST, Shapes
-from .optimizer_targets import verdicts
-from .optimizer_tasks import TASKS, Task
-from .report import Row
+from tritium.bench.implementations import Loader
+from tritium.bench.optimizer_implementations import Parameters, Stepper
+from tritium.bench.optimizer_shapes import CPU_MODELS, MODELS, SMALLEST, Shapes
+from tritium.bench.optimizer_targets import verdicts
+from tritium.bench.optimizer_tasks import TASKS, Task
+from tritium.bench.tables import Row
+from tritium.kernels.runtime import uses_triton
 
 T = TypeVar("T")
 WIDTH = 250  # of tables that do not go to a terminal

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from .report import Row
+from tritium.bench.tables import Row
 
 OURS, UNFOLDED = "ours", "torch clip, fused"
 

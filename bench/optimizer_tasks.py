@@ -4,10 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels.explain import Bound, Device, explain
-
-from .contenders import Loader
-from .optimizer_contenders import (
+from tritium.bench.implementations import Loader
+from tritium.bench.optimizer_implementations import (
     MAX_NORM,
     apex_adamw,
     bitsandbytes,
@@ -21,6 +19,7 @@ from .optimizer_contenders import (
     torch_with_masters,
     torchao,
 )
+from tritium.kernels.roofline import Bound, Device, explain
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -30,7 +29,7 @@ class Task:
     """One kind of step."""
 
     op: str
-    """Of kernels.explain; so are the three options below."""
+    """Of tritium.kernels.roofline; so are the three options below."""
     contenders: dict[str, Loader]
     """"ours" first."""
     truth: Loader

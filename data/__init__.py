@@ -3,13 +3,13 @@
 `TokenLoader` reads contiguous windows, `DocumentLoader` windows of whole documents.
 """
 
-from .corpus import Source
-from .documents import DocumentLoader
-from .error import DataError
-from .loader import Loader, TokenLoader
-from .prepare import prepare
-from .shards import Prepared
-from .tokenizer import Tokenizer
+from tritium.data.corpus import Source
+from tritium.data.documents import DocumentLoader
+from tritium.data.error import DataError
+from tritium.data.loader import Loader, TokenLoader
+from tritium.data.prepare import prepare
+from tritium.data.shards import Prepared
+from tritium.data.tokenizer import Tokenizer
 
 LOADERS = {"contiguous": TokenLoader, "documents": DocumentLoader}
 """By what a window holds: text as it comes, or whole documents."""

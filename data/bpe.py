@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import tiktoken
 
-from .special import end_of_text
+from tritium.data.special import end_of_text
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 PIECE = 65_536  # characters; the split of more white space than this overflows tiktoken's stack

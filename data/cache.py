@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .atomic import sync
-from .error import DataError, UnreachableError
+from tritium.data.atomic import sync
+from tritium.data.error import DataError, UnreachableError
 
 
 def cache_root() -> Path:

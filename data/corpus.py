@@ -15,10 +15,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from urllib.parse import unquote
 
-from . import hub
-from .error import DataError, printable
-from .files import JSONL, PARQUET, installed_files, kind, library_files, local_files, resolve, stamp
-from .records import Tally, only_code, read_files, read_modules
+from tritium.data import hf_datasets
+from tritium.data.error import DataError, printable
+from tritium.data.files import (
+    JSONL,
+    PARQUET,
+    installed_files,
+    kind,
+    library_files,
+    local_files,
+    resolve,
+    stamp,
+)
+from tritium.data.records import Tally, only_code, read_files, read_modules
 
 INSTALLED = "python://installed"
 """The source that is the standard library and every package installed beside torch."""
@@ -83,7 +92,7 @@ class Source:
         if self.path == INSTALLED:
             return f"{library} and the packages installed beside torch"
         try:
-            return printable(self.path if hub.is_hub(self.path) else resolve(self.path))
+            return printable(self.path if hf_datasets.is_hub(self.path) else resolve(self.path))
         except (OSError, RuntimeError, ValueError):  # a name that no file can have
             return printable(self.path)
 
@@ -157,8 +166,8 @@ def fingerprint(source: Source) -> str:
     Of a dataset of the hub, its revision stands for the files.
     """
     digest = hashlib.sha256(json.dumps(settings(source)).encode())
-    if hub.is_hub(source.path):
-        digest.update(hub.revision(str(source.path)).encode())
+    if hf_datasets.is_hub(source.path):
+        digest.update(hf_datasets.revision(str(source.path)).encode())
         return digest.hexdigest()
     if source.path in (None, INSTALLED):
         digest.update(platform.python_version().encode())
@@ -181,13 +190,17 @@ def source_files(source: Source) -> list[Path]:
         return library_files()
     if source.path == INSTALLED:
         return [*library_files(), *installed_files()]
-    return hub.files(str(source.path)) if hub.is_hub(source.path) else local_files(source.path)
+    return (
+        hf_datasets.files(str(source.path))
+        if hf_datasets.is_hub(source.path)
+        else local_files(source.path)
+    )
 
 
 def _texts(source: Source, tally: Tally) -> Iterator[str]:
-    if hub.is_hub(source.path):
+    if hf_datasets.is_hub(source.path):
         options = {"config": source.config, "split": source.split, "stream": source.stream}
-        return hub.read(str(source.path), source.field, tally, **options)
+        return hf_datasets.read(str(source.path), source.field, tally, **options)
     files = source_files(source)
     if source.path is None:
         return read_modules(files, tally)

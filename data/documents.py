@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .loader import Loader, as_tensor
-from .packing import cut, pack
+from tritium.data.loader import Loader, as_tensor
+from tritium.data.packing import cut, pack
 
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO, cast
 
-from .error import DataError
+from tritium.data.error import DataError
 
 PROSE = (".txt", ".md", ".rst", ".tex")
 CODE = (".py", ".c", ".h", ".cc", ".cpp", ".cu", ".go", ".java", ".js", ".ts", ".rs", ".sh")

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from .atomic import write
+from tritium.data.atomic import write
 
 FILE = "journal.jsonl"
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .error import DataError
-from .order import Order
-from .shards import SPLITS
-from .tokens import Tokens
+from tritium.data.error import DataError
+from tritium.data.order import Order
+from tritium.data.shards import SPLITS
+from tritium.data.tokens import Tokens
 
 Batch = tuple[Tensor, Tensor]
 _Batch = TypeVar("_Batch", bound=tuple)

@@ -8,9 +8,9 @@ source has no more: nothing is repeated beyond its `epochs`, and no share drifts
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from .corpus import Source, documents
-from .error import DataError
-from .records import Tally
+from tritium.data.corpus import Source, documents
+from tritium.data.error import DataError
+from tritium.data.records import Tally
 
 
 class Mixture:

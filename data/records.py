@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from .decoding import HEAD, NotTextError, as_utf8, detect, is_text
-from .error import DataError, printable
-from .files import JSONL, PARQUET, kind, open_bytes, stamp
+from tritium.data.decoding import HEAD, NotTextError, as_utf8, detect, is_text
+from tritium.data.error import DataError, printable
+from tritium.data.files import JSONL, PARQUET, kind, open_bytes, stamp
 
 PIECE = 65_536  # characters, about; a long text file is cut into documents of this length
 _LEAST = 1024  # characters, about, of such a document

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import journal
-from .atomic import write
-from .error import DataError
-from .records import summary
-from .tokenizer import FILE as TOKENIZER_FILE
-from .tokenizer import Tokenizer
+from tritium.data import journal
+from tritium.data.atomic import write
+from tritium.data.error import DataError
+from tritium.data.records import summary
+from tritium.data.tokenizer import FILE as TOKENIZER_FILE
+from tritium.data.tokenizer import Tokenizer
 
 VERSION = 3  # raise it whenever the same source and settings would give other files
 MANIFEST_FILE = "manifest.json"

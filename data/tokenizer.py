@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, SupportsIndex, cast
 
 import numpy as np
 
-from .atomic import write
-from .bpe import BytePairs
-from .error import DataError
-from .huggingface import HuggingFace
-from .ranks import ENCODINGS, SUFFIX, local, published
-from .special import EOT
+from tritium.data.atomic import write
+from tritium.data.bpe import BytePairs
+from tritium.data.error import DataError
+from tritium.data.hf_tokenizer import HuggingFace
+from tritium.data.special import EOT
+from tritium.data.tiktoken_files import ENCODINGS, SUFFIX, local, published
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,8 @@ from bisect import bisect_right
 
 import numpy as np
 
-from .error import DataError
-from .shards import SPLITS, open_prepared, verify
+from tritium.data.error import DataError
+from tritium.data.shards import SPLITS, open_prepared, verify
 
 
 class Tokens:

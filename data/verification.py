@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from threading import Thread
 
-from .error import DataError
-from .shards import open_prepared, verify
+from tritium.data.error import DataError
+from tritium.data.shards import open_prepared, verify
 
 AT_ONCE = 1 << 30  # bytes; read and hashed in about a second
 

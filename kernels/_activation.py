@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, unit_stride
+from tritium.kernels.runtime import accumulator, once_differentiable, operator, unit_stride
 
 TILE = 2048  # elements per program: 16 a thread
 

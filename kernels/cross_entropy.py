@@ -31,9 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._loss_rows import empty_results, launch_rows, rows
-from ._runtime import once_differentiable, operator, sees_through, unit_stride, uses_triton
-from ._token_loss import (
+from tritium.kernels._cross_entropy_options import (
     SCHEMA,
     Options,
     Results,
@@ -50,6 +48,14 @@ from ._token_loss import (
     stats_reference,
     token_stats,
     token_weights,
+)
+from tritium.kernels._cross_entropy_rows import empty_results, launch_rows, rows
+from tritium.kernels.runtime import (
+    once_differentiable,
+    operator,
+    sees_through,
+    unit_stride,
+    uses_triton,
 )
 
 ONCE = (

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, uses_triton
+from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton
 
 S = tl.constexpr(1024)  # part of the definition: another S is another mask
 ROUNDS = tl.constexpr(7)

@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton, widen
+from tritium.kernels.runtime import (
+    accumulator,
+    once_differentiable,
+    operator,
+    unit_stride,
+    uses_triton,
+    widen,
+)
 
 TILE = 2048  # elements per program of the forward: 16 a thread
 S = 32  # sorted positions per block

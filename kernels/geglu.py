@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from ._activation import activate, validate_pair
-from ._runtime import uses_triton
+from tritium.kernels._activation import activate, validate_pair
+from tritium.kernels.runtime import uses_triton
 
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # by the names of torch.nn.functional.gelu
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._linear_loss import linear_loss
-from ._token_loss import Options, check_options
+from tritium.kernels._cross_entropy_options import Options, check_options
+from tritium.kernels._linear_cross_entropy import linear_loss
 
 
 def info_nce_reference(

@@ -23,8 +23,8 @@ Ba, Kiros & Hinton, "Layer Normalization", 2016. https://arxiv.org/abs/1607.0645
 import torch
 from torch import Tensor
 
-from ._norm import Shape, add_norm, as_sizes, flat, norm, shape_of, validate
-from ._runtime import uses_triton, widen
+from tritium.kernels._norm_launch import Shape, add_norm, as_sizes, flat, norm, shape_of, validate
+from tritium.kernels.runtime import uses_triton, widen
 
 
 def layer_norm_reference(

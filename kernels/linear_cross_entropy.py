@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._linear_loss import chunk_rows as chunk_rows
-from ._linear_loss import linear_loss
-from ._token_loss import Options, TokenStats, check_options
-from .cross_entropy import cross_entropy_reference
+from tritium.kernels._cross_entropy_options import Options, TokenStats, check_options
+from tritium.kernels._linear_cross_entropy import chunk_rows as chunk_rows
+from tritium.kernels._linear_cross_entropy import linear_loss
+from tritium.kernels.cross_entropy import cross_entropy_reference
 
 
 def linear_cross_entropy_reference(

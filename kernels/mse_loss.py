@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, uses_triton
-from ._token_loss import check_reduction
+from tritium.kernels._cross_entropy_options import check_reduction
+from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton
 
 TILE = 2048  # elements that a program holds at a time: 16 a thread
 P_MAX = 1024  # not the number of multiprocessors: the loss is the same sum on every GPU

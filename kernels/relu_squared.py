@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from ._activation import activate
-from ._runtime import uses_triton
+from tritium.kernels._activation import activate
+from tritium.kernels.runtime import uses_triton
 
 
 def relu_squared_reference(x: Tensor) -> Tensor:

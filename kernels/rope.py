@@ -23,8 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
-from ._written_out import is_written_out
+from tritium.kernels._cpu_backward import is_written_out
+from tritium.kernels.runtime import (
+    accumulator,
+    once_differentiable,
+    operator,
+    unit_stride,
+    uses_triton,
+)
 
 TILE = 2048  # pairs per program: 16 a thread. In place no two threads may hold one element.
 

@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import accumulator, once_differentiable, operator, unit_stride, uses_triton
-from ._softmax_rows import (
+from tritium.kernels._cross_entropy_options import check_number
+from tritium.kernels._softmax_long_rows import (
     LOG2E,
     launch_backward,
     launch_forward,
@@ -42,7 +42,13 @@ from ._softmax_rows import (
     softmax_normalise,
     softmax_visible,
 )
-from ._token_loss import check_number
+from tritium.kernels.runtime import (
+    accumulator,
+    once_differentiable,
+    operator,
+    unit_stride,
+    uses_triton,
+)
 
 TILE = 2048  # elements per program where rows are short: 16 a thread
 MAX_TILE = 16384  # the longest row that 16 warps hold without spilling

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ._activation import activate, validate_pair
-from ._runtime import uses_triton, widen
-from ._written_out import differentiate, is_written_out
+from tritium.kernels._activation import activate, validate_pair
+from tritium.kernels._cpu_backward import differentiate, is_written_out
+from tritium.kernels.runtime import uses_triton, widen
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """The model and what trains, samples and stores it."""
 
-from .transformer import ModelConfig, Transformer
+from tritium.model.transformer import ModelConfig, Transformer
 
 __all__ = ["ModelConfig", "Transformer"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .linear import sees_through
+from tritium.model.cpu_linear import sees_through
 
 
 def widen(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import document_mask, document_numbers
+from tritium.model.attention import document_mask, document_numbers
 
 
 class Cache:

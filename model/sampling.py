@@ -10,10 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels import softmax
-
-from .config import ModelConfig
-from .kv_cache import Cache
+from tritium.kernels import softmax
+from tritium.model.config import ModelConfig
+from tritium.model.kv_cache import Cache
 
 
 class LanguageModel(Protocol):

@@ -15,13 +15,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
-
-from . import activations, sampling
-from .attention import attend, document_mask, document_numbers, widen
-from .config import ModelConfig, check_share
-from .kv_cache import Cache
-from .linear import Linear
+from tritium.kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
+from tritium.model import activation_checkpointing as checkpointing
+from tritium.model import sampling
+from tritium.model.attention import attend, document_mask, document_numbers, widen
+from tritium.model.config import ModelConfig, check_share
+from tritium.model.cpu_linear import Linear
+from tritium.model.kv_cache import Cache
 
 
 class Transformer(nn.Module):
@@ -30,7 +30,7 @@ class Transformer(nn.Module):
     Args:
         config: its shape.
         activation_checkpointing: "none", "selective", "every-N" or "full": what of each block is
-            kept for the backward pass; the rest is computed again. See `model.activations`.
+            kept for the backward pass; the rest is computed again. See `tritium.model.activation_checkpointing`.
         dropout: probability with which an element of what a block adds to the residual stream is
             left out, in training mode.
         label_smoothing: share of the target's probability that is spread over the vocabulary, in
@@ -76,18 +76,18 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the folder holds no checkpoint, or one that is damaged.
         """
-        from .checkpoint import load_model, newest
+        from tritium.training.run.checkpoint import load_model, newest
 
         return load_model(newest(Path(run)), cls).to(device).eval()
 
     @property
     def activation_checkpointing(self) -> str:
-        """What of each block is kept for the backward pass; see `model.activations`."""
+        """What of each block is kept for the backward pass; see `tritium.model.activation_checkpointing`."""
         return self._activation_checkpointing
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, policy: str) -> None:
-        activations.check_policy(policy, self.config.n_layers)
+        checkpointing.check_policy(policy, self.config.n_layers)
         self._activation_checkpointing = policy
 
     @property
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         places = cos_LK[start:end], sin_LK[start:end], mask
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
-            x_BLD, residual_BLD = activations.run_block(
+            x_BLD, residual_BLD = checkpointing.run_block(
                 self.activation_checkpointing, i, block, (x_BLD, residual_BLD, places, layer),
                 draws=self.dropout > 0,
             )  # fmt: skip
@@ -259,7 +259,7 @@ class Transformer(nn.Module):
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue `tokens` by sampling; see `model.sampling.generate`, and `stream` there."""
+        """Continue `tokens` by sampling; see `tritium.model.sampling.generate`, and `stream` there."""
         return sampling.generate(
             self, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             stop_tokens=stop_tokens, generator=generator,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import train
-from model import checkpoint
+from tritium.training.run import checkpoint
 
 RANDOM = ("--max-steps", "12", "--save-every", "3", "--dropout", "0.2", "--eval-every", "5",
           "--keep-best")  # fmt: skip
@@ -40,9 +40,11 @@ class Run:
     """Runs of train.py in this process, on the references where there is no GPU, as a user's."""
 
     def __init__(self, monkeypatch, home: Path, corpus: Path, capsys):
-        monkeypatch.setattr("kernels._runtime.CPU_KERNELS", False)
+        monkeypatch.setattr("tritium.kernels.runtime.CPU_KERNELS", False)
         monkeypatch.setenv("TRITIUM_HOME", str(home))
-        monkeypatch.setattr("model.plot.plot_losses", lambda *_: None)  # half of a run's time
+        monkeypatch.setattr(
+            "tritium.training.monitor.plot.plot_losses", lambda *_: None
+        )  # half of a run's time
         self.monkeypatch, self.corpus, self.capsys = monkeypatch, corpus, capsys
 
     def __call__(self, run: Path, *arguments: str) -> int:

@@ -14,13 +14,14 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from .. import journal
-from ..cache import cache_root, lock, publication
-from ..corpus import Source, fingerprint, parse_source, settings, source_files
-from ..error import DataError
-from ..mixture import Mixture
-from ..records import SURE_TO_BE_CUT
-from ..shards import (
+from tritium.data import journal
+from tritium.data.cache import cache_root, lock, publication
+from tritium.data.corpus import Source, fingerprint, parse_source, settings, source_files
+from tritium.data.error import DataError
+from tritium.data.mixture import Mixture
+from tritium.data.prepare.encoding import encode
+from tritium.data.records import SURE_TO_BE_CUT
+from tritium.data.shards import (
     MANIFEST_FILE,
     VERSION,
     Manifest,
@@ -30,9 +31,8 @@ from ..shards import (
     token_dtype,
     write_manifest,
 )
-from ..tokenizer import FILE as TOKENIZER_FILE
-from ..tokenizer import Tokenizer
-from .encoding import encode
+from tritium.data.tokenizer import FILE as TOKENIZER_FILE
+from tritium.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.05

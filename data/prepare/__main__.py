@@ -1,4 +1,4 @@
-"""The commands `python -m data.prepare [SOURCE ...]` and `python -m data.prepare inspect DIR`."""
+"""The commands `python -m tritium.data.prepare [SOURCE ...]` and `python -m tritium.data.prepare inspect DIR`."""
 
 import sys
 import time
@@ -7,10 +7,10 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from ..error import DataError, printable
-from ..shards import Shard
-from . import VAL_FRACTION, VOCAB_SIZE, prepare
-from .inspection import inspect
+from tritium.data.error import DataError, printable
+from tritium.data.prepare import VAL_FRACTION, VOCAB_SIZE, prepare
+from tritium.data.prepare.inspection import inspect
+from tritium.data.shards import Shard
 
 
 def prepare_command(
@@ -70,7 +70,7 @@ def inspect_command(
     """Show what a prepared folder holds: counts, lengths, samples; and check every shard.
 
     Args:
-        folder: as `python -m data.prepare` printed it.
+        folder: as `python -m tritium.data.prepare` printed it.
         samples: documents to show the beginning of.
         seed: decides which.
         picture: PNG file for the lengths of the documents; none: lengths.png in the folder.
@@ -82,9 +82,9 @@ def inspect_command(
 def main() -> None:
     """Inspect a folder if the first argument says so, else prepare."""
     if sys.argv[1:2] == ["inspect"]:
-        tyro.cli(inspect_command, args=sys.argv[2:], prog="python -m data.prepare inspect")
+        tyro.cli(inspect_command, args=sys.argv[2:], prog="python -m tritium.data.prepare inspect")
     else:
-        tyro.cli(prepare_command, prog="python -m data.prepare")
+        tyro.cli(prepare_command, prog="python -m tritium.data.prepare")
 
 
 def _summary(shards: list[Shard]) -> str:
@@ -98,8 +98,8 @@ if __name__ == "__main__":
     try:
         main()
     except DataError as error:
-        print(f"data.prepare: {error}", file=sys.stderr)
+        print(f"tritium.data.prepare: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("data.prepare: stopped; the same command resumes from here", file=sys.stderr)
+        print("tritium.data.prepare: stopped; the same command resumes from here", file=sys.stderr)
         sys.exit(130)

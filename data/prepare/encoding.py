@@ -17,10 +17,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..mixture import Mixture
-from ..shards import SPLITS, Shard, ShardWriter, finished_shards, token_dtype
-from ..tokenizer import Tokenizer
-from .split import assign_splits
+from tritium.data.mixture import Mixture
+from tritium.data.prepare.split import assign_splits
+from tritium.data.shards import SPLITS, Shard, ShardWriter, finished_shards, token_dtype
+from tritium.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text that a thread encodes at a time
 

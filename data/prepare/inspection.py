@@ -7,11 +7,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..atomic import replacing
-from ..error import DataError, printable
-from ..shards import SPLITS, Manifest, Shard, open_prepared
-from ..tokenizer import Tokenizer
-from ..tokens import Tokens
+from tritium.data.atomic import replacing
+from tritium.data.error import DataError, printable
+from tritium.data.shards import SPLITS, Manifest, Shard, open_prepared
+from tritium.data.tokenizer import Tokenizer
+from tritium.data.tokens import Tokens
 
 SAMPLE_TOKENS = 120
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import chunk_error, compare, harness, report
-from bench.__main__ import main
-from bench.operations import OPERATIONS, Operation
-from kernels import _runtime
-from kernels.explain import Bound, Device
+from tritium.bench import chunk_error, compare, harness, tables
+from tritium.bench.__main__ import main
+from tritium.bench.operations import OPERATIONS, Operation
+from tritium.kernels import runtime
+from tritium.kernels.roofline import Bound, Device
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ SETTINGS = compare.Settings(CPU, RATES, 0, torch.float32, quick=True, seconds=1e
 @pytest.fixture(autouse=True)
 def references(monkeypatch):
     """The kernels themselves are tested elsewhere, and slow in the interpreter."""
-    monkeypatch.setattr(_runtime, "REFERENCE", True)
+    monkeypatch.setattr(runtime, "REFERENCE", True)
 
 
 class FakeClock:
@@ -291,50 +291,56 @@ def test_shapes_are_complete_and_their_sizes_tell_them_apart(name):
     [(True, True, "definition"), (False, True, "interpreter"), (False, False, "definition")],
 )
 def test_says_what_ours_is_on_a_cpu(reference, interpreter, words, monkeypatch):
-    monkeypatch.setattr(_runtime, "REFERENCE", reference)
-    monkeypatch.setattr(_runtime, "CPU_KERNELS", interpreter)
+    monkeypatch.setattr(runtime, "REFERENCE", reference)
+    monkeypatch.setattr(runtime, "CPU_KERNELS", interpreter)
     (note,) = (note for note in report_of(doubling(), ()).notes if note.startswith("Ours"))
     assert words in note
 
 
-def report_of(operation: Operation, rows: tuple[report.Row, ...]) -> report.Report:
+def report_of(operation: Operation, rows: tuple[tables.Row, ...]) -> tables.Report:
     notes = compare._notes(operation, SETTINGS)
     return compare.make_report(
-        "softmax", operation.axis, "float32", SETTINGS, "python -m bench softmax", notes, rows
+        "softmax",
+        operation.axis,
+        "float32",
+        SETTINGS,
+        "python -m tritium.bench softmax",
+        notes,
+        rows,
     )
 
 
 ROWS = (
-    report.Row("a", {"M": 2, "N": 64}, "ours", "forward", 1.5, 1.25, 2.0, 3_000_000, 10, "memory",
+    tables.Row("a", {"M": 2, "N": 64}, "ours", "forward", 1.5, 1.25, 2.0, 3_000_000, 10, "memory",
                80.0, peak_bytes=1 << 20, error=1e-3),
-    report.Row("a", {"M": 2, "N": 64}, "eager", "forward", problem="out of memory"),
-    report.Row("b", {"M": 2, "N": 4096}, "ours", "forward", 1.5, 1.25, 2.0, 10, 2_000_000_000,
+    tables.Row("a", {"M": 2, "N": 64}, "eager", "forward", problem="out of memory"),
+    tables.Row("b", {"M": 2, "N": 4096}, "ours", "forward", 1.5, 1.25, 2.0, 10, 2_000_000_000,
                "matrix products", 180.0),
-    report.Row("b", {"M": 2, "N": 4096}, "eager", "both", 1.5, 1.25, 2.0, 10, 10, "memory", 0.5),
+    tables.Row("b", {"M": 2, "N": 4096}, "eager", "both", 1.5, 1.25, 2.0, 10, 10, "memory", 0.5),
 )  # fmt: skip
 
 
 def test_a_report_survives_its_file(tmp_path):
     written = replace(report_of(doubling(), ROWS), axis="N")
-    report.save(written, tmp_path / "results" / "x.json")
-    assert report.load(tmp_path / "results" / "x.json") == written
+    tables.save(written, tmp_path / "results" / "x.json")
+    assert tables.load(tmp_path / "results" / "x.json") == written
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["x.json"]
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    report.write(path, b"old")
+    tables.write(path, b"old")
     monkeypatch.setattr(Path, "replace", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        report.write(path, b"new")
+        tables.write(path, b"new")
     assert path.read_bytes() == b"old"
 
 
 def test_the_file_says_how_it_was_made(tmp_path):
-    report.save(report_of(doubling(), ROWS), tmp_path / "x.json")
+    tables.save(report_of(doubling(), ROWS), tmp_path / "x.json")
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["measured_on"] == "CPU"
-    assert content["command"] == "python -m bench softmax"
+    assert content["command"] == "python -m tritium.bench softmax"
     assert {"torch", "triton", "python"} <= content["versions"].keys()
     assert content["rates"]["copy"] == 1e9
     assert content["date"].startswith("20")
@@ -344,7 +350,7 @@ def test_the_table_has_units_and_says_cpu(capsys):
     from rich.console import Console
 
     done = report_of(doubling(), ROWS)
-    Console(width=170).print(report.table(done))
+    Console(width=170).print(tables.table(done))
     text = capsys.readouterr().out
     for words in (
         "softmax, float32, a machine (measured on a CPU, not a GPU)",
@@ -356,13 +362,13 @@ def test_the_table_has_units_and_says_cpu(capsys):
         assert words not in text, text
     gpu = replace(done, measured_on="GPU", device="NVIDIA H200")
     assert "CPU" not in gpu.title
-    assert gpu.path("json") == report.results() / "softmax-nvidia-h200.json"
+    assert gpu.path("json") == tables.results() / "softmax-nvidia-h200.json"
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[1:2], ()])
 def test_draws_a_plot(rows, tmp_path):
     path = tmp_path / "x.png"
-    report.plot(replace(report_of(doubling(), rows), axis="N"), path)
+    tables.plot(replace(report_of(doubling(), rows), axis="N"), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 300_000
 
@@ -384,13 +390,13 @@ def run_main(monkeypatch, *words: str) -> None:
 
 
 def test_saves_and_plots_what_was_asked_for(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "results", lambda: tmp_path)
+    monkeypatch.setattr(tables, "results", lambda: tmp_path)
     monkeypatch.setattr(harness, "measured_device", lambda device, seconds: RATES)
     words = ("relu_squared", "--sizes", "32", "64", "--dtype", "fp32", "--save", "--plot")
     run_main(monkeypatch, *words)
-    saved = report.load(tmp_path / "relu_squared-a-machine.json")
+    saved = tables.load(tmp_path / "relu_squared-a-machine.json")
     assert [row.dims["F"] for row in saved.rows] == [32] * 6 + [64] * 6
-    assert saved.command == "python -m bench " + " ".join(words)
+    assert saved.command == "python -m tritium.bench " + " ".join(words)
     assert (tmp_path / "relu_squared-a-machine.png").exists()
     assert "Measured on a" in capsys.readouterr().out
 
@@ -421,13 +427,13 @@ def test_refuses_what_it_cannot_explain(op, shape, words, monkeypatch):
 
 
 def test_ours_does_not_err_more_in_more_chunks(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "results", lambda: tmp_path)
+    monkeypatch.setattr(tables, "results", lambda: tmp_path)
     found = dict(chunk_error.measure(512, 32, 128))
-    ours = found["kernels.linear_cross_entropy"]
+    ours = found["tritium.kernels.linear_cross_entropy"]
     assert max(ours) < 1.1 * min(ours) < 4e-3
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         assert found['torch, acc_policy="compact"'][-1] > 3 * ours[-1]
     run_main(monkeypatch, "chunk_error", "--T", "512", "--D", "32", "--V", "128", "--write")
     text = (tmp_path / "chunk_error.md").read_text()
-    assert "python -m bench chunk_error --T 512 --D 32 --V 128 --write" in text
+    assert "python -m tritium.bench chunk_error --T 512 --D 32 --V 128 --write" in text
     assert f"{100 * ours[0]:.3f}" in text

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import host_cost
-from kernels import _runtime
+from tritium.bench import host_cost
+from tritium.kernels import runtime
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def test_host_time_is_of_single_calls_while_nothing_disturbs(monkeypatch):
 
 
 def test_definitions_have_no_launches(monkeypatch):
-    monkeypatch.setattr(_runtime, "REFERENCE", True)
+    monkeypatch.setattr(runtime, "REFERENCE", True)
     assert host_cost.of_unexecuted_call(lambda: pytest.fail("called")) is None
 
 
@@ -80,7 +80,7 @@ def test_counts_launches_of_kernels_on_a_cpu():
     """A few for the model as it is, more for a norm, and three in all: none counted twice."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = ["bench", "optimizer", "--quick", "--tasks", "AdamW float32"]
+    command = ["tritium.bench", "optimizer", "--quick", "--tasks", "AdamW float32"]
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )

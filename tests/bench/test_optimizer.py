@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from bench import compare, harness, optimizer, report
-from bench.__main__ import main
-from bench.optimizer_contenders import Stepper, clipped, gradients
-from bench.optimizer_shapes import CPU_MODELS, MODELS, SMALLEST, gpt2, llama
-from bench.optimizer_tasks import EXACT, FUSED, TASKS, Task
-from kernels import _runtime
-from kernels.explain import Device
-from kernels.grad_norm import squares_reference
+from tritium.bench import compare, harness, optimizer, tables
+from tritium.bench.__main__ import main
+from tritium.bench.optimizer_implementations import Stepper, clipped, gradients
+from tritium.bench.optimizer_shapes import CPU_MODELS, MODELS, SMALLEST, gpt2, llama
+from tritium.bench.optimizer_tasks import EXACT, FUSED, TASKS, Task
+from tritium.kernels import runtime
+from tritium.kernels.optimizers.grad_norm import squares_reference
+from tritium.kernels.roofline import Device
 
 CPU = torch.device("cpu")
 RATES = Device("a machine", "", copy=1e9, matrix_16=1e9, matrix_32=1e9, arithmetic=1e12)
@@ -28,7 +28,7 @@ N = 22
 @pytest.fixture(autouse=True)
 def references(monkeypatch):
     """The kernels themselves are tested elsewhere, and slow in the interpreter."""
-    monkeypatch.setattr(_runtime, "REFERENCE", True)
+    monkeypatch.setattr(runtime, "REFERENCE", True)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def task(step=None, **options) -> Task:
     return Task("adamw", contenders, EXACT, **options)
 
 
-def measured(**tasks: Task) -> list[report.Row]:
+def measured(**tasks: Task) -> list[tables.Row]:
     return list(optimizer.measure(TINY, tasks, SETTINGS))
 
 
@@ -202,7 +202,7 @@ def test_masters_of_apex_are_state_too():
             super().__init__(params, lr=0.1)
             self.param_groups_master = [{"params": [p.detach().double() for p in params] + [None]}]
 
-    from bench.optimizer_contenders import optimizer as loader
+    from tritium.bench.optimizer_implementations import optimizer as loader
 
     stepper = loader(lambda: Fused)()(optimizer.parameters([(5,)], torch.float32, CPU))
     assert stepper.state_bytes == 5 * 8
@@ -212,17 +212,17 @@ def run_main(monkeypatch, *words: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(harness, "measured_device", lambda device, seconds: RATES)
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 0)
-    monkeypatch.setattr(sys, "argv", ["bench", "optimizer", *words])
+    monkeypatch.setattr(sys, "argv", ["tritium.bench", "optimizer", *words])
     main()
 
 
 def test_saves_plots_and_judges(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "results", lambda: tmp_path)
+    monkeypatch.setattr(tables, "results", lambda: tmp_path)
     words = ("--tasks", "clip + AdamW float32", "norm", "--quick", "--targets", "--save", "--plot")
     with pytest.raises(SystemExit) as exit:
         run_main(monkeypatch, *words)
     assert exit.value.code == 1  # the target is about another model
-    saved = report.load(tmp_path / "optimizer-a-machine.json")
+    saved = tables.load(tmp_path / "optimizer-a-machine.json")
     kinds = ["norm float32"] * 2 + ["norm bf16"] * 2 + ["clip + AdamW float32"] * 3
     assert [row.pass_name for row in saved.rows] == kinds
     assert {row.dims["N"] for row in saved.rows} == {sum(map(prod, SMALLEST))}

@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from bench import report
-from bench.optimizer_shapes import MODELS
-from bench.optimizer_targets import TARGETS, verdicts
-from bench.optimizer_tasks import TASKS
+from tritium.bench import tables
+from tritium.bench.optimizer_shapes import MODELS
+from tritium.bench.optimizer_targets import TARGETS, verdicts
+from tritium.bench.optimizer_tasks import TASKS
 
 
-def row(model: str, task: str, contender: str = "ours", **figures) -> report.Row:
-    return report.Row(model, {"N": 1, "tensors": 1}, contender, task, **figures)
+def row(model: str, task: str, contender: str = "ours", **figures) -> tables.Row:
+    return tables.Row(model, {"N": 1, "tensors": 1}, contender, task, **figures)
 
 
-def perfect() -> list[report.Row]:
+def perfect() -> list[tables.Row]:
     """Rows that meet every target, and others that none is about."""
     names = [name for name in TASKS if "AdamW" in name or "norm" in name]
     rows = [

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from data import Tokenizer
+from tritium.data import Tokenizer
 
 TEXT = "".join(f"the quick brown fox {i} jumps\nover the lazy dog {i * i}\n\n" for i in range(400))
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from data import atomic
+from tritium.data import atomic
 
 
 @pytest.mark.parametrize("content", [b"\x00\xff", "é\r\n", ""])

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import DataError
-from data.corpus import Source, documents, fingerprint, parse_source, source_files
-from data.records import Tally
+from tritium.data import DataError
+from tritium.data.corpus import Source, documents, fingerprint, parse_source, source_files
+from tritium.data.records import Tally
 
 
 def jsonl(*rows) -> bytes:
@@ -163,7 +163,7 @@ def test_imports_and_cache_stay_out_of_the_way(tmp_path):
     write(tmp_path, {"a.jsonl": jsonl({"text": "a b c"}, {"text": "d e f"})})
     code = """if True:
         import sys
-        from data import prepare
+        from tritium.data import prepare
         assert not {"datasets", "tokenizers"} & {*sys.modules}
         prepare("a.jsonl", vocab_size=257, progress=False)
         assert "tokenizers" in sys.modules and "datasets" not in sys.modules

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Trainable
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data import DataError, DocumentLoader, Tokenizer, TokenLoader, prepare
+from tritium.data import DataError, DocumentLoader, Tokenizer, TokenLoader, prepare
 
 TEXT = [f"the quick brown fox number {i} jumps over {i * 7 % 11} lazy dogs" for i in range(200)]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import DataError
-from data.corpus import Source, documents
-from data.decoding import NotTextError, detect
-from data.records import Tally
+from tritium.data import DataError
+from tritium.data.corpus import Source, documents
+from tritium.data.decoding import NotTextError, detect
+from tritium.data.records import Tally
 
 SAMPLES = {
     "English": "The quick brown fox jumps over the lazy dog, twice: naïve café.",

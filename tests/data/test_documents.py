@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, DocumentLoader, TokenLoader
-from data.journal import remove
-from data.packing import cut, pack
-from data.shards import VERSION, Manifest, ShardWriter, write_manifest
+from tritium.data import DataError, DocumentLoader, TokenLoader
+from tritium.data.journal import remove
+from tritium.data.packing import cut, pack
+from tritium.data.shards import VERSION, Manifest, ShardWriter, write_manifest
 
 L = 16
 

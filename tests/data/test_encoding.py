@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, Source, atomic, journal, prepare, shards
-from data.prepare import encoding
-from data.shards import open_prepared
+from tritium.data import DataError, Source, atomic, journal, prepare, shards
+from tritium.data.prepare import encoding
+from tritium.data.shards import open_prepared
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,8 +130,8 @@ def test_another_tokenizer_library_starts_over(file, tmp_path, monkeypatch):
 
 CODE = """
 import sys
-from data import prepare, shards
-from data.prepare import encoding
+from tritium.data import prepare, shards
+from tritium.data.prepare import encoding
 shards.SHARD_TOKENS, encoding.BATCH_CHARS = 500, 700
 prepare(sys.argv[1], vocab_size=300, progress=False, val_fraction=0.3)
 """

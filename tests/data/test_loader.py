@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, Tokenizer, TokenLoader, prepare
-from data.journal import remove
-from data.shards import MANIFEST_FILE, VERSION, Manifest, ShardWriter, open_prepared, write_manifest
+from tritium.data import DataError, Tokenizer, TokenLoader, prepare
+from tritium.data.journal import remove
+from tritium.data.shards import (
+    MANIFEST_FILE,
+    VERSION,
+    Manifest,
+    ShardWriter,
+    open_prepared,
+    write_manifest,
+)
 
 N, L = 1003, 10
 M = N // L

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, Source
-from data.mixture import Mixture
+from tritium.data import DataError, Source
+from tritium.data.mixture import Mixture
 
 
 def source(folder: Path, name: str, n: int, size: int = 10, **options) -> Source:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataError, Tokenizer, prepare, shards
-from data.corpus import documents
-from data.prepare import _learn
-from data.prepare.split import assign_splits
-from data.shards import open_prepared
+from tritium.data import DataError, Tokenizer, prepare, shards
+from tritium.data.corpus import documents
+from tritium.data.prepare import _learn
+from tritium.data.prepare.split import assign_splits
+from tritium.data.shards import open_prepared
 
 
 def quietly(source, **options) -> Path:
@@ -93,7 +93,9 @@ def test_same_files_from_the_same_text(many, tmp_path):
 
 def test_reuses_what_is_prepared(many, monkeypatch):
     folder = quietly(many)
-    monkeypatch.delattr(sys.modules["data.prepare"], "lock")  # nothing can be written without it
+    monkeypatch.delattr(
+        sys.modules["tritium.data.prepare"], "lock"
+    )  # nothing can be written without it
     assert quietly(many) == folder
 
 
@@ -153,7 +155,7 @@ def test_damage_is_repaired(text_file, damage):
 def test_many_at_once_prepare_once(text_file, monkeypatch):
     runs = []
     monkeypatch.setattr(
-        sys.modules["data.prepare"], "_learn", lambda *a: (runs.append(1), _learn(*a))[1]
+        sys.modules["tritium.data.prepare"], "_learn", lambda *a: (runs.append(1), _learn(*a))[1]
     )
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(quietly, [text_file] * 8))
@@ -223,7 +225,7 @@ def test_refuses_a_source_that_changes_meanwhile(text_file, home, monkeypatch):
         text_file.write_text("something else " * 1000)
         return _learn(*args)
 
-    monkeypatch.setattr(sys.modules["data.prepare"], "_learn", learn_and_touch)
+    monkeypatch.setattr(sys.modules["tritium.data.prepare"], "_learn", learn_and_touch)
     with pytest.raises(DataError, match=r"text\.txt changed while it was read; run again"):
         quietly(text_file)
     assert leftovers(home) == []
@@ -244,7 +246,7 @@ def test_refuses_a_cache_that_cannot_be_written(text_file, tmp_path):
     ids=str,
 )
 def test_cache_root(monkeypatch, variables, expected):
-    from data.cache import cache_root
+    from tritium.data.cache import cache_root
 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -252,8 +254,8 @@ def test_cache_root(monkeypatch, variables, expected):
 
 
 def command(monkeypatch, *args) -> None:
-    monkeypatch.setattr(sys, "argv", ["data.prepare", *map(str, args)])
-    runpy.run_module("data.prepare", run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["tritium.data.prepare", *map(str, args)])
+    runpy.run_module("tritium.data.prepare", run_name="__main__")
 
 
 def test_command_prints_a_summary(text_file, monkeypatch, capfd):
@@ -281,17 +283,20 @@ def test_command_can_be_stopped(text_file, monkeypatch, capfd):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["data.prepare"], "_learn", stop)
+    monkeypatch.setattr(sys.modules["tritium.data.prepare"], "_learn", stop)
     with pytest.raises(SystemExit, match="130"):
         command(monkeypatch, text_file)
-    assert capfd.readouterr().err == "data.prepare: stopped; the same command resumes from here\n"
+    assert (
+        capfd.readouterr().err
+        == "tritium.data.prepare: stopped; the same command resumes from here\n"
+    )
 
 
 def test_command_tells_an_error_in_one_line(monkeypatch, capfd):
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, "/no/where")
     message = "there is no file or folder /no/where; a dataset of the hub is hf://NAME"
-    assert capfd.readouterr() == ("", f"data.prepare: {message}\n")
+    assert capfd.readouterr() == ("", f"tritium.data.prepare: {message}\n")
 
 
 def test_inspect_shows_what_is_there(many, monkeypatch, capsys, tmp_path):

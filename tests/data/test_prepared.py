@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import data.tokenizer as tokenizer_module
-from data import DataError, DocumentLoader, Prepared, Source, Tokenizer, TokenLoader, prepare
-from data.corpus import INSTALLED, documents, fingerprint, source_files
-from data.error import printable
-from data.records import Tally, only_code
-from data.verification import Verification
+import tritium.data.tokenizer as tokenizer_module
+from tritium.data import (
+    DataError,
+    DocumentLoader,
+    Prepared,
+    Source,
+    Tokenizer,
+    TokenLoader,
+    prepare,
+)
+from tritium.data.corpus import INSTALLED, documents, fingerprint, source_files
+from tritium.data.error import printable
+from tritium.data.records import Tally, only_code
+from tritium.data.verification import Verification
 
 OPTIONS = {"vocab_size": 300, "val_fraction": 0.3}
 
@@ -206,7 +214,7 @@ def test_code_is_taken_once_and_tables_are_not():
 
 
 def test_a_module_that_cannot_be_decoded_is_counted(tmp_path):
-    from data.records import read_modules
+    from tritium.data.records import read_modules
 
     contents = [b"x = 1\n", b"# coding: nothing\n", b"y = '\xff'\n", b"# coding: latin-1\n# \xe9\n"]
     for i, content in enumerate(contents):

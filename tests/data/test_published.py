@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import DataError, Tokenizer, prepare, ranks
+from tritium.data import DataError, Tokenizer, prepare, tiktoken_files
 
 TEXT = " ".join(f"the quick brown fox {i} jumps\nOVER don't café {i * i}  " for i in range(300))
 SPECIAL = "<|endoftext|>", "</s>", "[SEP]", "<unk>", "[UNK]", "<pad>", "[CLS]"
@@ -36,8 +36,8 @@ def rank_file(tmp_path_factory) -> bytes:
 def published(rank_file, monkeypatch):
     """The three encodings, as if those ranks were what is published of each."""
     digest = hashlib.sha256(rank_file).hexdigest()
-    for name, encoding in ranks.ENCODINGS.items():
-        monkeypatch.setitem(ranks.ENCODINGS, name, replace(encoding, sha256=digest))
+    for name, encoding in tiktoken_files.ENCODINGS.items():
+        monkeypatch.setitem(tiktoken_files.ENCODINGS, name, replace(encoding, sha256=digest))
 
 
 @pytest.fixture
@@ -47,14 +47,14 @@ def fetched(rank_file, published, monkeypatch) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("name", ranks.ENCODINGS)
+@pytest.mark.parametrize("name", tiktoken_files.ENCODINGS)
 def test_published_encoding(name, rank_file, fetched, capfd):
     tokenizer = Tokenizer.load(name)
     expected = tiktoken.Encoding(
         name,
-        pat_str=ranks.ENCODINGS[name].pattern,
+        pat_str=tiktoken_files.ENCODINGS[name].pattern,
         mergeable_ranks=tiktoken_ranks(rank_file),
-        special_tokens={"<|endoftext|>": ranks.ENCODINGS[name].eot},
+        special_tokens={"<|endoftext|>": tiktoken_files.ENCODINGS[name].eot},
     )
     text = TEXT + "".join(SPECIAL) + "  \r\n\tΩ ſ 中文 I'LL 12345"
     assert tokenizer.encode(text) == expected.encode_ordinary(text)
@@ -75,7 +75,7 @@ def test_patterns_are_those_of_tiktoken(monkeypatch):
         openai_public, "load_tiktoken_bpe", lambda url, expected_hash: expected_hash
     )
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **_: None)
-    for name, encoding in ranks.ENCODINGS.items():
+    for name, encoding in tiktoken_files.ENCODINGS.items():
         theirs = getattr(openai_public, "r50k_base" if name == "gpt2" else name)()
         assert encoding.pattern == theirs["pat_str"].replace("{1,3}+", "{1,3}")
         assert encoding.sha256 == theirs["mergeable_ranks"]

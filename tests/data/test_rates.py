@@ -1,8 +1,8 @@
 """The benchmark of data runs, and measures the same work twice."""
 
-from bench import data as bench
-from data import Tokenizer
-from data.shards import open_prepared
+from tritium.bench.runs import data as bench
+from tritium.data import Tokenizer
+from tritium.data.shards import open_prepared
 
 
 def test_prints_every_rate(monkeypatch, capsys, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.corpus import Source, documents
-from data.records import Tally
+from tritium.data.corpus import Source, documents
+from tritium.data.records import Tally
 
 
 def rows(n: int) -> list[str]:
@@ -112,7 +112,7 @@ def test_text_read_in_parts_is_whole(tmp_path_factory, text, part):
     file = tmp_path_factory.mktemp("parts") / "a.txt"
     file.write_bytes(("x" + text).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.records._LINE", part)
+        patch.setattr("tritium.data.records._LINE", part)
         kept, tally = read(file)
     assert "".join(kept) == "x" + text.replace("\r\n", "\n").replace("\r", "\n")
     assert not tally.bad

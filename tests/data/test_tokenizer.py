@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import DataError, Tokenizer
+from tritium.data import DataError, Tokenizer
 
 CASES = [
     "",

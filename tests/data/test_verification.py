@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, prepare, shards
-from data.verification import Verification
+from tritium.data import DataError, prepare, shards
+from tritium.data.verification import Verification
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from kernels import _multi_tensor, _optimizer, _runtime, _update, grad_norm
+from tritium.kernels import runtime
+from tritium.kernels.optimizers import _base, _pointer_table, _step_kernels, grad_norm
 
 SMALLER = [
-    (_multi_tensor, "CHUNK", 4096),
-    (_update, "BLOCK", 2048),
+    (_pointer_table, "CHUNK", 4096),
+    (_step_kernels, "BLOCK", 2048),
     (grad_norm, "BLOCK", 2048),
     (grad_norm, "LAYER_BLOCK", 4),
     (grad_norm, "P", 4),
@@ -23,7 +24,7 @@ def pointer_tables(monkeypatch):
         return
     import strict_interpreter
 
-    step = _optimizer.MultiTensorOptimizer._step_kernels
+    step = _base.MultiTensorOptimizer._step_kernels
 
     def allowed_step(self, found):
         kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
@@ -39,7 +40,7 @@ def pointer_tables(monkeypatch):
 
         return allowed_clip
 
-    monkeypatch.setattr(_optimizer.MultiTensorOptimizer, "_step_kernels", allowed_step)
+    monkeypatch.setattr(_base.MultiTensorOptimizer, "_step_kernels", allowed_step)
     for name in ("_launch_clip", "_launch_clip_layers"):
         monkeypatch.setattr(grad_norm, name, allowed(getattr(grad_norm, name)))
 
@@ -47,4 +48,4 @@ def pointer_tables(monkeypatch):
 @pytest.fixture(params=["kernel", "reference"])
 def path(request, monkeypatch):
     """Run a test twice: through the kernels, and through their references."""
-    monkeypatch.setattr(_runtime, "REFERENCE", request.param == "reference")
+    monkeypatch.setattr(runtime, "REFERENCE", request.param == "reference")

@@ -6,13 +6,14 @@ import pytest
 from strict_interpreter import allow
 from triton import knobs
 
-from kernels import _multi_tensor, _optimizer, _runtime, _update, grad_norm
+from tritium.kernels import runtime
+from tritium.kernels.optimizers import _base, _pointer_table, _step_kernels, grad_norm
 
 
 @contextmanager
 def path(reference):
     """Go through kernels or references; the interpreter may follow the tables of addresses."""
-    step, clip = _optimizer.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
+    step, clip = _base.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
 
     def allowed_step(self, found):
         kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
@@ -24,12 +25,12 @@ def path(reference):
             return clip(grads, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_runtime, "REFERENCE", reference)
-        patch.setattr(_runtime, "CPU_KERNELS", knobs.runtime.interpret)
-        patch.setattr(_multi_tensor, "CHUNK", 4096)
-        patch.setattr(_update, "BLOCK", 2048)
+        patch.setattr(runtime, "REFERENCE", reference)
+        patch.setattr(runtime, "CPU_KERNELS", knobs.runtime.interpret)
+        patch.setattr(_pointer_table, "CHUNK", 4096)
+        patch.setattr(_step_kernels, "BLOCK", 2048)
         patch.setattr(grad_norm, "BLOCK", 2048)
         patch.setattr(grad_norm, "P", 4)
-        patch.setattr(_optimizer.MultiTensorOptimizer, "_step_kernels", allowed_step)
+        patch.setattr(_base.MultiTensorOptimizer, "_step_kernels", allowed_step)
         patch.setattr(grad_norm, "_launch_clip", allowed_clip)
         yield

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 
-from kernels._runtime import Launcher
+from tritium.kernels.runtime import Launcher
 
 
 class Recorder:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import (
+from tritium.kernels import (
     add_layer_norm,
     add_rms_norm,
     dropout_add,
@@ -23,7 +23,7 @@ from kernels import (
     rope,
     swiglu,
 )
-from kernels._runtime import references
+from tritium.kernels.runtime import references
 
 L, H, K = 3, 2, 4
 D = H * K

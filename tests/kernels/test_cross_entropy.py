@@ -8,7 +8,7 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.cross_entropy import (
+from tritium.kernels.cross_entropy import (
     _backward,
     _forward,
     _inplace,

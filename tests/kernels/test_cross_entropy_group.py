@@ -40,11 +40,11 @@ def _rank(rank, store, device):
     dist.init_process_group(
         "gloo", store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
     )
-    from kernels import _runtime
+    from tritium.kernels import runtime
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     for reference in (False, True):
-        _runtime.REFERENCE = reference
+        runtime.REFERENCE = reference
         for options, soft, weighted in product(OPTIONS, (False, True), (False, True)):
             _hold_together(rank, device, options, soft, weighted)
         _hold_masked_ranks(rank, device)
@@ -52,8 +52,8 @@ def _rank(rank, store, device):
 
 
 def _hold_together(rank, device, options, soft, weighted):
-    from kernels.cross_entropy import cross_entropy
-    from kernels.linear_cross_entropy import linear_cross_entropy
+    from tritium.kernels.cross_entropy import cross_entropy
+    from tritium.kernels.linear_cross_entropy import linear_cross_entropy
 
     torch.manual_seed(0)  # the same tensors on every rank
     hidden, weight = torch.randn(T, D, device=device), torch.randn(V, D, device=device)
@@ -107,8 +107,8 @@ def _hold_together(rank, device, options, soft, weighted):
 
 def _hold_masked_ranks(rank, device):
     """One rank's classes may all be masked; a target that no rank has is no number anywhere."""
-    from kernels import _runtime
-    from kernels.cross_entropy import cross_entropy
+    from tritium.kernels import runtime
+    from tritium.kernels.cross_entropy import cross_entropy
 
     logits = torch.full((2, 4), 1.0 if rank else -math.inf, device=device)
     target = torch.tensor([5, 6], device=device)
@@ -116,7 +116,7 @@ def _hold_masked_ranks(rank, device):
     torch.testing.assert_close(loss.item(), math.log(4))
     torch.testing.assert_close(stats.entropy.tolist(), [math.log(4)] * 2)
     assert stats.argmax.tolist() == [4, 4]
-    if not _runtime.REFERENCE:
+    if not runtime.REFERENCE:
         target[0] = 8
         loss = cross_entropy(logits, target, group=dist.group.WORLD, reduction="none")
         assert loss.isnan().tolist() == [True, False]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import _runtime
-from kernels.cross_entropy import cross_entropy
+from tritium.kernels import runtime
+from tritium.kernels.cross_entropy import cross_entropy
 
 IGNORE = -100
 
@@ -32,7 +32,7 @@ def test_statistics(T, V, dtype, size, softcap, logit_scale, inplace, path, seed
     target[torch.rand(T, device=device) < 0.2] = IGNORE
     options = dict(softcap=softcap, logit_scale=logit_scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_runtime, "REFERENCE", path == "reference")
+        patch.setattr(runtime, "REFERENCE", path == "reference")
         x = logits.requires_grad_() * 1
         loss, stats = cross_entropy(x, target, inplace=inplace, return_stats=True, **options)
     z = logits.detach().double() * logit_scale

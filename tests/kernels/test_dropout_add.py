@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpreterBuilder
 
-from kernels.dropout_add import (
+from tritium.kernels.dropout_add import (
     ROUNDS,
     S,
     _backward,
@@ -35,7 +35,7 @@ SEEDS = st.integers(-(1 << 63), (1 << 63) - 1)
 
 @pytest.fixture(params=[False, True], ids=["kernel", "reference"])
 def either_path(request, monkeypatch):
-    monkeypatch.setattr("kernels._runtime.REFERENCE", request.param)
+    monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", request.param)
 
 
 def mask(shape, p, seed, device):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from strict_interpreter import program_order
 from strides import GRADIENTS, STRIDES
 
-from kernels.embedding import _backward, _forward, embedding, embedding_reference
+from tritium.kernels.embedding import _backward, _forward, embedding, embedding_reference
 
-MODULE = importlib.import_module("kernels.embedding")
+MODULE = importlib.import_module("tritium.kernels.embedding")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = {  # of T tokens in [0, V)
     "uniform": lambda T, V: torch.randint(V, (T,)),
@@ -125,7 +125,7 @@ def test_bitwise_the_same_in_every_order_of_programs(device):
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_definition_is_pytorch_s(reference, device, monkeypatch):
-    monkeypatch.setattr("kernels._runtime.REFERENCE", reference)
+    monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", reference)
     tokens, weight = torch.randint(9, (2, 7), device=device), torch.randn(9, 5, device=device)
     expected = F.embedding(tokens, weight)
     assert torch.equal(embedding_reference(tokens, weight), expected)
@@ -162,7 +162,7 @@ def test_tokens_outside_the_table(dtype, device):
 
 
 def test_reference_refuses_tokens_outside_the_table(monkeypatch):
-    monkeypatch.setattr("kernels._runtime.REFERENCE", True)
+    monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", True)
     with pytest.raises(IndexError):
         embedding(torch.tensor([5]), torch.ones(5, 2))
 

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-import kernels
-from kernels import _runtime, fall_back
-from kernels._runtime import OPERATIONS, SHARED, fallen_back, references
+from tritium import kernels
+from tritium.kernels import fall_back, runtime
+from tritium.kernels.runtime import OPERATIONS, SHARED, fallen_back, references
 
 TARGET = torch.tensor([1, 0, 3])
 
@@ -66,7 +66,7 @@ def launches(patch):
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    monkeypatch.setattr(_runtime, "_fallen", frozenset())
+    monkeypatch.setattr(runtime, "_fallen", frozenset())
 
 
 def test_every_operation_is_known():

@@ -9,9 +9,9 @@ from halves import GRADIENTS, LAYOUTS, SHAPES, check_halves
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import _activation
-from kernels._activation import _backward, _forward
-from kernels.geglu import ACTIVATIONS, geglu, geglu_reference
+from tritium.kernels import _activation
+from tritium.kernels._activation import _backward, _forward
+from tritium.kernels.geglu import ACTIVATIONS, geglu, geglu_reference
 
 BOTH = pytest.mark.parametrize("approximate", ACTIVATIONS)
 

@@ -6,15 +6,15 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import _runtime
-from kernels.info_nce import info_nce, info_nce_reference
+from tritium.kernels import runtime
+from tritium.kernels.info_nce import info_nce, info_nce_reference
 
 
 @pytest.fixture(params=["kernel", "rows"])
 def path(request, monkeypatch):
     """Run a test twice: chunks by the kernel, and by the reference of their rows."""
     if request.param == "rows":
-        monkeypatch.setattr(_runtime, "_fallen", frozenset({"cross_entropy"}))
+        monkeypatch.setattr(runtime, "_fallen", frozenset({"cross_entropy"}))
 
 
 @given(
@@ -58,7 +58,7 @@ def test_every_combination_of_options(
     unit = (1.0 if normalize else D * 0.36) / tau
     unit *= 1 if dtype == torch.bfloat16 else 16
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_runtime, "_fallen", frozenset() if kernel else frozenset({"cross_entropy"}))
+        patch.setattr(runtime, "_fallen", frozenset() if kernel else frozenset({"cross_entropy"}))
         check(of(info_nce, chunk_bytes=chunk_bytes), of(info_nce_reference), *inputs, unit=unit)
 
 

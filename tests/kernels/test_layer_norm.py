@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strides import GRADIENTS, STRIDES
 
-from kernels import _norm
-from kernels.layer_norm import (
+from tritium.kernels import _norm_launch
+from tritium.kernels.layer_norm import (
     add_layer_norm,
     add_layer_norm_reference,
     layer_norm,
@@ -85,7 +85,7 @@ def test_every_combination_of_options(
     # Of few rows or features, gradients are small differences of numbers of this size.
     unit = 4.0 / min(1.0, size) * (1.0 if D > 8 else 30.0)
     few = {"P_MAX": programs, "P_LOOP_MAX": programs, "MAX_TILE": longest, "LOOP_BLOCK": 64}
-    with mock.patch.multiple(_norm, **few):
+    with mock.patch.multiple(_norm_launch, **few):
         if stream_dtype is None:
             functions = map(alone, (norm, reference))
             check(*functions, x, *parameters, unit=unit)
@@ -97,8 +97,8 @@ def test_every_combination_of_options(
 @SHORT_AND_LONG
 def test_a_large_mean_does_not_cancel(longest, device, monkeypatch):
     # In float32, mean(s²) - mean(s)² of these rows is noise.
-    monkeypatch.setattr(_norm, "MAX_TILE", longest)
-    monkeypatch.setattr(_norm, "LOOP_BLOCK", 64)
+    monkeypatch.setattr(_norm_launch, "MAX_TILE", longest)
+    monkeypatch.setattr(_norm_launch, "LOOP_BLOCK", 64)
     x = torch.randn(4, 160, device=device) + 4096
     y = norm(x, None)
     expected = reference(x.double(), None)
@@ -115,7 +115,7 @@ def test_wide_rows(D, device):
 def test_more_rows_than_programs(device):
     x, (weight, bias) = torch.randn(90, 80, device=device), torch.randn(2, 80, device=device)
     for longest in (64, 8192):
-        with mock.patch.multiple(_norm, MAX_TILE=longest, P_MAX=7, P_LOOP_MAX=9):
+        with mock.patch.multiple(_norm_launch, MAX_TILE=longest, P_MAX=7, P_LOOP_MAX=9):
             check(norm, reference, x, weight, bias)
 
 
@@ -161,8 +161,8 @@ def test_refuses_a_bias_in_the_place_of_the_weight():
 @pytest.mark.parametrize("wanted", [[0], [2], [3], [1, 3], [2, 3]], ids=str)
 @pytest.mark.parametrize("outputs", [[0], [0, 1]], ids=str)
 def test_any_output_gives_gradients_to_any_input(outputs, wanted, longest, device, monkeypatch):
-    monkeypatch.setattr(_norm, "MAX_TILE", longest)
-    monkeypatch.setattr(_norm, "LOOP_BLOCK", 64)
+    monkeypatch.setattr(_norm_launch, "MAX_TILE", longest)
+    monkeypatch.setattr(_norm_launch, "LOOP_BLOCK", 64)
     x, residual = torch.randn(2, 3, 80, device=device)
     wanted = wanted if outputs == [0] else sorted({0, *wanted})  # s depends on x alone
 
@@ -176,8 +176,8 @@ def test_any_output_gives_gradients_to_any_input(outputs, wanted, longest, devic
 @SHORT_AND_LONG
 @pytest.mark.parametrize("present", ["neither", "weight", "bias"])
 def test_without_weight_or_bias(present, longest, device, monkeypatch):
-    monkeypatch.setattr(_norm, "MAX_TILE", longest)
-    monkeypatch.setattr(_norm, "LOOP_BLOCK", 64)
+    monkeypatch.setattr(_norm_launch, "MAX_TILE", longest)
+    monkeypatch.setattr(_norm_launch, "LOOP_BLOCK", 64)
     x, residual = torch.randn(2, 5, 80, device=device)
     parameters = [] if present == "neither" else [torch.randn(80, device=device)]
 
@@ -214,7 +214,7 @@ def test_the_norm_is_that_of_the_rounded_sum(device):
 
 @SHORT_AND_LONG
 def test_gradient_in_float64(longest, device, monkeypatch):
-    monkeypatch.setattr(_norm, "MAX_TILE", 4 if longest == 64 else longest)
+    monkeypatch.setattr(_norm_launch, "MAX_TILE", 4 if longest == 64 else longest)
     x, residual, weight, bias = (
         torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
         for shape in [(2, 5), (2, 5), (5,), (5,)]
@@ -235,8 +235,8 @@ def test_empty_or_alone(shape, device):
 @SHORT_AND_LONG
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_value_spoils_its_own_row_alone(value, longest, device, monkeypatch):
-    monkeypatch.setattr(_norm, "MAX_TILE", longest)
-    monkeypatch.setattr(_norm, "LOOP_BLOCK", 64)
+    monkeypatch.setattr(_norm_launch, "MAX_TILE", longest)
+    monkeypatch.setattr(_norm_launch, "LOOP_BLOCK", 64)
     x, (weight, bias) = torch.randn(3, 80, device=device), torch.randn(2, 80, device=device)
     expected = norm(x, weight, bias)
     x[1, 70] = value
@@ -247,8 +247,8 @@ def test_a_bad_value_spoils_its_own_row_alone(value, longest, device, monkeypatc
 
 @SHORT_AND_LONG
 def test_gradients_are_bitwise_repeatable_and_leave_inputs_alone(longest, device, monkeypatch):
-    monkeypatch.setattr(_norm, "MAX_TILE", longest)
-    monkeypatch.setattr(_norm, "LOOP_BLOCK", 64)
+    monkeypatch.setattr(_norm_launch, "MAX_TILE", longest)
+    monkeypatch.setattr(_norm_launch, "LOOP_BLOCK", 64)
     x, residual, dy, ds = torch.randn(4, 9, 80, device=device)
     weight, bias = torch.randn(2, 80, device=device)
     tensors = x, residual, weight, bias, dy, ds

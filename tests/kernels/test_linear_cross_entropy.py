@@ -9,22 +9,22 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import _linear_loss, _runtime
-from kernels._linear_loss import _operator
-from kernels.cross_entropy import cross_entropy
-from kernels.linear_cross_entropy import (
+from tritium.kernels import _linear_cross_entropy, runtime
+from tritium.kernels._linear_cross_entropy import _operator
+from tritium.kernels.cross_entropy import cross_entropy
+from tritium.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
 
 IGNORE = -100
-MODULE = _linear_loss
+MODULE = _linear_cross_entropy
 
 
 @pytest.fixture(params=["kernel", "reference"], autouse=True)
 def rows(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(_runtime, "_fallen", frozenset({"cross_entropy"}))
+        monkeypatch.setattr(runtime, "_fallen", frozenset({"cross_entropy"}))
 
 
 def layer(T, D, V, device="cpu", dtype=torch.float32):

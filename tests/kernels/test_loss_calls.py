@@ -9,8 +9,8 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
-import kernels
-from kernels import _runtime
+from tritium import kernels
+from tritium.kernels import runtime
 
 NAMES = ["cross_entropy", "linear_cross_entropy", "mse_loss", "softmax", "log_softmax"]
 X, W = torch.randn(6, 8), torch.randn(11, 8)
@@ -35,7 +35,7 @@ LOSSES = {
 @pytest.fixture(params=["kernel", "default"])
 def path(request, monkeypatch):
     """Run a test as with kernels, and as a CPU runs it."""
-    monkeypatch.setattr(_runtime, "CPU_KERNELS", request.param == "kernel")
+    monkeypatch.setattr(runtime, "CPU_KERNELS", request.param == "kernel")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,7 +136,7 @@ def test_exports_with_any_length_and_a_gradient(name, path):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_second_derivative_where_the_message_promises_one(name, monkeypatch):
-    monkeypatch.setattr(_runtime, "REFERENCE", True)
+    monkeypatch.setattr(runtime, "REFERENCE", True)
     x = X.double().requires_grad_()
     monkeypatch.setitem(globals(), "W", W.double())
     assert torch.autograd.gradgradcheck(lambda x: LOSSES[name](x, CLASSES), x)
@@ -195,7 +195,7 @@ def test_small_gradients_survive_until_the_loss_scale_comes(way, dtype):
 @pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "softcap", "logit_scale"])
 @pytest.mark.parametrize("value", [0.1, 0.7])
 def test_a_float64_kernel_gets_its_options_in_float64(option, value):
-    module = import_module("kernels.cross_entropy")
+    module = import_module("tritium.kernels.cross_entropy")
     x, target = X.double(), CLASSES
     ours = kernels.cross_entropy(x, target, **{option: value})
     exact = module.cross_entropy_reference(x, target, **{option: value})

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from strict_interpreter import program_order
 from triton.runtime.interpreter import InterpreterBuilder
 
-from kernels.mse_loss import _backward, _elements, _forward, mse_loss, mse_loss_reference
+from tritium.kernels.mse_loss import _backward, _elements, _forward, mse_loss, mse_loss_reference
 
-MODULE = importlib.import_module("kernels.mse_loss")
+MODULE = importlib.import_module("tritium.kernels.mse_loss")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 STRIDES = {
@@ -87,7 +87,7 @@ def test_tiles_as_large_as_they_are(reduction, N, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("reference", [False, True])
 def test_definition_is_pytorch_s(reduction, reference, device, monkeypatch):
-    monkeypatch.setattr("kernels._runtime.REFERENCE", reference)
+    monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", reference)
     input, target = torch.randn(2, 5, 300, device=device)
     expected = F.mse_loss(input, target, reduction=reduction)
     torch.testing.assert_close(mse_loss_reference(input, target, reduction=reduction), expected)
@@ -133,7 +133,7 @@ def test_incoming_gradient_scales(reduction, device):
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("reference", [False, True])
 def test_of_nothing(shape, reference, device, monkeypatch):
-    monkeypatch.setattr("kernels._runtime.REFERENCE", reference)
+    monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", reference)
     input = torch.ones(shape, device=device, requires_grad=True)
     assert mse_loss(input, input).isnan()
     assert mse_loss(input, input, reduction="sum") == 0

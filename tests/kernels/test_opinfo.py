@@ -15,7 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_map
 
-import kernels
+from tritium import kernels
 
 OPS = {(op.name.removeprefix("nn.functional."), op.variant_test_name): op for op in op_db}
 MODULES = {info.module_cls.__name__: info for info in module_db}

@@ -7,8 +7,8 @@ from halves import GRADIENTS, SHAPES, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels._activation import _backward, _forward
-from kernels.relu_squared import relu_squared, relu_squared_reference
+from tritium.kernels._activation import _backward, _forward
+from tritium.kernels.relu_squared import relu_squared, relu_squared_reference
 
 VIEWS = {
     "contiguous": lambda x: x,

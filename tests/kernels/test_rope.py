@@ -8,7 +8,7 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.rope import _backward, _forward, _inplace, rope, rope_reference
+from tritium.kernels.rope import _backward, _forward, _inplace, rope, rope_reference
 
 # The shape of a leaf, and the view [..., L, H, K] of it that is rotated.
 LAYOUTS = {

@@ -12,8 +12,8 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import _softmax_rows as rows
-from kernels.softmax import (
+from tritium.kernels import _softmax_long_rows as rows
+from tritium.kernels.softmax import (
     _backward,
     _forward,
     log_softmax,
@@ -22,7 +22,7 @@ from kernels.softmax import (
     softmax_reference,
 )
 
-SOFTMAX = importlib.import_module("kernels.softmax")
+SOFTMAX = importlib.import_module("tritium.kernels.softmax")
 PAIRS = {
     "softmax": (softmax, softmax_reference),
     "log_softmax": (log_softmax, log_softmax_reference),

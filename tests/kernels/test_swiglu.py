@@ -7,8 +7,8 @@ from halves import GRADIENTS, LAYOUTS, SHAPES, check_halves
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels._activation import _backward, _forward
-from kernels.swiglu import swiglu, swiglu_reference
+from tritium.kernels._activation import _backward, _forward
+from tritium.kernels.swiglu import swiglu, swiglu_reference
 
 
 @given(

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import _runtime
-from kernels.cross_entropy import cross_entropy
-from kernels.info_nce import info_nce
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.mse_loss import mse_loss
-from kernels.softmax import log_softmax, softmax
+from tritium.kernels import runtime
+from tritium.kernels.cross_entropy import cross_entropy
+from tritium.kernels.info_nce import info_nce
+from tritium.kernels.linear_cross_entropy import linear_cross_entropy
+from tritium.kernels.mse_loss import mse_loss
+from tritium.kernels.softmax import log_softmax, softmax
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "linear", "matmul")
 
@@ -92,9 +92,9 @@ def test_nothing_unwritten_is_read_or_returned(call, T, D, V, dtype, soft, reduc
     target = torch.randint(V, (T,), device=device)
     target = torch.randn(T, V, device=device).softmax(-1) if soft else target
     with pytest.MonkeyPatch.context() as patch, Products() as products:
-        patch.setattr(_runtime, "REFERENCE", path == "reference")
+        patch.setattr(runtime, "REFERENCE", path == "reference")
         if path == "rows":  # the rows' reference within the chunks
-            patch.setattr(_runtime, "_fallen", frozenset({"cross_entropy"}))
+            patch.setattr(runtime, "_fallen", frozenset({"cross_entropy"}))
         loss = CALLS[call](x, w, target, reduction=reduction)
         loss.sum().backward()
     assert products.seen or call == "mse_loss"

@@ -8,4 +8,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def references(monkeypatch):
-    monkeypatch.setattr("kernels._runtime.CPU_KERNELS", False)
+    monkeypatch.setattr("tritium.kernels.runtime.CPU_KERNELS", False)

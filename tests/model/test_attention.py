@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ModelConfig, Transformer
-from model.attention import attend, document_mask, document_numbers
+from tritium.model import ModelConfig, Transformer
+from tritium.model.attention import attend, document_mask, document_numbers
 
 CONFIG = ModelConfig(vocab_size=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=16)
 LENGTHS = [[5, 1, 7, 3], [16], [1, 15]]

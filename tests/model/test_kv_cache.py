@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import ModelConfig, Transformer
-from model.kv_cache import Cache
+from tritium.model import ModelConfig, Transformer
+from tritium.model.kv_cache import Cache
 
 LENGTH = 12
 CONFIG = ModelConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=4, max_seq_len=LENGTH)

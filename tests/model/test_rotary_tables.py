@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from model import ModelConfig, Transformer
+from tritium.model import ModelConfig, Transformer
 
 CONFIG = ModelConfig(vocab_size=23, n_layers=1, d_model=16, n_heads=2, max_seq_len=16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import ModelConfig, Transformer
-from model.sampling import generate, spoken, stream, write_on, write_stream
+from tritium.model import ModelConfig, Transformer
+from tritium.model.sampling import generate, spoken, stream, write_on, write_stream
 
 CONFIG = ModelConfig(vocab_size=257, n_layers=1, d_model=16, n_heads=2, max_seq_len=12)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import cross_entropy
-from model import ModelConfig, Transformer
-from model.sampling import sample
+from tritium.kernels import cross_entropy
+from tritium.model import ModelConfig, Transformer
+from tritium.model.sampling import sample
 
 CONFIG = ModelConfig(vocab_size=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=16)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
-from model import ModelConfig, Transformer
+from tritium.model import ModelConfig, Transformer
 
 CONFIG = ModelConfig(vocab_size=23, n_layers=1, d_model=16, n_heads=4, n_kv_heads=2, max_seq_len=16)
 LENGTHS = 5, 2, 9, 16, 3, 4

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from . import Mutant
+from tests.mutants import Mutant
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py"))

@@ -1,12 +1,12 @@
-"""Faults of kernels/adamw.py, adam.py and _update.py: rule, corrections, groups, clip, skip."""
+"""Faults of kernels/optimizers/adamw.py, adam.py and _step_kernels.py: rule, corrections, groups, clip, skip."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_adamw = partial(Mutant, file="kernels/adamw.py")
-_adam = partial(Mutant, file="kernels/adam.py")
-_update = partial(Mutant, file="kernels/_update.py")
+_adamw = partial(Mutant, file="kernels/optimizers/adamw.py")
+_adam = partial(Mutant, file="kernels/optimizers/adam.py")
+_update = partial(Mutant, file="kernels/optimizers/_step_kernels.py")
 
 MUTANTS = [
     _adam(

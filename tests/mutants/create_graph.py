@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_written_out = partial(Mutant, file="kernels/_written_out.py")
+_written_out = partial(Mutant, file="kernels/_cpu_backward.py")
 
 MUTANTS = [
     _written_out(

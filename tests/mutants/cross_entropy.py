@@ -1,12 +1,12 @@
-"""Faults of _loss_rows.py and cross_entropy.py: masks, signs, scales, rows, the field's traps."""
+"""Faults of _cross_entropy_rows.py and cross_entropy.py: masks, signs, scales, rows, the field's traps."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_kernel = partial(Mutant, file="kernels/_loss_rows.py")
+_kernel = partial(Mutant, file="kernels/_cross_entropy_rows.py")
 _function = partial(Mutant, file="kernels/cross_entropy.py")
-_definition = partial(Mutant, file="kernels/_token_loss.py")
+_definition = partial(Mutant, file="kernels/_cross_entropy_options.py")
 
 MUTANTS = [
     _kernel(

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_combine = partial(Mutant, file="kernels/_token_loss.py")
-_kernel = partial(Mutant, file="kernels/_loss_rows.py")
+_combine = partial(Mutant, file="kernels/_cross_entropy_options.py")
+_kernel = partial(Mutant, file="kernels/_cross_entropy_rows.py")
 
 MUTANTS = [
     _combine(
@@ -70,7 +70,7 @@ MUTANTS = [
     ),
     Mutant(
         what="the hidden states' gradient of one rank only",
-        file="kernels/_linear_loss.py",
+        file="kernels/_linear_cross_entropy.py",
         original="    if options.group and want_hidden:",
         replacement="    if options.group and want_hidden and False:",
     ),

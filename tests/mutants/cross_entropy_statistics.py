@@ -1,10 +1,10 @@
-"""Faults of the statistics that _loss_rows.py gathers: entropy and argmax."""
+"""Faults of the statistics that _cross_entropy_rows.py gathers: entropy and argmax."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_kernel = partial(Mutant, file="kernels/_loss_rows.py")
+_kernel = partial(Mutant, file="kernels/_cross_entropy_rows.py")
 
 MUTANTS = [
     _kernel(

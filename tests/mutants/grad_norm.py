@@ -1,10 +1,10 @@
-"""Faults of kernels/grad_norm.py: sums, the factor, races, dtypes, layers."""
+"""Faults of kernels/optimizers/grad_norm.py: sums, the factor, races, dtypes, layers."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_mutant = partial(Mutant, file="kernels/grad_norm.py")
+_mutant = partial(Mutant, file="kernels/optimizers/grad_norm.py")
 
 MUTANTS = [
     _mutant(

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
 _mutant = partial(Mutant, file="kernels/info_nce.py")
 
@@ -50,7 +50,7 @@ MUTANTS = [
     ),
     Mutant(
         what="mask of the first chunk for all",
-        file="kernels/_linear_loss.py",
+        file="kernels/_linear_cross_entropy.py",
         original="x_CV.masked_fill_(excluded_TV[chunk], -torch.inf)",
         replacement="x_CV.masked_fill_(excluded_TV[: x_CV.shape[0]], -torch.inf)",
     ),

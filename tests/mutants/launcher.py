@@ -1,10 +1,10 @@
-"""Faults of `Launcher` in _runtime.py: what was compiled is kept for other arguments."""
+"""Faults of `Launcher` in runtime.py: what was compiled is kept for other arguments."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_runtime = partial(Mutant, file="kernels/_runtime.py")
+_runtime = partial(Mutant, file="kernels/runtime.py")
 
 MUTANTS = [
     _runtime(

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_mutant = partial(Mutant, file="kernels/_linear_loss.py")
-_rows = partial(Mutant, file="kernels/_token_loss.py")
+_mutant = partial(Mutant, file="kernels/_linear_cross_entropy.py")
+_rows = partial(Mutant, file="kernels/_cross_entropy_options.py")
 
 MUTANTS = [
     _mutant(

@@ -1,12 +1,12 @@
-"""Faults of _optimizer.py, _tensors.py and _states.py: tables out of date, state not kept."""
+"""Faults of _base.py, _step_inputs.py and _state.py: tables out of date, state not kept."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_optimizer = partial(Mutant, file="kernels/_optimizer.py")
-_tensors = partial(Mutant, file="kernels/_tensors.py")
-_states = partial(Mutant, file="kernels/_states.py")
+_optimizer = partial(Mutant, file="kernels/optimizers/_base.py")
+_tensors = partial(Mutant, file="kernels/optimizers/_step_inputs.py")
+_states = partial(Mutant, file="kernels/optimizers/_state.py")
 
 MUTANTS = [
     _tensors(

@@ -2,13 +2,13 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_formats = partial(Mutant, file="kernels/_formats.py")
-_update = partial(Mutant, file="kernels/_update.py")
-_reference = partial(Mutant, file="kernels/_update_reference.py")
-_optimizer = partial(Mutant, file="kernels/_optimizer.py")
-_tensors = partial(Mutant, file="kernels/_tensors.py")
+_formats = partial(Mutant, file="kernels/optimizers/_storage.py")
+_update = partial(Mutant, file="kernels/optimizers/_step_kernels.py")
+_reference = partial(Mutant, file="kernels/optimizers/_step_reference.py")
+_optimizer = partial(Mutant, file="kernels/optimizers/_base.py")
+_tensors = partial(Mutant, file="kernels/optimizers/_step_inputs.py")
 
 MUTANTS = [
     _update(
@@ -108,7 +108,7 @@ MUTANTS = [
     ),
     Mutant(
         what="decoupled decay by default in Adam",
-        file="kernels/adam.py",
+        file="kernels/optimizers/adam.py",
         original="decoupled_weight_decay: bool = False,",
         replacement="decoupled_weight_decay: bool = True,",
     ),

@@ -2,17 +2,17 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_adam = partial(Mutant, file="kernels/adam.py")
-_sgd = partial(Mutant, file="kernels/sgd.py")
-_rmsprop = partial(Mutant, file="kernels/rmsprop.py")
-_adagrad = partial(Mutant, file="kernels/adagrad.py")
-_lion = partial(Mutant, file="kernels/lion.py")
-_update = partial(Mutant, file="kernels/_update.py")
-_reference = partial(Mutant, file="kernels/_update_reference.py")
-_states = partial(Mutant, file="kernels/_states.py")
-_optimizer = partial(Mutant, file="kernels/_optimizer.py")
+_adam = partial(Mutant, file="kernels/optimizers/adam.py")
+_sgd = partial(Mutant, file="kernels/optimizers/sgd.py")
+_rmsprop = partial(Mutant, file="kernels/optimizers/rmsprop.py")
+_adagrad = partial(Mutant, file="kernels/optimizers/adagrad.py")
+_lion = partial(Mutant, file="kernels/optimizers/lion.py")
+_update = partial(Mutant, file="kernels/optimizers/_step_kernels.py")
+_reference = partial(Mutant, file="kernels/optimizers/_step_reference.py")
+_states = partial(Mutant, file="kernels/optimizers/_state.py")
+_optimizer = partial(Mutant, file="kernels/optimizers/_base.py")
 
 MUTANTS = [
     _update(

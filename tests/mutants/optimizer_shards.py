@@ -2,12 +2,12 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_shards = partial(Mutant, file="kernels/_shards.py")
-_tensors = partial(Mutant, file="kernels/_tensors.py")
-_optimizer = partial(Mutant, file="kernels/_optimizer.py")
-_norm = partial(Mutant, file="kernels/grad_norm.py")
+_shards = partial(Mutant, file="kernels/optimizers/_dtensor.py")
+_tensors = partial(Mutant, file="kernels/optimizers/_step_inputs.py")
+_optimizer = partial(Mutant, file="kernels/optimizers/_base.py")
+_norm = partial(Mutant, file="kernels/optimizers/grad_norm.py")
 
 MUTANTS = [
     _shards(
@@ -157,7 +157,7 @@ MUTANTS = [
     ),
     Mutant(
         what="the remainder lost when it is loaded",
-        file="kernels/_states.py",
+        file="kernels/optimizers/_state.py",
         original=', "remainder": torch.int16}',
         replacement="}",
     ),

@@ -1,10 +1,10 @@
-"""Faults of kernels/_precision.py: hashing, rounding, splitting, codes."""
+"""Faults of kernels/optimizers/_rounding.py: hashing, rounding, splitting, codes."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_mutant = partial(Mutant, file="kernels/_precision.py")
+_mutant = partial(Mutant, file="kernels/optimizers/_rounding.py")
 
 MUTANTS = [
     _mutant(

@@ -1,10 +1,10 @@
-"""Faults of kernels/_states.py: how state begins, what it is kept in, how it loads."""
+"""Faults of kernels/optimizers/_state.py: how state begins, what it is kept in, how it loads."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_mutant = partial(Mutant, file="kernels/_states.py")
+_mutant = partial(Mutant, file="kernels/optimizers/_state.py")
 
 MUTANTS = [
     _mutant(

@@ -1,12 +1,12 @@
-"""Faults of kernels/_update.py and its definition: formats, masks, streams, keys."""
+"""Faults of kernels/optimizers/_step_kernels.py and its definition: formats, masks, streams, keys."""
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
-_formats = partial(Mutant, file="kernels/_formats.py")
-_update = partial(Mutant, file="kernels/_update.py")
-_reference = partial(Mutant, file="kernels/_update_reference.py")
+_formats = partial(Mutant, file="kernels/optimizers/_storage.py")
+_update = partial(Mutant, file="kernels/optimizers/_step_kernels.py")
+_reference = partial(Mutant, file="kernels/optimizers/_step_reference.py")
 
 MUTANTS = [
     _formats(

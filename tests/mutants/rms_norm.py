@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
 _kernels = partial(Mutant, file="kernels/_norm_kernels.py")
-_launch = partial(Mutant, file="kernels/_norm.py")
+_launch = partial(Mutant, file="kernels/_norm_launch.py")
 
 MUTANTS = [
     _kernels(

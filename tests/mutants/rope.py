@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
 _mutant = partial(Mutant, file="kernels/rope.py")
 

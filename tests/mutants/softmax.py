@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from . import Mutant
+from tests.mutants import Mutant
 
 _mutant = partial(Mutant, file="kernels/softmax.py")
-_mutant_in_rows = partial(Mutant, file="kernels/_softmax_rows.py")
+_mutant_in_rows = partial(Mutant, file="kernels/_softmax_long_rows.py")
 
 MUTANTS = [
     _mutant_in_rows(

@@ -7,7 +7,7 @@ import torch
 from train_runs import losses
 
 import train
-from model import ModelConfig, Transformer
+from tritium.model import ModelConfig, Transformer
 
 
 def test_however_a_batch_is_cut_its_gradient_is_the_same(run, device):

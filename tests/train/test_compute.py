@@ -9,9 +9,9 @@ import torch
 from paths import path
 from train_runs import RANDOM, CrashError, crash, log, losses, weights
 
-from bench import resume
-from kernels import _runtime
-from model import Transformer
+from tritium.bench.runs import resume
+from tritium.kernels import runtime
+from tritium.model import Transformer
 
 SHORT = (*RANDOM, "--max-steps", "10", "--threads", "1")
 TRUE = ("--precision", "bfloat16-true")
@@ -131,17 +131,17 @@ def test_a_run_goes_on_without_the_kernels_that_are_wrong(run, tmp_path, monkeyp
     small = ("--max-steps", "2", "--batch-size", "2", "--model.max-seq-len", "16",
              "--model.d-model", "16", "--model.d-ff", "16", "--eval-tokens", "32")  # fmt: skip
     assert run(tmp_path / "reference", *small) == 0
-    monkeypatch.setattr(_runtime, "_fallen", frozenset())
+    monkeypatch.setattr(runtime, "_fallen", frozenset())
 
     def does_not_launch(*_):
         raise RuntimeError("PTX was compiled with an unsupported toolchain")
 
     with path(False):
-        activate = import_module("kernels.swiglu").activate
+        activate = import_module("tritium.kernels.swiglu").activate
         monkeypatch.setattr(
-            import_module("kernels.swiglu"), "activate", lambda *args: 2 * activate(*args)
+            import_module("tritium.kernels.swiglu"), "activate", lambda *args: 2 * activate(*args)
         )
-        monkeypatch.setattr(import_module("kernels.rope"), "_forward", does_not_launch)
+        monkeypatch.setattr(import_module("tritium.kernels.rope"), "_forward", does_not_launch)
         assert run(tmp_path / "run", *small) == 0
     out = run.output()
     assert re.search("swiglu falls back to its reference: its (output|gradient) . errs by", out)

@@ -9,11 +9,11 @@ import torch
 from train_runs import CrashError, crash, log
 
 import train
-from bench import resume
-from bench._injected import disturbed, garbage, nan_in_a_gradient, no_gradient
-from data import prepare
-from data.verification import Verification
-from model import checkpoint
+from tritium.bench.runs import resume
+from tritium.bench.runs._injected import disturbed, garbage, nan_in_a_gradient, no_gradient
+from tritium.data import prepare
+from tritium.data.verification import Verification
+from tritium.training.run import checkpoint
 
 SPIKES = ("--max-steps", "36", "--save-every", "5", "--eval-every", "9", "--dropout", "0.1",
           "--learning-rate", "3e-3", "--spike-window", "10", "--max-skips", "3",

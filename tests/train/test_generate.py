@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer as Foreign
 from tokenizers import processors
 
-from data import Tokenizer
-from model import Transformer, checkpoint
-from model.generate import load_tokenizer, main
+from tritium.data import Tokenizer
+from tritium.model import Transformer
+from tritium.training.generate import load_tokenizer, main
+from tritium.training.run import checkpoint
 
 PROMPT = "def the quick brown fox"
 
@@ -86,7 +87,7 @@ def test_the_command_line_streams_and_refuses_in_a_sentence(folder):
 
     def command(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "model.generate", *map(str, arguments), "--device", "cpu"],
+            [sys.executable, "-m", "tritium.training.generate", *map(str, arguments), "--device", "cpu"],
             cwd=root, capture_output=True, text=True,
         )  # fmt: skip
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.numpy import load_file
 from train_runs import RANDOM, CrashError, crash, losses
 
-from bench import resume
-from model import Transformer, checkpoint
+from tritium.bench.runs import resume
+from tritium.model import Transformer
+from tritium.training.run import checkpoint
 
 
 def state(run, *, without=()):

@@ -5,7 +5,7 @@ import json
 import pytest
 from train_runs import RANDOM, CrashError, crash, weights
 
-from model.transformer import Block
+from tritium.model.transformer import Block
 
 LOOK = ("--layer-norms-every", "2", "--sample-every", "3", "--sample-tokens", "5")
 
@@ -60,7 +60,7 @@ def test_a_broken_block_is_reported_and_kept(run, tmp_path, monkeypatch):
 
 
 def test_wrong_wishes_are_refused_before_anything_is_made(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.trackers.find_spec", lambda _: None)
+    monkeypatch.setattr("tritium.training.monitor.trackers.find_spec", lambda _: None)
     for wish, answer in (
         (("--layer-norms-every", "-1"), "layer_norms_every must be at least 0, got -1"),
         (("--track", "wandb"), "pip install wandb"),

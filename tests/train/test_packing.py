@@ -3,8 +3,8 @@
 import pytest
 from train_runs import CrashError, crash, log
 
-from data import LOADERS, prepare
-from model import Transformer
+from tritium.data import LOADERS, prepare
+from tritium.model import Transformer
 
 STEPS = ("--max-steps", "6", "--save-every", "2", "--eval-every", "3")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from data import Tokenizer
+from tritium.data import Tokenizer
 
 
 def main(monkeypatch, home, *arguments) -> None:

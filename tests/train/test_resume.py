@@ -6,14 +6,14 @@ import pytest
 from train_runs import RANDOM, CrashError, crash, log, losses, weights
 
 import train
-from bench import resume
-from data import TokenLoader, prepare
-from model import checkpoint
-from model.fingerprint import code_version
+from tritium.bench.runs import resume
+from tritium.data import TokenLoader, prepare
+from tritium.training.run import checkpoint
+from tritium.training.run.fingerprint import code_version
 
 
 def test_a_killed_run_ends_in_the_same_state(tmp_path):
-    # A short `python -m bench resume`.
+    # A short `python -m tritium.bench resume`.
     trial = resume.Trial(tmp_path, steps=60)
     outcome = trial.kill_at_random("killed", random.randrange(1 << 30), asynchronous=True)
     assert outcome.identical, outcome
@@ -93,7 +93,7 @@ def test_the_best_so_far_survives_a_resume(run, tmp_path):
         (("--batch-size", "2"), "config.batch_size: 4, now 2"),
         (("--seed", "5"), "config.seed: 1, now 5"),
         (("--model.norm-eps", "1e-5"), "config.model.norm_eps: 1e-06, now 1e-05"),
-        ((), "code.model/optim.py: "),
+        ((), "code.training/optim.py: "),
     ],
 )
 def test_resumes_with_other_settings_only_if_told_to(changed, message, run, tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_resumes_with_other_settings_only_if_told_to(changed, message, run, tmp_
     with pytest.raises(CrashError):
         run(folder, *RANDOM)
     if not changed:
-        other = code_version() | {"model/optim.py": "0123456789ab"}
+        other = code_version() | {"training/optim.py": "0123456789ab"}
         monkeypatch.setattr(train, "code_version", lambda: other)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     assert run(folder, *RANDOM, "--resume", *changed) == 2

@@ -13,7 +13,7 @@ import triton
 from train_runs import log, losses
 
 import train
-from data import Tokenizer
+from tritium.data import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--max-steps", "12", "--save-every", "3", "--sample-tokens", "5")

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from train_runs import RANDOM, CrashError, crash, log
 
 import train
-from bench import resume
-from model import checkpoint
-from model.run_folder import claim, read_lines
+from tritium.bench.runs import resume
+from tritium.training.run import checkpoint
+from tritium.training.run.run_folder import claim, read_lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -46,7 +46,7 @@ def test_a_signal_during_validation_stops_after_the_next_step(run, tmp_path, mon
 # Train, but take a minute for the checkpoint of any step after the third.
 SLOW_SAVE = """
 import sys, time, train
-from model import checkpoint
+from tritium.training.run import checkpoint
 sync = checkpoint.sync
 def slow(path):
     if "step-00000003" not in str(path):

@@ -1,0 +1,112 @@
+"""Who is measured: our operations, PyTorch's own, and the libraries to beat where installed.
+
+A loader imports its contender when it is measured, so that a missing library, or a kernel in
+pieces, costs its own rows and no other.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loader = Callable[[], Callable]
+
+
+def _import(module: str, name: str, **options) -> Loader:
+    """Load `module.name`, with `options` bound."""
+    return lambda: partial(getattr(import_module(module), name), **options)
+
+
+def ours(name: str, module: str = "", **options) -> Loader:
+    """Load an operation of kernels/, from the file of its name or from `module`."""
+    return _import(f"tritium.kernels.{module or name}", name, **options)
+
+
+def norm(name: str, eps: float) -> Loader:
+    """Load a norm of kernels/, which takes its weight, and bias, behind the input."""
+
+    def load() -> Callable:
+        function = ours(name)()
+        return lambda x, w, *b: function(x, w.shape, w, *b, eps=eps)
+
+    return load
+
+
+def liger(name: str, **options) -> Loader:
+    """Load an operation of Liger-Kernel."""
+    return _import("liger_kernel.transformers.functional", f"liger_{name}", **options)
+
+
+def quack(module: str, name: str = "", **options) -> Loader:
+    """Load an operation of QuACK."""
+    return _import(f"quack.{module}", name or module, **options)
+
+
+def cut_cross_entropy() -> Callable:
+    """Load Apple's linear cross-entropy."""
+    return import_module("cut_cross_entropy").linear_cross_entropy
+
+
+def cross_entropy_inplace() -> Callable:
+    """Load our cross_entropy, overwriting the logits."""
+    inplace = ours("cross_entropy", inplace=True)()
+    return lambda logits, target: inplace(logits.view_as(logits), target)
+
+
+def quack_add_rms_norm() -> Callable:
+    """Load QuACK's rmsnorm behind a residual addition."""
+    rmsnorm = quack("rmsnorm", prenorm=True)()
+    return lambda x, residual, w: rmsnorm(x, w, residual=residual)
+
+
+def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, w.shape, w, 1e-6)
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    stream = residual + x
+    return _rms_norm(stream, w), stream
+
+
+def _layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, w.shape, w, b, 1e-5)
+
+
+def _add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    stream = residual + x
+    return _layer_norm(stream, w, b), stream
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    cos, sin = (table[:, None].to(x.dtype) for table in (cos, sin))
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _info_nce(query: Tensor, key: Tensor) -> Tensor:
+    similarity = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
+    return F.cross_entropy(similarity / 0.07, torch.arange(len(query), device=query.device))
+
+
+EAGER: dict[str, Callable] = {
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "cross_entropy": F.cross_entropy,
+    "linear_cross_entropy": lambda h, w, target: F.cross_entropy(F.linear(h, w), target),
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "layer_norm": _layer_norm,
+    "add_layer_norm": _add_layer_norm,
+    "rope": _rope,
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "dropout_add": lambda x, residual: residual + F.dropout(x, 0.1),
+    "embedding": F.embedding,
+    "mse_loss": F.mse_loss,
+    "info_nce": _info_nce,
+}
+"""What one writes without a library, by operation."""

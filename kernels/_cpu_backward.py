@@ -1,0 +1,41 @@
+"""Definitions with their gradients written out, for CPUs.
+
+What autograd makes of a definition keeps more tensors than its gradient needs and reads them more
+often, and on a CPU that is most of the time of everything between two matrix products. There, where
+operators run one by one and a gradient is wanted, the formulas of the kernels are computed instead.
+A second derivative is that of the definition.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tritium.kernels import runtime
+
+
+def is_written_out(*xs: Tensor) -> bool:
+    """Whether the gradient with respect to some of `xs` is computed as it is written out."""
+    return (
+        torch.is_grad_enabled()
+        and any(x.requires_grad for x in xs)
+        and not torch.compiler.is_compiling()  # before any size is asked for, which may be unknown
+        and all(x.device.type == "cpu" and x.numel() > 0 for x in xs)
+        # Transforms need a setup_context, which would cost every call 15 us.
+        and not runtime.sees_through()
+        and not runtime.REFERENCE
+    )
+
+
+def differentiate(
+    definition: Callable[..., Tensor], xs: tuple[Tensor, ...], wanted: tuple[bool, ...], dy: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of `definition(*xs)`, None where not wanted, with a graph of theirs.
+
+    The gradient ends at views of `xs`, each its own: where one of `xs` was computed from another,
+    or is the other, what reaches one by way of the other is left to autograd, which adds it.
+    """
+    ends = [x.view_as(x) for x in xs]
+    inputs = [x for x, wants in zip(ends, wanted, strict=True) if wants]
+    found = iter(torch.autograd.grad(definition(*ends), inputs, dy, create_graph=True))
+    return [next(found) if wants else None for wants in wanted]

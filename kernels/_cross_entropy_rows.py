@@ -1,0 +1,367 @@
+"""Loss, statistics and gradient of rows of logits: what cross_entropy and linear_cross_entropy run.
+
+The formulas stand in cross_entropy.py, the statistics in _token_loss.py. One program serves one
+row of T: a first pass over its V classes keeps a running maximum and sums for every few lanes of a
+thread, so that its loop holds no barrier; a second pass writes the gradient, over the logits
+themselves if asked. What a call does not ask for is not compiled into it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritium.kernels._cross_entropy_options import (
+    LOWEST,
+    LOWEST_GAP,
+    Options,
+    Results,
+    Row,
+    clear_ignored,
+    combine,
+    loss_of,
+    rows_reference,
+    token_weights,
+)
+from tritium.kernels.runtime import accumulator, uses_triton
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST, LOWEST_GAP = tl.constexpr(LOWEST), tl.constexpr(LOWEST_GAP)
+NOWHERE = tl.constexpr(0x7FFFFFFF)  # beyond every class of a row
+MAXIMUM, SUM, MASS, DOT, TARGET, SPREAD = (tl.constexpr(int(row)) for row in Row)
+
+
+@triton.jit
+def _capped(x, logit_scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+    if SCALE:
+        x *= logit_scale
+    if SOFTCAP:
+        # tanh(u) by exp2 of a non-positive number, which cannot overflow; near 0, where 1 - e
+        # cancels, by its series.
+        inverse = tl.full((), 1.0, ACC) / softcap
+        u = tl.abs(x) * inverse
+        e = tl.exp2(u * -LOG2_E * 2)
+        u2 = u * u
+        series = 1 - u2 * (1 / 3 - u2 * (2 / 15 - u2 * (17 / 315 - u2 * (62 / 2835))))
+        near = u < (0.25 if ACC is tl.float32 else 0.001)
+        z = softcap * tl.where(near, u * series, (1 - e) / (1 + e))
+        x = tl.where(x < 0, -z, z)
+    return x
+
+
+@triton.jit
+def _logits(
+    x_ptr, offs_V, V, logit_scale, softcap,
+    MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    if MASKED:
+        x_V = tl.load(x_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)
+        # Mask after the cap: a padded lane would otherwise come out as -softcap and be summed.
+        z_V = _capped(x_V, logit_scale, softcap, SCALE, SOFTCAP, ACC)
+        z_V = tl.where(offs_V < V, z_V, float("-inf"))
+    else:
+        z_V = _capped(
+            tl.load(x_ptr + offs_V).to(ACC), logit_scale, softcap, SCALE, SOFTCAP, ACC
+        )  # fmt: skip
+    return z_V
+
+
+@triton.jit
+def _masses(
+    q_ptr, w_ptr, offs_V, V, hit, uniform,
+    MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # What each class gets of the target's mass besides the hit of a hard target; 0 on padding.
+    a_V = tl.where(offs_V < V, uniform, 0.0) if MASKED else tl.zeros(offs_V.shape, ACC) + uniform
+    if SOFT:
+        if MASKED:
+            a_V += hit * tl.load(q_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)
+        else:
+            a_V += hit * tl.load(q_ptr + offs_V).to(ACC)
+    if WEIGHT:
+        if MASKED:
+            a_V *= tl.load(w_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)
+        else:
+            a_V *= tl.load(w_ptr + offs_V).to(ACC)
+    return a_V
+
+
+@triton.jit
+def _accumulate(
+    m, s, dot, mass, spread, best, x_ptr, q_ptr, w_ptr, offs_V, V, start, hit, uniform,
+    logit_scale, softcap,
+    MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    z_V = _logits(x_ptr, offs_V, V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
+    new_m = tl.maximum(m, tl.max(z_V, axis=1))
+    gap_V = z_V - new_m[:, None]
+    e_V = tl.exp2(gap_V * LOG2_E)
+    shrink = tl.exp2((m - new_m) * LOG2_E)
+    if STATS:
+        # Where exp is 0 a gap of -inf would make the product nan.
+        spread = shrink * (spread + s * tl.maximum(m - new_m, LOWEST_GAP))
+        spread += tl.sum(e_V * tl.maximum(gap_V, LOWEST_GAP), axis=1)
+        at_V = tl.where(z_V == new_m[:, None], start + offs_V, NOWHERE)
+        at = tl.min(at_V, axis=1)
+        best = tl.where(new_m > m, at, tl.minimum(at, best))
+    s = s * shrink + tl.sum(e_V, axis=1)
+    if SOFT or SMOOTHING:
+        a_V = _masses(q_ptr, w_ptr, offs_V, V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
+        if MASKED:
+            z_V = tl.where(offs_V < V, z_V, 0.0)
+        dot += tl.sum(a_V * z_V, axis=1)
+        if SOFT:
+            mass += tl.sum(a_V, axis=1)
+    return new_m, s, dot, mass, spread, best
+
+
+@triton.jit
+def _store_gradient(
+    dx_ptr, x_ptr, q_ptr, w_ptr, offs_V, V, m, scale, hit, uniform, logit_scale, softcap,
+    MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    z_V = _logits(x_ptr, offs_V, V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
+    dz_V = scale * tl.exp2((z_V - m) * LOG2_E)
+    if SOFT or SMOOTHING:
+        dz_V -= _masses(q_ptr, w_ptr, offs_V, V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
+    if SOFTCAP:
+        u_V = z_V * (tl.full((), 1.0, ACC) / softcap)
+        dz_V *= 1 - u_V * u_V
+    if MASKED:
+        tl.store(dx_ptr + offs_V, dz_V.to(dx_ptr.dtype.element_ty), mask=offs_V < V)
+    else:
+        tl.store(dx_ptr + offs_V, dz_V.to(dx_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    x_ptr, target_ptr, w_ptr, w_sum_ptr, dloss_ptr, loss_ptr, values_ptr, argmax_ptr, dx_ptr,
+    V, first, n_classes, stride_xT, stride_qT, stride_dxT, stride_dlossT, stride_valuesR,
+    ignore_index, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
+    logit_scale: tl.float64,
+    LOSS: tl.constexpr, GRADIENT: tl.constexpr, INCOMING: tl.constexpr, ALL_VALUES: tl.constexpr,
+    SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    # LOSS computes the row's statistics (else they are read), GRADIENT uses them; both together
+    # may overwrite the logits. Soft targets are `[T, V]`, where target_ptr is otherwise `[T]`.
+    # A float without a type arrives as float32.
+    label_smoothing, z_loss = tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC)
+    softcap, logit_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
+    t = tl.program_id(0).to(tl.int64)
+    x_ptr += t * stride_xT
+    dx_ptr += t * stride_dxT
+    values_ptr += t
+    q_ptr = target_ptr + t * stride_qT
+    offs_V = tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    full = V // BLOCK_V * BLOCK_V
+    if SOFT:
+        counts = True
+    else:
+        target = tl.load(target_ptr + t)
+        counts = target != ignore_index
+
+    if counts:
+        uniform = label_smoothing / n_classes
+        hit = 1 - label_smoothing
+        w_t = tl.full((), 1.0, ACC)
+        mass = tl.full((), 0.0, ACC)
+        if not SOFT:
+            # A target outside [0, n_classes) makes the row's loss and gradient nan; one of another
+            # rank's classes has its logit there.
+            known = (target >= 0) & (target < n_classes)
+            local = target - first
+            owned = (local >= 0) & (local < V) & known
+            x_t = tl.load(x_ptr + local, mask=owned, other=0.0).to(ACC)
+            z_t = _capped(x_t, logit_scale, softcap, SCALE, SOFTCAP, ACC)
+            if WEIGHT:
+                w_t = tl.load(w_ptr + target, mask=known, other=0.0).to(ACC)
+            w_t = tl.where(known, w_t, float("nan"))
+            hit *= w_t
+            if SMOOTHING:
+                mass += label_smoothing
+                if WEIGHT:
+                    mass = uniform * tl.load(w_sum_ptr).to(ACC)
+        w_ptr += first
+
+        if LOSS:
+            m = tl.full((BLOCK_V // LANES,), LOWEST, ACC)
+            s = tl.zeros((BLOCK_V // LANES,), ACC)
+            dot = tl.zeros((BLOCK_V // LANES,), ACC)
+            masses = tl.zeros((BLOCK_V // LANES,), ACC)
+            spread = tl.zeros((BLOCK_V // LANES,), ACC)
+            best = tl.full((BLOCK_V // LANES,), NOWHERE, tl.int32)
+            # The tail first: sums that enter the loop as constants crash the compiler (3.6, 3.7).
+            if full < V:
+                m, s, dot, masses, spread, best = _accumulate(
+                    m, s, dot, masses, spread, best, x_ptr + full, q_ptr + full, w_ptr + full,
+                    offs_V, V - full, full, hit, uniform, logit_scale, softcap,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                )  # fmt: skip
+            for v in range(0, full, BLOCK_V):
+                m, s, dot, masses, spread, best = _accumulate(
+                    m, s, dot, masses, spread, best, x_ptr + v, q_ptr + v, w_ptr + v,
+                    offs_V, V - v, v, hit, uniform, logit_scale, softcap,
+                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                )  # fmt: skip
+            row_m = tl.max(m, axis=0)
+            row_s = tl.sum(s * tl.exp2((m - row_m) * LOG2_E), axis=0)
+            row_dot = tl.sum(dot, axis=0)
+            log_s = tl.log2(row_s) * LN_2
+            lse = row_m + log_s
+            loss = z_loss * w_t * lse * lse
+            if SOFT:
+                mass = tl.sum(masses, axis=0)
+            else:
+                loss += hit * ((row_m - z_t) + log_s)
+            if SOFT or SMOOTHING:
+                loss += mass * lse - row_dot
+            tl.store(loss_ptr + t, loss)
+            tl.store(values_ptr + MAXIMUM * stride_valuesR, row_m)
+            tl.store(values_ptr + SUM * stride_valuesR, row_s)
+            if SOFT or ALL_VALUES:
+                tl.store(values_ptr + MASS * stride_valuesR, mass)
+            if ALL_VALUES:
+                tl.store(values_ptr + DOT * stride_valuesR, row_dot)
+                if SOFT:
+                    tl.store(values_ptr + TARGET * stride_valuesR, 0.0)
+                else:
+                    own_z_t = tl.where(owned, z_t, tl.where(known, 0.0, float("nan")))
+                    tl.store(values_ptr + TARGET * stride_valuesR, own_z_t)
+                gap = tl.maximum(m - row_m, LOWEST_GAP)
+                row_spread = tl.sum((spread + s * gap) * tl.exp2(gap * LOG2_E), axis=0)
+                tl.store(values_ptr + SPREAD * stride_valuesR, row_spread)
+            if STATS:
+                row_best = tl.min(tl.where(m == row_m, best, NOWHERE), axis=0)
+                row_best = tl.where(row_best == NOWHERE, -1, row_best.to(tl.int64) + first)
+                tl.store(argmax_ptr + t, row_best)
+        else:
+            row_m = tl.load(values_ptr + MAXIMUM * stride_valuesR)
+            row_s = tl.load(values_ptr + SUM * stride_valuesR)
+            if SOFT:
+                mass = tl.load(values_ptr + MASS * stride_valuesR)
+
+        if GRADIENT:
+            lse = row_m + tl.log2(row_s) * LN_2
+            total = mass + 2 * z_loss * w_t * lse
+            if not SOFT:
+                total += hit
+            give = tl.full((), 1.0, ACC)
+            if INCOMING:
+                give = tl.load(dloss_ptr + t * stride_dlossT).to(ACC)
+            if SCALE:
+                give *= logit_scale
+            scale = give * total / row_s
+            tl.debug_barrier()  # z_t is read before anything overwrites it
+            for v in range(0, full, BLOCK_V):
+                _store_gradient(
+                    dx_ptr + v, x_ptr + v, q_ptr + v, w_ptr + v, offs_V, V - v, row_m, scale,
+                    give * hit, give * uniform, logit_scale, softcap,
+                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
+                )  # fmt: skip
+            if full < V:
+                _store_gradient(
+                    dx_ptr + full, x_ptr + full, q_ptr + full, w_ptr + full, offs_V, V - full,
+                    row_m, scale, give * hit, give * uniform, logit_scale, softcap,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
+                )  # fmt: skip
+            if not SOFT:
+                # The target's element once more, from float32: p - 1 in bfloat16 would lose all of
+                # it where p is near 1. One store, not a comparison per element.
+                tl.debug_barrier()
+                p_t = tl.exp2((z_t - row_m) * LOG2_E) / row_s
+                dz_t = hit * (p_t - 1) + (total - hit) * p_t
+                if SMOOTHING:
+                    dz_t -= uniform * w_t
+                if SOFTCAP:
+                    dz_t *= 1 - (z_t / softcap) * (z_t / softcap)
+                tl.store(dx_ptr + local, (give * dz_t).to(dx_ptr.dtype.element_ty), mask=owned)
+    else:
+        if LOSS:
+            tl.store(loss_ptr + t, 0.0)
+            tl.store(values_ptr + MAXIMUM * stride_valuesR, 0.0)
+            tl.store(values_ptr + SUM * stride_valuesR, 1.0)
+            if ALL_VALUES:
+                for row in range(MASS, SPREAD + 1):
+                    tl.store(values_ptr + row * stride_valuesR, 0.0)
+            if STATS:
+                tl.store(argmax_ptr + t, -1)
+        if GRADIENT:  # zeros, whatever the logits hold
+            zero_V = tl.zeros(offs_V.shape, dx_ptr.dtype.element_ty)
+            for v in range(0, full, BLOCK_V):
+                tl.store(dx_ptr + v + offs_V, zero_V)
+            tl.store(dx_ptr + full + offs_V, zero_V, mask=full + offs_V < V)
+
+
+def launch_rows(
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options, *,
+    values_RT: Tensor | None = None, dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
+) -> Results:  # fmt: skip
+    """Compute loss and statistics, unless `values_RT` brings these, and dx_TV where it is given."""
+    T, V = x_TV.shape
+    acc = torch.promote_types(x_TV.dtype, torch.float32)
+    soft, loss = target_T.is_floating_point(), values_RT is None
+    results = empty_results(x_TV, soft, options)
+    if T == 0:
+        return results
+    loss_T, _, argmax_T = results
+    values_RT = results[1] if values_RT is None else values_RT
+    smoothing = options.label_smoothing > 0
+    # Where both passes run, few wide programs: the rows in flight then stay in the L2 cache, and
+    # the second pass reads them there (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
+    # The entropy's sums need more registers than 32 warps leave to a thread.
+    warps = (16 if options.stats else 32) if loss and dx_TV is not None else 8
+    block = max(64, min(512 * warps, triton.next_power_of_2(V)))
+    unused = loss_T  # stands in for a pointer that the kernel does not follow
+    _cross_entropy_kernel[(T,)](
+        x_TV, target_T, unused if w_V is None else w_V,
+        w_V.sum(dtype=acc) if w_V is not None and smoothing and not soft else unused,
+        unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
+        unused if dx_TV is None else dx_TV,
+        V, options.first_class, options.n_classes or V, x_TV.stride(0),
+        target_T.stride(0) if soft else 0, 0 if dx_TV is None else dx_TV.stride(0),
+        0 if dloss_T is None else dloss_T.stride(0), values_RT.stride(0), *options[:5],
+        LOSS=loss, GRADIENT=dx_TV is not None, INCOMING=dloss_T is not None,
+        ALL_VALUES=loss and len(values_RT) == len(Row), SOFT=soft, WEIGHT=w_V is not None,
+        SMOOTHING=smoothing, SCALE=options.logit_scale != 1, SOFTCAP=options.softcap > 0,
+        STATS=loss and options.stats, ACC=accumulator(x_TV.dtype), BLOCK_V=block,
+        LANES=16 // x_TV.element_size(), num_warps=max(1, block // 512),
+    )  # fmt: skip
+    return results
+
+
+def empty_results(x_TV: Tensor, soft: bool, options: Options) -> Results:
+    """What `rows` will fill: only the statistics that the options call for."""
+    acc, T = torch.promote_types(x_TV.dtype, torch.float32), x_TV.shape[0]
+    rows = len(Row) if options.stats or options.group else Row.MASS + soft
+    return (
+        x_TV.new_empty(T, dtype=acc),
+        x_TV.new_empty(rows, T, dtype=acc),
+        x_TV.new_empty(T if options.stats else 0, dtype=torch.int64),
+    )
+
+
+def rows(
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, options: Options,
+    gradient: bool,
+) -> Results:  # fmt: skip
+    """Loss and statistics of every row; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
+    if not uses_triton(x_TV, "cross_entropy"):
+        return rows_reference(x_TV, target_T, w_V, dloss_T, options, gradient)
+    dx_TV = x_TV if gradient else None
+    if not options.group:
+        return launch_rows(x_TV, target_T, w_V, options, dx_TV=dx_TV, dloss_T=dloss_T)
+    soft = target_T.is_floating_point()
+    _, values_RT, argmax_T = launch_rows(x_TV, target_T, w_V, options)
+    values_RT, argmax_T = combine(values_RT, argmax_T, options.group, soft)
+    if gradient:
+        launch_rows(
+            x_TV, target_T, w_V, options, values_RT=values_RT, dx_TV=x_TV, dloss_T=dloss_T
+        )  # fmt: skip
+    w_T = token_weights(target_T, w_V, options.ignore_index, values_RT.dtype)
+    loss_T = loss_of(values_RT, w_T, options, soft)
+    return clear_ignored((loss_T, values_RT, argmax_T), target_T, options)

@@ -1,0 +1,216 @@
+"""Where kernels run, and how they become PyTorch operators.
+
+A CUDA tensor goes to Triton. A CPU tensor goes to the PyTorch reference, or, with
+TRITON_INTERPRET=1, to the same Triton kernel in its interpreter. TRITIUM_REFERENCE=1 sends
+everything to the references, `fall_back` single operations.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import forward_ad
+from triton import knobs
+from triton.runtime import driver
+
+CPU_KERNELS = (
+    knobs.runtime.interpret
+)  # whether CPU tensors go to kernels (tritium.bench.compiled.static sets it)
+REFERENCE = os.environ.get("TRITIUM_REFERENCE") == "1"
+
+OPERATIONS = frozenset({
+    "softmax", "log_softmax", "cross_entropy", "mse_loss", "rms_norm", "add_rms_norm",
+    "layer_norm", "add_layer_norm", "rope", "swiglu", "geglu", "relu_squared", "dropout_add",
+    "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD", "RMSprop",
+    "Adagrad", "Lion",
+})  # fmt: skip
+"""What has a kernel to choose."""
+SHARED = {"linear_cross_entropy": "cross_entropy", "info_nce": "cross_entropy"}
+"""Operations whose kernel is that of another."""
+
+_library = torch.library.Library("tritium", "DEF")
+_fallen: frozenset[str] = frozenset()
+
+
+def uses_triton(x: Tensor, op: str | None = None) -> bool:
+    """Whether the kernel of `op`, rather than its reference, computes on `x`.
+
+    Without `op`, whether kernels compute on `x` at all. Inside a transform of torch.func, and where
+    derivatives are carried forward, references do: those can be transformed, any number of times.
+    """
+    kernels = (x.is_cuda or CPU_KERNELS) and not REFERENCE and op not in _fallen
+    return kernels and not sees_through()
+
+
+def sees_through() -> bool:
+    """Whether what calls must see PyTorch's own operators.
+
+    True in a transform of torch.func, in forward-mode differentiation and in torch.export: the
+    operators here have no gradient and no batching rule, their autograd functions neither.
+    """
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def fall_back(*ops: str) -> None:
+    """Send operations to their references, from now on and in this process.
+
+    What is compiled by torch.compile follows; what a CUDA graph has captured does not.
+
+    Args:
+        ops: names as they are imported from `kernels`, such as "rope" or "AdamW".
+            `linear_cross_entropy` and `info_nce` share the kernel of `cross_entropy`: one of the
+            three takes the others along.
+
+    Raises:
+        ValueError: there "is no kernel" of that name.
+    """
+    global _fallen
+    _fallen |= _named(ops)
+
+
+def fallen_back() -> frozenset[str]:
+    """The operations that `fall_back` has sent to their references."""
+    return _fallen
+
+
+@contextmanager
+def references(*ops: str) -> Iterator[None]:
+    """Send operations to their references inside the block."""
+    global _fallen
+    before, _fallen = _fallen, _fallen | _named(ops)
+    try:
+        yield
+    finally:
+        _fallen = before
+
+
+def _named(ops: tuple[str, ...]) -> frozenset[str]:
+    names = frozenset(SHARED.get(op, op) for op in ops)
+    if unknown := sorted(names - OPERATIONS):
+        raise ValueError(
+            f"fall_back: there is no kernel of {', '.join(map(repr, unknown))}; "
+            f"name some of {', '.join(sorted({*OPERATIONS, *SHARED}))}"
+        )
+    return names
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which a kernel computes on `dtype`: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in the dtype in which its definition computes: float64 for float64, else float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only where its last axis is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Launcher:
+    """Launches of a kernel that keep what the last one was compiled to.
+
+    Triton looks that up at every launch, by the dtype, alignment or value of every argument, which
+    takes it 10 us. Here it is asked only where one of them, or the device, is not as it was.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._key: tuple = ()
+        self._compiled: Any = None
+
+    def __call__(
+        self, programs: int, args: tuple[Tensor | float | None, ...], constants: tuple[Any, ...],
+        **options: int,
+    ) -> None:  # fmt: skip
+        """Launch `programs` programs.
+
+        Args:
+            programs: the grid, of one axis.
+            args: what comes first in the kernel's signature. In one place tensors are always of
+                one dtype.
+            constants: the constexprs, which follow.
+            options: of Triton, the same at every launch.
+        """
+        decisive = [x.data_ptr() % 16 if isinstance(x, Tensor) else (type(x), x) for x in args]
+        if self._compiled is None or self._key != (decisive, constants, _device()):
+            # None from the interpreter.
+            self._compiled = self._kernel[(programs,)](*args, *constants, **options)
+            self._key = () if self._compiled is None else (decisive, constants, _device())
+        else:
+            self._compiled[(programs, 1, 1)](*args, *constants)
+
+
+def _device() -> int:
+    active: Any = driver.active
+    return active.get_current_device()
+
+
+def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
+    """Register `launch` as the operator `tritium::<schema>` and return it, bound for cheap calls.
+
+    The operator is opaque to torch.compile and has no gradient of its own: a classic
+    `torch.autograd.Function` around it supplies that (25 us forward and backward on a CPU, against
+    50 us for `torch.library.custom_op` with `register_autograd`). Its first argument must be a
+    tensor: the launch happens on that tensor's device, which need not be the current one.
+    """
+
+    def launch_on_its_device(x: Tensor, *args):
+        if x.device.index == torch.cuda.current_device():
+            return launch(x, *args)
+        with torch.cuda.device(x.device):
+            return launch(x, *args)
+
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, launch_on_its_device, "CUDA")
+    _library.impl(
+        name, launch, "CPU"
+    )  # reached under the interpreter and by tritium.bench.compiled.static only
+    torch.library.register_fake(f"tritium::{name}", fake, lib=_library)
+    return getattr(torch.ops.tritium, name).default
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Compute a backward without a graph, and make a derivative of its results an error.
+
+    `torch.autograd.function.once_differentiable` does so only where the incoming gradient has a
+    graph itself; elsewhere a gradient penalty would be dropped without a word.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx, *grads):
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(None if x is None else _refuse(x) for x in outputs)
+
+    return refusing
+
+
+def _refuse(x: Tensor) -> Tensor:
+    return _NoSecondDerivative.apply(x.detach().requires_grad_())
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        raise RuntimeError(
+            "a Tritium kernel has a first derivative only; "
+            "set TRITIUM_REFERENCE=1 to differentiate twice"
+        )

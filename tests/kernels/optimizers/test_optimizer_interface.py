@@ -1,0 +1,159 @@
+"""Optimizers take and explain what torch.optim's do, whatever the process-wide default dtype."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from small_training import OPTIONS, THEIRS, assert_equal, bits, parameters, train
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from tritium.kernels import SGD, Adam, AdamW, Lion, RMSprop, clip_grad_norm_, clip_grad_norms_
+from tritium.kernels.optimizers._options import EXPLAINED, StepOptions
+
+pytestmark = pytest.mark.usefixtures("pointer_tables")
+
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+TORCHS = [ours for ours in THEIRS if ours is not Lion]
+DAMPENED = (SGD, {"momentum": 0.9, "dampening": 0.4, "lr": 0.1})
+
+
+@pytest.fixture(params=[BF16, torch.float16, torch.float64], ids=str)
+def default_dtype(request):
+    yield request.param
+    torch.set_default_dtype(F32)
+
+
+@pytest.mark.parametrize("ours", THEIRS)
+def test_numbers_do_not_depend_on_the_default_dtype(ours, default_dtype, path, device):
+    def run(dtype):
+        torch.manual_seed(0)
+        ps, results = parameters([(4096,)], device), []
+        torch.set_default_dtype(dtype)
+        for state_dtype in (F32, U8):
+            optimizer = ours(
+                ps, lr=0.01, max_grad_norm=1.0, record_norms=True, state_dtype=state_dtype
+            )
+            for step in range(2):
+                for p in ps:
+                    p.grad = torch.full_like(p, 0.1 + step)
+                optimizer.step()
+            results += [*bits(optimizer), *optimizer.norms()[1:]]
+        results += [clip_grad_norm_(ps, 0.1), clip_grad_norms_(ps, 0.01), clip_grad_norm_([], 1.0)]
+        return [*results, clip_grad_norms_([[]], 1.0), *(p.grad for p in ps)]
+
+    wanted = run(F32)
+    got = run(default_dtype)
+    assert [x.dtype for x in got] == [x.dtype for x in wanted]
+    assert_equal(got, wanted)
+
+
+@pytest.mark.parametrize("ours", THEIRS)
+@pytest.mark.parametrize("key", [*StepOptions.__annotations__, "wieght_decay", "clip", "params2"])
+def test_a_group_takes_its_options_alone(key, ours):
+    if key == "l1":
+        optimizer = ours([{"params": [nn.Parameter(torch.ones(3))], key: 0.5}])
+        assert optimizer.param_groups[0]["l1"] == 0.5
+        return
+    with pytest.raises(TypeError, match=rf"{ours.__name__}: options of .* got \['{key}'\]"):
+        ours([{"params": [nn.Parameter(torch.ones(3))], key: 0.5}])
+
+
+@pytest.mark.parametrize("ours", TORCHS)
+def test_takes_the_groups_and_defaults_of_torch(ours):
+    p = nn.Parameter(torch.ones(3))
+    theirs = THEIRS[ours]([p], lr=0.5)
+    theirs.add_param_group({"params": [nn.Parameter(torch.ones(2))], "name": "b", "initial_lr": 1})
+    assert ours(theirs.param_groups).param_groups[0]["lr"] == 0.5
+    ours([p], **theirs.defaults)
+
+
+@pytest.mark.parametrize("ours", THEIRS)
+def test_refuses_what_it_cannot_honour(ours):
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=f"{ours.__name__}: differentiable must be False"):
+        ours([p], differentiable=True)
+    with pytest.raises(RuntimeError, match="foreach and fused must not be True together"):
+        ours([p], foreach=True, fused=True)
+    with pytest.raises(TypeError, match=r"got torch.float64; .*\.float\(\)"):
+        ours([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+
+
+@pytest.mark.parametrize("ours", TORCHS)
+def test_has_the_signature_of_torch(ours):
+    theirs = inspect.signature(THEIRS[ours]).parameters
+    mine = inspect.signature(ours).parameters
+    shared = [(x.name, x.kind, x.default) for name, x in mine.items() if name in theirs]
+    assert shared == [(x.name, x.kind, x.default) for x in theirs.values()]
+
+
+def test_clips_by_the_signature_of_torch(path, device):
+    theirs = inspect.signature(nn.utils.clip_grad_norm_).parameters
+    mine = inspect.signature(clip_grad_norm_).parameters
+    assert [(x.name, x.default) for x in mine.values()] == [
+        (x.name, x.default) for x in theirs.values()
+    ]
+    p = nn.Parameter(torch.ones(3, device=device))
+    p.grad = torch.tensor([1.0, 2.0, float("inf")], device=device)
+    with pytest.raises(RuntimeError, match="norm of the gradients must be finite, got inf"):
+        clip_grad_norm_([p], 1.0, 2.0, error_if_nonfinite=True, foreach=True)
+    assert p.grad.tolist() == [1.0, 2.0, float("inf")]
+    with pytest.raises(ValueError, match="norm_type must be 2, got inf"):
+        clip_grad_norm_([p], 1.0, float("inf"))
+    p.grad = torch.tensor([3.0, 4.0, 0.0], device=device)
+    assert clip_grad_norm_([p], 1.0, error_if_nonfinite=True).item() == 5
+
+
+@pytest.mark.parametrize("ours", THEIRS)
+def test_explains_every_option(ours):
+    text = inspect.getdoc(ours)
+    arguments = text.partition("\nArgs:\n")[2].partition("\nAttributes:\n")[0]
+    words = " ".join(arguments.split())
+    names = [x for x in inspect.signature(ours).parameters if x != "options"]
+    for name in [*names, *StepOptions.__annotations__]:
+        assert arguments.count(f"    {name}: ") == 1, name
+        if name in EXPLAINED:
+            assert f"{name}: {' '.join(EXPLAINED[name].split())}" in words
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(("ours", "options"), OPTIONS, ids=str)
+def test_a_step_counts_as_a_change_of_the_parameters(ours, options, path, device):
+    p = nn.Parameter(torch.ones(3, device=device))
+    optimizer = ours([p], ema_decay=0.5, **options)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    loss = (p * p * optimizer.state[p]["ema"]).sum()
+    version = optimizer.state[p]["ema"]._version
+    optimizer.step()
+    assert optimizer.state[p]["ema"]._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("more", [{}, {"state_dtype": BF16, "ema_decay": 0.9}], ids=str)
+@pytest.mark.parametrize(("ours", "options"), [*OPTIONS, DAMPENED], ids=str)
+def test_flattened_state_resumes(ours, options, more, device):
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    nets = [nn.Linear(3, 2, device=device) for _ in range(2)]
+    first, second = (ours(net.parameters(), **options, **more) for net in nets)
+    train(None, list(nets[0].parameters()), 3, start=1, optimizer=first)
+    nets[1].load_state_dict(nets[0].state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(nets[0], first, options=flat))
+    set_optimizer_state_dict(nets[1], second, saved, options=flat)
+    for net, optimizer in zip(nets, (first, second), strict=True):
+        train(None, list(net.parameters()), 2, start=8, optimizer=optimizer)
+    assert_equal(bits(first), bits(second))
+
+
+@pytest.mark.parametrize("ours", [Adam, AdamW, RMSprop])
+def test_shared_flags_change_nothing(ours, device):
+    ps = parameters([(5,)], device)
+    qs = copy.deepcopy(ps)
+    a = train(lambda x: ours(x, foreach=True, capturable=True), ps, 2)
+    assert_equal(bits(a), bits(train(ours, qs, 2)))

@@ -1,0 +1,73 @@
+"""Faults of gradients that are written out beside their definitions."""
+
+from functools import partial
+
+from tests.mutants import Mutant
+
+_written_out = partial(Mutant, file="kernels/_cpu_backward.py")
+_rms_norm = partial(Mutant, file="kernels/rms_norm.py")
+_swiglu = partial(Mutant, file="kernels/swiglu.py")
+_rope = partial(Mutant, file="kernels/rope.py")
+
+MUTANTS = [
+    _rms_norm(
+        what="the mean of the gradient forgotten",
+        original=".addcmul_(normed, mean)",
+        replacement="",
+    ),
+    _rms_norm(
+        what="the offset forgotten",
+        original="w = _scale(weight, s, ctx.offset)",
+        replacement="w = _scale(weight, s, 0.0)",
+    ),
+    _rms_norm(
+        what="a mean over all rows",
+        original=".view(r.shape).div_(-D)",
+        replacement=".mean().div_(-D)",
+    ),
+    _rms_norm(
+        what="a second derivative of the formulas",
+        original="if torch.is_grad_enabled():\n            define",
+        replacement="if False:\n            define",
+    ),
+    _rms_norm(
+        what="the incoming gradient overwritten",
+        original="g = dy * normed",
+        replacement="g = dy.mul_(normed)",
+    ),
+    _swiglu(
+        what="gradients exchanged",
+        original="return dgate.to(gate.dtype), dup.to(up.dtype)",
+        replacement="return dup.to(gate.dtype), dgate.to(up.dtype)",
+    ),
+    _swiglu(
+        what="the incoming gradient overwritten",
+        original="torch.mul(widen(dh), up)",
+        replacement="widen(dh).mul_(up)",
+    ),
+    _rope(
+        what="turned on instead of back",
+        original="rope_reference(dy, cos, -sin, **ctx.how)",
+        replacement="rope_reference(dy, cos, sin, **ctx.how)",
+    ),
+    _rope(
+        what="the offset forgotten",
+        original="rope_reference(dy, cos, -sin, **ctx.how)",
+        replacement="rope_reference(dy, cos, -sin, interleaved=ctx.how['interleaved'])",
+    ),
+    _written_out(
+        what="torch.func meets a gradient it cannot see through",
+        original="and not runtime.sees_through()",
+        replacement="and True",
+    ),
+    _written_out(
+        what="never",
+        original="torch.is_grad_enabled()\n",
+        replacement="not torch.is_grad_enabled()\n",
+    ),
+    _written_out(
+        what="without a graph",
+        original="create_graph=True",
+        replacement="create_graph=False",
+    ),
+]

@@ -1,0 +1,110 @@
+"""A training step, launched kernel by kernel, or as one CUDA graph in a single launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tritium.kernels import runtime
+from tritium.kernels.runtime import fallen_back
+from tritium.training.optim import Optimizer
+
+WARM_UP = 3  # steps that make the optimizer's state, compile kernels and choose algorithms
+
+Batch = tuple[Tensor, ...]
+Step = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+def training_step(
+    accumulate: Callable[[Batch], Tensor],
+    optimizer: Optimizer,
+    *,
+    graph: bool,
+    report: Callable[[str], object],
+) -> Step:
+    """Make the step of a run: from a batch to its loss and gradient norm, on the device.
+
+    Args:
+        accumulate: adds a batch's gradients to the parameters' and returns its loss. In a graph it
+            gets the batch on the device, and waits for the device nowhere.
+        optimizer: takes the step; clips, so that it knows the norm.
+        graph: take it as a CUDA graph. Where references run, which may wait for the device, there
+            is none.
+        report: is told so.
+    """
+
+    def take(batch: Batch, /) -> tuple[Tensor, Tensor]:
+        loss = accumulate(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        if optimizer.grad_norm is None:
+            raise ValueError("training_step: the optimizer must clip; give it a max_grad_norm")
+        return loss, optimizer.grad_norm
+
+    fallen = "every operation" if runtime.REFERENCE else ", ".join(sorted(fallen_back()))
+    if graph and fallen:
+        report(f"No CUDA graph is captured: {fallen} runs on the reference")
+    return GraphedStep(take, optimizer) if graph and not fallen else take
+
+
+class GraphedStep:
+    """Takes the steps that `take` would take, the first few by it, then by replaying a graph of it.
+
+    The batch is copied into the same tensors every time, and the learning rate of each group is a
+    float32 tensor, to be filled: with rates that are rounded to float32 anyway (`optim.set_rate`)
+    the steps are those of `take` bit for bit. Every batch has the shape of the first. Once the
+    optimizer has loaded another state, the graph is captured anew.
+
+    Args:
+        take: a whole step; it waits for the device nowhere and leaves no gradient behind.
+        optimizer: its optimizer, of parameters on a GPU.
+    """
+
+    def __init__(self, take: Step, optimizer: Optimizer):
+        self._take, self._optimizer = take, optimizer
+        self._device = optimizer.param_groups[0]["params"][0].device
+        self._stream = torch.cuda.Stream(self._device)
+        self._batch: Batch | None = None
+        self._forget()
+        optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
+
+    def __call__(self, batch: Batch, /) -> tuple[Tensor, Tensor]:
+        """Take a step; return its loss and gradient norm, in tensors of their own."""
+        static = self._copied(batch)
+        if self._graph is None and self._taken < WARM_UP:
+            self._taken += 1
+            results = self._on_a_side_stream(static)
+        else:
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._results = self._take(static)
+            self._graph.replay()
+            results = self._results
+        loss, norm = (x.clone() for x in results)  # the next replay overwrites them
+        return loss, norm
+
+    def _copied(self, batch: Batch) -> Batch:
+        if self._batch is None:
+            self._batch = tuple(torch.empty_like(x, device=self._device) for x in batch)
+        for static, x in zip(self._batch, batch, strict=True):
+            # Fresh pinned memory, which PyTorch keeps until the device has read it.
+            static.copy_(x.pin_memory(), non_blocking=True)
+        return self._batch
+
+    def _on_a_side_stream(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As PyTorch asks for before a capture: autograd remembers the stream that it ran on."""
+        present = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
+            results = self._take(batch)
+        present.wait_stream(self._stream)
+        return results
+
+    def _forget(self) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._taken = 0
+        for group in self._optimizer.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self._device)

@@ -1,0 +1,183 @@
+"""How a batch is cut, and what is kept of its activations, so that a step fits the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+from rich.table import Table
+
+from tritium.kernels import runtime
+from tritium.model.activation_checkpointing import POLICIES, check_policy
+from tritium.training.device import describe, free_memory
+from tritium.training.memory.predict import Memory, StepBytes
+
+AUTO = "auto"
+USABLE = 0.9  # of the memory: what libraries and gaps between tensors take is not predicted
+WORTH_A_TRY = 0.9  # what the next plan may take of what the last one took, after it failed
+# T tokens cost at least 6·T operations per parameter, and their weights and gradients move some 12
+# bytes of each: a GPU of 300 operations per byte does both in the same time at T = 600, and at 4096
+# the bytes take a seventh of the operations' time. Computed, not measured.
+MIN_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What a step keeps in memory. It changes no gradient, but for rounding."""
+
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Sequences per forward pass, the last one of a step may have fewer; less memory. None:
+    batch_size. auto: the most that fit, as --plan shows."""
+    activation_checkpointing: str = "none"
+    """Which blocks compute again, for the backward pass, what they did not keep: none; full: all;
+    every-N: each N-th; selective: all, but not matrix products and attention; auto: the least that
+    fits, as --plan shows."""
+    memory_gib: float | None = None
+    """Memory of the device that a plan is made for, in GiB. None: what it has free."""
+    plan: bool = False
+    """Print what each activation_checkpointing takes and what is best, and train nothing."""
+
+    def __post_init__(self):
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
+        self.check(None)
+
+    def check(self, n_layers: int | None) -> None:
+        """Raise ValueError unless activation_checkpointing fits a model of that many blocks."""
+        if self.activation_checkpointing != AUTO:
+            check_policy(self.activation_checkpointing, n_layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is computed."""
+
+    activation_checkpointing: str
+    micro_batch_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"--activation-checkpointing {self.activation_checkpointing} "
+            f"--micro-batch-size {self.micro_batch_size}"
+        )
+
+
+class Planner:
+    """Find the plans that fit a device, in order of preference.
+
+    The order is: micro-batches of at least MIN_TOKENS tokens; the least that is computed again; the
+    largest micro-batch.
+
+    Args:
+        memory: predicts what a plan takes.
+        config: what was asked for.
+    """
+
+    def __init__(self, memory: Memory, config: MemoryConfig):
+        self.memory, self.policy = memory, config.activation_checkpointing
+        size, batch = config.micro_batch_size, memory.batch_size
+        self.micro_batch = size if isinstance(size, str) else min(size or batch, batch)
+        self._given = config.memory_gib
+
+    @cached_property
+    def budget(self) -> int:
+        """The bytes that a plan may take."""
+        free = free_memory(self.memory.device) if self._given is None else self._given * 2**30
+        return int(USABLE * free)
+
+    def plans(self, policy: str = AUTO, micro_batch: int | str = AUTO) -> Iterator[Plan]:
+        """Iterate over all plans with that policy and micro-batch, the best ones first."""
+        n_layers, batch = self.memory.config.n_layers, self.memory.batch_size
+        policies = [x for x in POLICIES if x != "every-2" or n_layers > 1]
+        policies = policies if policy == AUTO else [policy]
+        sizes = _even_sizes(batch) if isinstance(micro_batch, str) else [micro_batch]
+        length = self.memory.config.max_seq_len
+        enough = [x for x in sizes if x * length >= min(MIN_TOKENS, batch * length)]
+        for part in (enough, [x for x in sizes if x not in enough]):
+            yield from (Plan(p, size) for p in policies for size in part)
+
+    def bytes_of(self, plan: Plan) -> StepBytes:
+        """Predict the bytes of a step."""
+        return self.memory.step(plan.activation_checkpointing, plan.micro_batch_size)
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the budget holds a step."""
+        return self.bytes_of(plan).total <= self.budget
+
+    def asked(self) -> Plan:
+        """Return what was asked for, AUTO replaced by the best that fits."""
+        return self._choose(self.policy, self.micro_batch)
+
+    def best(self) -> Plan:
+        """Return what AUTO alone would choose."""
+        return self._choose(AUTO, AUTO)
+
+    def below(self, plan: Plan) -> Plan | None:
+        """Return the best plan that takes distinctly less than `plan`, or None."""
+
+        def varying(each: Plan) -> int:
+            return self.bytes_of(each).total - sum(self.memory.fixed)
+
+        limit = WORTH_A_TRY * varying(plan)
+        return next((each for each in self.plans() if varying(each) <= limit), None)
+
+    def show(self, show: Callable) -> None:
+        """Print the bytes of each policy, the best plan, and what was asked for, if another."""
+        best, asked = self.best(), self.asked()
+        show(self._heading(asked), self._table(asked), sep="\n")
+        named = {"Best": best} if asked == best else {"Asked for": asked, "Best": best}
+        for name, plan in named.items():
+            passes = -(-self.memory.batch_size // plan.micro_batch_size)
+            total, budget = self.bytes_of(plan).total / 2**30, self.budget / 2**30
+            show(
+                f"{name}: {plan}, {passes:,} per step: {total:.2f} GiB, which "
+                f"{'fits' if self.fits(plan) else 'does not fit'} the {budget:.2f} GiB that a plan "
+                f"may take"
+            )
+
+    def _choose(self, policy: str, micro_batch: int | str) -> Plan:
+        plans = list(self.plans(policy, micro_batch))
+        if len(plans) == 1:
+            return plans[0]
+        fitting = (plan for plan in plans if self.fits(plan))
+        return next(fitting, None) or min(plans, key=lambda plan: self.bytes_of(plan).total)
+
+    def _heading(self, plan: Plan) -> str:
+        memory = self.memory
+        kernels = (memory.device.type == "cuda" or runtime.CPU_KERNELS) and not runtime.REFERENCE
+        return (
+            f"Predicted for micro-batches of {plan.micro_batch_size:,} × "
+            f"{memory.config.max_seq_len:,} tokens in {str(memory.dtype)[6:]}, on "
+            f"{describe(memory.device)}, by {'Triton kernels' if kernels else 'the references'}:"
+        )
+
+    def _table(self, plan: Plan) -> Table:
+        own, size = plan.activation_checkpointing, plan.micro_batch_size
+        policies = [each.activation_checkpointing for each in self.plans(micro_batch=size)]
+        policies += [] if own in policies else [own]
+        steps = [self.bytes_of(Plan(policy, size)) for policy in policies]
+        unit, nbytes = ("GiB", 2**30) if max(x.total for x in steps) >= 2**30 else ("MiB", 2**20)
+        table = Table(unit, box=None)
+        for policy in policies:
+            table.add_column(policy, justify="right")
+        for name, *row in zip(
+            [x.name for x in fields(StepBytes)], *map(astuple, steps), strict=True
+        ):
+            table.add_row(name, *(f"{x / nbytes:,.2f}" for x in row))
+        table.add_row("together", *(f"{x.total / nbytes:,.2f}" for x in steps))
+        most = [[x.micro_batch_size for x in self.plans(p) if self.fits(x)] for p in policies]
+        table.add_row(
+            "largest micro-batch that fits", *(f"{max(x):,}" if x else "none" for x in most)
+        )
+        return table
+
+
+def _even_sizes(batch: int) -> list[int]:
+    """Micro-batches that cut a batch evenly or nearly so, the largest first."""
+    divisors = {size for size in range(1, batch + 1) if batch % size == 0}
+    halves = {-(-batch // 2**i) for i in range(batch.bit_length())}
+    return sorted(divisors | halves, reverse=True)

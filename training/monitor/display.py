@@ -1,0 +1,182 @@
+"""What a run shows on the terminal while it goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tritium.training.monitor.terminal import printable
+from tritium.training.monitor.throughput import figures_of
+from tritium.training.schedule import Budget
+
+SMOOTHED = 50  # steps
+WIDTH = 120  # characters, where the terminal is as wide
+
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+class Display:
+    """The panel that shows how far the run is; without a terminal, a line every ten seconds.
+
+    Args:
+        budget: how long the run is.
+        step: where it goes on.
+        seconds: used before.
+        title: of the panel.
+        log: entries of the steps before, so that the panel of a resumed run is that of the run.
+        to: where it is shown.
+    """
+
+    def __init__(
+        self, budget: Budget, step: int, seconds: float, title: str = "",
+        log: Sequence[dict] = (), *, to: Console = console,
+    ):  # fmt: skip
+        self._budget, self._title, self._to = budget, Text(printable(title)), to
+        self._printed = 0.0
+        self._first, self._began = budget.used(step, seconds), seconds
+        self._sum = self._weight = 0.0
+        self._validation = next((_validation(x) for x in reversed(log) if "val_loss" in x), "")
+        for entry in log[-10 * SMOOTHED :]:
+            self._smooth(entry["loss"])
+        self._panel = self._draw(self._first, "first step ...", {})
+        self._live = Live(
+            console=to, transient=True, refresh_per_second=4, get_renderable=lambda: self
+        )
+
+    def __enter__(self) -> Display:
+        if self._to.is_terminal:
+            self._live.start()
+        return self
+
+    def __rich__(self) -> Panel:
+        return self._panel
+
+    def __exit__(self, *_) -> None:
+        self._live.stop()
+
+    def show(self, entries: list[dict], seconds: float) -> None:
+        """Show the last of the log's new entries.
+
+        Args:
+            entries: in order, at least one.
+            seconds: used by the run so far.
+        """
+        for other in entries:
+            self._smooth(other["loss"])
+        entry, now = entries[-1], time.perf_counter()
+        used = self._budget.used(entry["step"], seconds)
+        left = (seconds - self._began) / max(used - self._first, 1e-9) * (1 - used)
+        figures = {
+            "loss": f"{entry['loss']:.3f} nats/token",
+            "smoothed": f"{self._sum / self._weight:.3f} nats/token" if self._weight else "–",
+            "lr": f"{entry['lr']:.2e}",
+            "grad norm": f"{entry['grad_norm']:.2f}",
+            "speed": f"{entry['tokens_per_s']:,} tokens/s",
+            **figures_of(entry),
+        }
+        if evaluated := "val_loss" in entry:
+            self._validation = _validation(entry)
+        of = f"/{self._budget.steps}" if self._budget.steps else ""
+        step, left = f"step {entry['step']}{of}", f"{clock(left)} left"
+        self._panel = self._draw(used, f"{step}  {left}", figures)
+        if evaluated or not (self._to.is_terminal or now - self._printed < 10):
+            wide = ("smoothed",) if self._to.is_terminal else figures  # the panel has the others
+            parts = [step, *(f"{name} {figures[name]}" for name in wide)]
+            self._to.print("  ".join([*parts, *[self._validation] * evaluated, left]))
+            self._printed = now
+
+    def _smooth(self, loss: float) -> None:
+        """Take a loss into the mean, in which earlier ones fade over SMOOTHED steps."""
+        if isfinite(loss):
+            kept = 1 - 1 / SMOOTHED
+            self._sum = kept * self._sum + (1 - kept) * loss
+            self._weight = kept * self._weight + (1 - kept)
+
+    def _draw(self, used: float, text: str, figures: dict[str, str]) -> Panel:
+        progress = Table.grid(padding=(0, 2), expand=True)
+        progress.add_column(ratio=1)
+        progress.add_column(justify="right", no_wrap=True)
+        progress.add_row(ProgressBar(1.0, used), f"{used:.0%}  {text}")
+        cells = [
+            Text.assemble((name, "dim"), "\n", (value, "bold")) for name, value in figures.items()
+        ]
+        last = [Text(f"last {self._validation}", "cyan")] if self._validation else []
+        return Panel(
+            Group(progress, *([Columns(cells, padding=(0, 3))] if cells else []), *last),
+            title=self._title, title_align="left", width=min(WIDTH, self._to.width),
+            border_style="dim", box=box.HORIZONTALS,
+        )  # fmt: skip
+
+
+def _validation(entry: dict) -> str:
+    return (
+        f"validation {entry['val_loss']:.3f} nats/token, {entry['val_bits_per_byte']:.3f} bits/byte"
+    )
+
+
+def group_table(optimizer: torch.optim.Optimizer) -> Table:
+    """Return a table of an optimizer's parameter groups, with its options as title."""
+    hidden = {"params", "name", "lr", "weight_decay", "maximize"}
+    options = {k: x for k, x in optimizer.param_groups[0].items() if k not in hidden}
+    title = ", ".join(f"{name} {value}" for name, value in options.items())
+    title = f"{type(optimizer).__name__}: {title}"
+    table = Table("group", box=None, title=Text(title), title_justify="left", title_style="")
+    for column in ("tensors", "parameters", "weight decay"):
+        table.add_column(column, justify="right")
+    for group in optimizer.param_groups:
+        ps = group["params"]
+        numbers = f"{len(ps):,}", f"{sum(p.numel() for p in ps):,}", f"{group['weight_decay']:g}"
+        table.add_row(Text(group["name"]), *numbers)
+    return table
+
+
+def show_end(run: Path, history: list[dict], sample: str, seconds: float) -> None:
+    """Print a sample and the result.
+
+    Args:
+        run: the run folder.
+        history: all entries of the log.
+        sample: what the model wrote; may be empty.
+        seconds: that the run took.
+    """
+    if sample:
+        console.rule("sample")
+        console.print(sample)
+        console.rule()
+    measured = [entry for entry in history if "val_loss" in entry]
+    if measured:
+        console.print(
+            f"Validation: {measured[-1]['val_loss']:.4f} nats per token, "
+            f"{measured[-1]['val_bits_per_byte']:.4f} bits per byte, after {clock(seconds)}"
+        )
+    console.print(
+        f"Run folder: {run} (loss.png, layers.png, log.jsonl, config.json, tokenizer.json, "
+        "checkpoints)"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as minutes and seconds, or hours and minutes."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {seconds:02} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02} min"
+    )
+
+
+def count(model: torch.nn.Module) -> str:
+    """Say how many parameters a model has."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"

@@ -1,0 +1,165 @@
+"""How fast a run is: tokens per second, model FLOPs utilization (MFU), memory.
+
+    FLOPs per token = 6 · N + 12 · layers · heads · head width · L
+
+N counts the weights that multiply a token: those of every linear layer, the output layer included,
+tied to the embedding or not; looking an embedding up is no product, and norms are left out. 2 · N
+for the forward pass, 4 · N for both gradients. The second term is attention's two products, each
+over all L positions: that causal attention needs half of them is not deducted, nor is what
+activation checkpointing computes again added, as is the custom (PaLM, appendix B; nanoGPT), so
+that figures can be compared.
+
+    MFU = tokens per second · FLOPs per token / rate
+
+The rate is that of the device's datasheet for dense products in the dtype of the run's, and, in
+`mfu_measured`, the one that a large product reached on this device when the run began.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from math import inf
+
+import torch
+
+from tritium.kernels.roofline import MATRIX_SHARE, find_device, quantity
+from tritium.model.transformer import ModelConfig
+from tritium.training.self_check_cases import Random
+
+GIB = 1 << 30
+
+
+class Meter:
+    """Measures a run between the moments at which its losses are read.
+
+    Args:
+        config: of the model.
+        tokens_per_step: tokens of a step, on all micro-batches.
+        device: where it runs.
+        dtype: of the matrix products.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokens_per_step: int, device: torch.device, dtype: torch.dtype
+    ):
+        self._flops, self._tokens_per_step = flops_per_token(config), tokens_per_step
+        self._device, self._dtype = device, dtype
+        self._measured, self._datasheet = matrix_rate(device, dtype), datasheet_rate(device, dtype)
+        self._tokens, self._started = 0, time.perf_counter()
+        self._resumed = self._started
+
+    def __str__(self) -> str:
+        """The rates that utilization is measured against."""
+        rate = self._datasheet
+        beside = f", {quantity(rate, 'FLOP/s')} by the datasheet" if rate else ""
+        return (
+            f"Matrix products in {str(self._dtype).removeprefix('torch.')}: "
+            f"{quantity(self._measured, 'FLOP/s')} measured{beside}; a token takes "
+            f"{quantity(self._flops, 'FLOP')}"
+        )
+
+    def start(self) -> None:
+        """Begin to measure, now that everything is ready for the first step."""
+        self._tokens, self._started = 0, time.perf_counter()
+        self._resumed = self._started
+
+    def read(self, entries: list[dict]) -> None:
+        """Add to the entries of the steps since `resume` how fast they were.
+
+        Call it when their losses have been read, so that the device has come so far. Adds
+        `tokens_per_s`, of the steps alone; `tokens_per_s_overall`, since `start`, with validation,
+        saving and everything else; `mfu`, where the datasheet is known, and `mfu_measured`, of the
+        steps alone; `memory_gib`.
+        """
+        now, tokens = time.perf_counter(), len(entries) * self._tokens_per_step
+        self._tokens += tokens
+        rate = tokens / (now - self._resumed)
+        added: dict[str, float] = {
+            "tokens_per_s": round(rate),
+            "tokens_per_s_overall": round(self._tokens / (now - self._started)),
+        }
+        if self._datasheet is not None:
+            added["mfu"] = self._share(rate, self._datasheet)
+        added["mfu_measured"] = self._share(rate, self._measured)
+        added["memory_gib"] = round(memory_in_use(self._device) / GIB, 3)
+        for entry in entries:
+            entry |= added
+
+    def _share(self, tokens_per_s: float, rate: float) -> float:
+        return round(tokens_per_s * self._flops / rate, 4)
+
+    def resume(self) -> None:
+        """Go on after validation and saving, whose time is that of no step."""
+        self._resumed = time.perf_counter()
+
+
+def figures_of(entry: dict) -> dict[str, str]:
+    """Return what the progress display shows of an entry: utilization and memory, with units."""
+    shown = {}
+    if "mfu" in entry:
+        shown["MFU"] = f"{entry['mfu']:.1%}"
+    elif "mfu_measured" in entry:
+        shown["MFU"] = f"{entry['mfu_measured']:.1%} of measured"
+    if "memory_gib" in entry:
+        shown["memory"] = f"{entry['memory_gib']:.2f} GiB"
+    return shown
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of a training step per token, as the head of this module counts them."""
+    D, K = config.d_model, config.head_width
+    projections = D * K * (2 * config.n_heads + 2 * config.kv_heads)
+    block = projections + 3 * D * config.feed_forward_width
+    attention = 12 * config.n_layers * config.n_heads * K * config.max_seq_len
+    return 6 * (config.n_layers * block + D * config.vocab_size) + attention
+
+
+def datasheet_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the FLOP/s of dense products in a GPU's datasheet, None for a device not known."""
+    if device.type != "cuda":
+        return None
+    try:
+        found = find_device(None)
+    except ValueError:
+        return None
+    return (found.matrix_16 if dtype.itemsize == 2 else found.matrix_32) / MATRIX_SHARE
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of a large product: the best of those that fit in some 20 milliseconds.
+
+    Of random numbers, because a GPU multiplies constants faster than it ever does a model's.
+    """
+    n = 4096 if device.type == "cuda" else 512
+    random = Random(device)
+    a, b = random((n, n), dtype), random((n, n), dtype)
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    began, best = time.perf_counter(), inf
+    while time.perf_counter() - began < 0.02:
+        best = min(best, _seconds(a, b, out))
+    return 2 * n**3 / best
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
+    if not a.is_cuda:
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(4):
+        torch.mm(a, b, out=out)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 4e3
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return bytes: the most that tensors have held on a GPU; on a CPU, of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])
+    return pages * resource.getpagesize()

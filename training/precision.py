@@ -1,0 +1,123 @@
+"""How a step is computed: in which precision, compiled, checked, as one CUDA graph."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from tritium.kernels.runtime import fallen_back
+from tritium.model.transformer import Transformer
+from tritium.training.device import choose_precision
+from tritium.training.optim import OptimizerConfig
+
+
+class Arithmetic(NamedTuple):
+    """What a model is computed in."""
+
+    dtype: torch.dtype
+    """Of the matrix products."""
+    cast: AbstractContextManager
+    """The autocast around a forward pass."""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How a step is computed."""
+
+    precision: Literal["auto", "float32", "bfloat16", "bfloat16-true"] = "auto"
+    """float32; bfloat16: matrix products in bfloat16 (autocast), weights in float32; bfloat16-true:
+    weights and activations in bfloat16, see --master-weights. auto: bfloat16 where the device
+    multiplies it natively, else float32."""
+    compile: bool = False
+    """Compile the model by torch.compile, without graph breaks: the first step waits for it."""
+    cuda_graph: bool = False
+    """Capture the whole training step in a CUDA graph, on a GPU: the host launches it as one."""
+    self_check: bool = True
+    """Compare every kernel with its reference at the start, at the run's own shapes, and send what
+    is wrong or does not run to the reference. Without a GPU no kernel runs, and nothing is done."""
+
+    def check(
+        self, device: torch.device, optimizer: OptimizerConfig, *, redraws: bool = False
+    ) -> None:
+        """Raise ValueError unless a run can be computed like this.
+
+        Args:
+            device: where it runs.
+            optimizer: what keeps the weights.
+            redraws: whether activations are computed again with the random numbers of before.
+        """
+        if optimizer.master_weights is not None and self.precision != "bfloat16-true":
+            raise ValueError(
+                "--master-weights says what is kept beside weights in bfloat16; add --precision "
+                "bfloat16-true, or leave it out"
+            )
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(
+                "--cuda-graph: there is no GPU to capture a CUDA graph on; leave it out, or run "
+                "where torch.cuda.is_available()"
+            )
+        if self.cuda_graph and redraws:
+            raise ValueError(
+                "--cuda-graph: a graph cannot draw the same dropout twice, which "
+                "--activation-checkpointing needs; leave out one of the three"
+            )
+        compiler = os.environ.get("CXX", "g++")
+        if self.compile and device.type == "cpu" and shutil.which(compiler) is None:
+            raise ValueError(
+                f"--compile needs a C++ compiler on a CPU, and there is no {compiler}; install "
+                "one, name it in CXX, or leave --compile out"
+            )
+
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of the matrix products."""
+        true = self.precision == "bfloat16-true"
+        return torch.bfloat16 if true else choose_precision(self.precision, device)
+
+    def convert(self, model: Transformer) -> Transformer:
+        """Return the model, with its weights in the dtype that they are trained in."""
+        if self.precision == "bfloat16-true":
+            model.bfloat16()
+        return model
+
+    def apply(self, model: Transformer, device: torch.device) -> Arithmetic:
+        """Move a model to where and into what it is trained in; compile it if asked to.
+
+        The names of its parameters stay, so checkpoints do not depend on `compile`.
+        """
+        dtype = self.product_dtype(device)
+        self.convert(model).to(device)
+        cast = dtype == torch.bfloat16 and self.precision != "bfloat16-true"
+        if self.compile:
+            model.compile(fullgraph=True)
+        return Arithmetic(dtype, torch.autocast(device.type, torch.bfloat16, enabled=cast))
+
+    @contextmanager
+    def matmul_precision(self, device: torch.device) -> Iterator[None]:
+        """Set how PyTorch multiplies float32 inside the block, and put it back behind it.
+
+        PyTorch keeps one setting for the whole process. What autocast leaves in float32 may be
+        multiplied in bfloat16 too.
+        """
+        before = torch.get_float32_matmul_precision()
+        narrow = self.product_dtype(device) == torch.bfloat16
+        torch.set_float32_matmul_precision("medium" if narrow else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def fingerprint(self, arithmetic: Arithmetic) -> dict:
+        """Return what decides the rounding of a step; what is as usual is left out."""
+        unusual = {
+            "weights": "torch.bfloat16" if self.precision == "bfloat16-true" else None,
+            "compiled": self.compile or None,
+            "references": ", ".join(sorted(fallen_back())) or None,
+        }
+        decided = {"dtype": str(arithmetic.dtype)} | unusual
+        return {name: value for name, value in decided.items() if value is not None}

@@ -1,0 +1,329 @@
+"""Checkpoints: folders that are complete and checked, or not there at all.
+
+A checkpoint is a folder `step-00000060` with `model.safetensors`, `optimizer.safetensors` and
+`state.json`, which holds the sizes and SHA-256 of the other two and of itself. It is written under
+a temporary name, synced, and renamed: a process killed at any moment leaves the last one valid. No
+pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tritium.model.transformer import ModelConfig, Transformer
+from tritium.training.run.durable import sync, write_durably
+from tritium.training.run.fingerprint import differences
+
+FILES = ("model.safetensors", "optimizer.safetensors")
+RECORD = "state.json"
+FORMAT = 2
+
+
+Model = TypeVar("Model", bound=Transformer)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not belong to this run."""
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint will hold."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By file, by name."""
+    record: dict
+    """Of state.json, but for the checksums."""
+
+
+def snapshot(
+    step: int,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    healthy: bool = True,
+    *,
+    copy: bool,
+) -> Snapshot:
+    """Collect what `write` writes.
+
+    Args:
+        step: optimizer steps taken so far.
+        model: its parameters are saved.
+        optimizer: its state tensors are saved, by the names of the parameters.
+        state: anything else, as JSON.
+        healthy: whether a run in trouble may go back to it.
+        copy: whether to copy the tensors to memory of the host, so that training may go on while
+            they are written.
+    """
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    both = weights, _optimizer_tensors(model, optimizer)
+    tensors: dict[str, dict[str, Tensor]] = dict(zip(FILES, both, strict=True))
+    if copy:
+        tensors = {
+            file: {name: x.to("cpu", copy=True) for name, x in named.items()}
+            for file, named in tensors.items()
+        }
+    # Through JSON, because what `state` refers to may change before it is written.
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    record = {
+        "format": FORMAT, "step": step, "healthy": healthy, "model": asdict(model.config),
+        "dtype": dtype, "state": state,
+    }  # fmt: skip
+    return Snapshot(step, tensors, json.loads(json.dumps(record)))
+
+
+def write(folder: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint into `folder`, which is made if absent, and return the checkpoint's own.
+
+    Raises:
+        OSError: it could not be written, and nothing of it stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{snapshot.step:08d}"
+    draft = folder / f".{final.name}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        for name, tensors in snapshot.tensors.items():
+            _write_tensors(draft / name, tensors)
+        files = {name: _fingerprint(draft / name) for name in snapshot.tensors}
+        record = snapshot.record | {"files": files}
+        content = json.dumps(record | {"sha256": _record_digest(record)}, indent=1)
+        write_durably(draft / RECORD, content.encode())
+        _publish(draft, final)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return final
+
+
+def tidy(folder: Path) -> None:
+    """Clear away what a killed process left in `folder`; no other may be writing there."""
+    for replaced in folder.glob(".step-*.replaced"):
+        final = folder / replaced.stem[1:]
+        if not final.exists():  # killed between the two renames
+            replaced.rename(final)
+    for pattern in (".step-*.tmp", ".step-*.replaced", ".step-*.old"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, which a kill meanwhile leaves whole or out of `checkpoints`."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder`, oldest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name tells."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def is_healthy(checkpoint: Path) -> bool:
+    """Whether a checkpoint says that it is, or says nothing; raises CheckpointError if damaged."""
+    return read_record(checkpoint).get("healthy", True)
+
+
+def load(
+    checkpoint: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    same_model: bool = True,
+) -> tuple[int, dict]:
+    """Restore a model, and an optimizer if given, from a checkpoint.
+
+    Args:
+        checkpoint: its folder.
+        model: takes the weights.
+        optimizer: takes the states.
+        same_model: refuse a model whose configuration differs, even if the shapes fit.
+
+    Returns:
+        The step, and the `state` that `snapshot` was given.
+
+    Raises:
+        CheckpointError: files are missing, damaged or of another model. Nothing was changed.
+    """
+    record = read_record(checkpoint)
+    if same_model:
+        _check_config(checkpoint, record["model"], model.config)
+    weights, moments = (_read_tensors(checkpoint, name, record) for name in FILES)
+    parameters = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if {name: x.shape for name, x in weights.items()} != shapes:
+        _check_config(checkpoint, record["model"], model.config)
+    _check_tensors(checkpoint, weights, parameters)
+    if optimizer is not None:
+        restored = _optimizer_state(checkpoint, moments, model, optimizer)
+        try:
+            optimizer.load_state_dict(restored)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{checkpoint} is of another optimizer ({error}); resume with the one it was made "
+                "with, or start a new run"
+            ) from error
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+    return record["step"], record["state"]
+
+
+def newest(folder: Path) -> Path:
+    """Return the newest checkpoint of a run; the folder itself if it is one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / RECORD).is_file():
+        return folder
+    found = checkpoints(folder / "checkpoints") or checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; name the folder of a run of train.py, or of one of its "
+            "checkpoints"
+        )
+    return found[-1]
+
+
+def load_model(checkpoint: Path, kind: type[Model] = Transformer) -> Model:
+    """Make the model that a checkpoint holds. Raises CheckpointError like `load`."""
+    record = read_record(checkpoint)
+    model = kind(ModelConfig(**record["model"]))
+    model.to(getattr(torch, record.get("dtype", "float32")))
+    load(checkpoint, model)
+    return model
+
+
+def read_record(checkpoint: Path) -> dict:
+    """Return what `state.json` holds, or raise CheckpointError."""
+    path = checkpoint / RECORD
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; name a folder that holds it") from None
+    except ValueError:
+        raise _damaged(path, "is not JSON") from None
+    if not isinstance(record, dict) or "format" not in record:
+        raise _damaged(path, "is not the record of a checkpoint")
+    if record["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} is of format {record['format']}, this version reads format {FORMAT}; "
+            "go on with the version that wrote it"
+        )
+    if record.pop("sha256", None) != _record_digest(record):
+        raise _damaged(path, "has another checksum than when it was written")
+    return record
+
+
+def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    # A step count may be a view of one vector of them all, which safetensors does not store.
+    return {
+        f"{name}.{key}": value.clone() if value.dim() == 0 else value.contiguous()
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _optimizer_state(
+    checkpoint: Path, tensors: dict[str, Tensor], model: Transformer, optimizer
+) -> dict:
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    keys = {name.rpartition(".")[2] for name in tensors}
+    state = {i: {k: tensors.get(f"{name}.{k}") for k in keys} for i, name in enumerate(order)}
+    state = {i: entry for i, entry in state.items() if any(x is not None for x in entry.values())}
+    if sum(x is not None for entry in state.values() for x in entry.values()) != len(tensors):
+        raise _damaged(checkpoint / FILES[1], "holds states of other parameters")
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _read_tensors(checkpoint: Path, name: str, record: dict) -> dict[str, Tensor]:
+    path = checkpoint / name
+    expected = record["files"][name]
+    if not path.exists():
+        raise _damaged(path, "is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise _damaged(path, f"has {path.stat().st_size} bytes instead of {expected['bytes']}")
+    if _fingerprint(path) != expected:
+        raise _damaged(path, "has another checksum than when it was written")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, f"cannot be read ({error})") from None
+
+
+def _check_config(checkpoint: Path, saved: dict, config: ModelConfig) -> None:
+    if found := differences(saved, asdict(config)):
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {'; '.join(found)}; "
+            "resume with the settings it was made with, or start a new run in another folder"
+        )
+
+
+def _check_tensors(checkpoint: Path, tensors: dict[str, Tensor], parameters: dict) -> None:
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())
+        raise _damaged(checkpoint / FILES[0], f"lacks or exceeds the model by {odd[0]}")
+    for name, p in parameters.items():
+        found = f"{tensors[name].dtype} of shape {list(tensors[name].shape)}"
+        expected = f"{p.dtype} of shape {list(p.shape)}"
+        if found != expected:
+            raise _damaged(checkpoint / FILES[0], f"holds {name} as {found} instead of {expected}")
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {what}: the checkpoint is damaged; delete or move the folder {path.parent.name} "
+        "to go on from the one before"
+    )
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its only cause here, with the system's own words in it
+        raise OSError(f"{path}: {error}") from None
+    sync(path)
+
+
+def _publish(draft: Path, final: Path) -> None:
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # of a run that went back to an earlier step
+        final.rename(replaced)
+    draft.rename(final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict:
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        # One call for the whole file: the interpreter's lock is given up once, not per block.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest = hashlib.sha256(content).hexdigest()
+    return {"bytes": size, "sha256": digest}
+
+
+def _record_digest(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

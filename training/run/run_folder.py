@@ -1,0 +1,189 @@
+"""The folder of one run: one process at a time, and a log that stays whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from tritium.training.run.durable import sync, to_json, write_durably
+
+LOCK = ".lock"
+
+
+class RunFolderError(ValueError):
+    """The folder cannot be this run's. Nothing in it was changed."""
+
+
+@contextmanager
+def claim(run: Path, *, resume: bool) -> Iterator[Path]:
+    """Make the folder of a run, and keep other processes out of it inside the block.
+
+    Args:
+        run: the folder; deleted again where the block fails before it put anything there.
+        resume: whether it may hold a run already.
+
+    Raises:
+        RunFolderError: it "is a file", "is not empty", "is in use" or "cannot be written".
+    """
+    made = not run.exists()
+    if run.exists() and not run.is_dir():
+        raise RunFolderError(f"--out {run} is a file; name a folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        _lock(run, lock)
+        if not resume and _content(run):
+            raise RunFolderError(
+                f"--out {run} is not empty; pass --resume to go on with that run, or name a new "
+                "folder"
+            )
+        yield run
+    finally:
+        os.close(lock)  # which releases the lock, as the end of the process does
+        if made and not _content(run):
+            (run / LOCK).unlink(missing_ok=True)
+            run.rmdir()
+
+
+def _lock(run: Path, lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(lock, 1000).decode() or "another process"
+        raise RunFolderError(
+            f"{run} is in use by {owner}; wait for it or stop it, or name another folder"
+        ) from None
+    except OSError as error:  # a file system without locks
+        raise _unwritable(run, error) from error
+    try:
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.fsync(lock)
+    except OSError as error:
+        raise _unwritable(run, error) from error
+
+
+def _content(run: Path) -> list[Path]:
+    return [path for path in run.iterdir() if path.name != LOCK]
+
+
+def _unwritable(run: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"{run} cannot be written ({error.strerror}); make room or name a folder elsewhere"
+    )
+
+
+class RunLog:
+    """A file such as log.jsonl: one JSON object per line, each with its `step`.
+
+    JSON has no NaN and no infinity: both are null there, and NaN in what `read_lines` returns.
+
+    Where a run in trouble goes back and does steps again, their first entries move to a file beside
+    it, abandoned-log.jsonl, each with `abandoned`: how often the run had gone back by then.
+
+    Args:
+        path: the file. What it holds of later steps than `step` is cut off: it is done again.
+        step: where the run goes on.
+        report: is told, in a sentence, of lines that could not be written; they are kept, and
+            written with the next.
+        times: how often the run has gone back.
+
+    Attributes:
+        entries: all there are.
+    """
+
+    def __init__(self, path: Path, step: int, report: Callable[[str], None], times: int = 0):
+        self._abandoned = path.with_name(f"abandoned-{path.name}")
+        if self._abandoned.exists():
+            known = [entry for entry in read_lines(self._abandoned) if entry["abandoned"] <= times]
+            write_durably(self._abandoned, b"".join(map(_line, known)))
+        self.entries = [entry for entry in read_lines(path) if entry["step"] <= step]
+        kept = b"".join(map(_line, self.entries))
+        write_durably(path, kept)
+        self._path, self._report, self._size, self._waiting = path, report, len(kept), b""
+
+    def rewind(self, step: int, times: int) -> None:
+        """Give up the entries of later steps than `step`, as the run goes back there.
+
+        Raises:
+            OSError: they could not be written elsewhere; nothing has changed.
+        """
+        kept = [entry for entry in self.entries if entry["step"] <= step]
+        given_up = [{**x, "abandoned": times} for x in self.entries[len(kept) :]]
+        if given_up:
+            before = read_lines(self._abandoned)
+            write_durably(self._abandoned, b"".join(map(_line, before + given_up)))
+            content = b"".join(map(_line, kept))
+            write_durably(self._path, content)
+            self.entries, self._size, self._waiting = kept, len(content), b""
+
+    def append(self, entries: list[dict]) -> None:
+        """Write entries, or keep them for the next time."""
+        self.entries += entries
+        self._waiting += b"".join(map(_line, entries))
+        try:
+            with self._path.open("r+b", buffering=0) as file:
+                self._write(file)
+        except OSError as error:
+            self._report(
+                f"Could not write {self._path} ({error.strerror}); its lines wait for the next."
+            )
+
+    def _write(self, file: FileIO) -> None:
+        file.seek(self._size)
+        written = 0
+        try:
+            while written < len(self._waiting):
+                written += file.write(self._waiting[written:])
+        except OSError:
+            file.truncate(self._size)  # no half line stays
+            raise
+        self._size, self._waiting = self._size + written, b""
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        try:
+            sync(self._path)
+        except OSError as error:
+            self._report(f"Could not write {self._path} ({error.strerror}).")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Return the entries of a .jsonl file up to the first broken line; none without a file.
+
+    null, which stands for a number that was not finite, comes back as NaN.
+    """
+    entries = []
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            entries.append(_with_nan(json.loads(line)))
+        except ValueError:  # still being written, or the process was killed there
+            break
+    return entries
+
+
+def _with_nan(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        return {name: _with_nan(x) for name, x in entry.items()}
+    if isinstance(entry, list):
+        return [_with_nan(x) for x in entry]
+    return nan if entry is None else entry
+
+
+def _line(entry: dict) -> bytes:
+    return (to_json(entry) + "\n").encode()

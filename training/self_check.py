@@ -1,0 +1,291 @@
+"""The check at start: every kernel that a run will use, against its reference and the clock.
+
+Each operation of the run (`step_operations`) is done forward and backward by its kernel, by its
+reference, and by its reference in float64. Of every output and gradient
+
+    max |kernel - exact| <= 4 · max |reference - exact| + 4 · eps · max |exact|
+
+with eps of its dtype. That is what the tests allow, doubled: a wrong kernel errs by far more, and a
+false alarm would cost the run its speed.
+
+The optimizer, which does not compute in float64, takes one step from one state by its kernel and by
+its reference. Different rounding in float32 is allowed, 1e-5 of a number and 1e-6 of the largest;
+of what is stored in fewer bits, and of Lion's signs of almost zero, one number in 500 may be off by
+more, by 2 % of the largest or by two learning rates.
+
+A kernel that errs more, or does not run, is sent to its reference for the rest of the process
+(`kernels.fall_back`), and the reason is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from io import StringIO
+from math import isnan, nan
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from tritium.kernels import fall_back, runtime
+from tritium.kernels.optimizers._rounding import join_reference
+from tritium.kernels.roofline import duration
+from tritium.kernels.runtime import references, uses_triton
+from tritium.model.transformer import Transformer
+from tritium.training.optim import Optimizer, OptimizerConfig
+from tritium.training.precision import Arithmetic
+from tritium.training.run import random_state
+from tritium.training.self_check_cases import Case, Random, cases, sample_groups
+
+SLACK = 4.0
+OFF = 1 / 500  # share of the numbers that may be rounded to a neighbour
+
+Tensors = dict[str, Tensor]
+Kept = dict[str, tuple[Tensor, bool]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one comparison."""
+
+    op: str
+    shape: str
+    """Of the first input; of an optimizer, how many parameters and elements."""
+    dtype: torch.dtype
+    passes: str
+    error: float = nan
+    """Of the output or gradient that comes closest to what is allowed, or exceeds it most."""
+    allowed: float = nan
+    seconds: float = nan
+    """Of the passes by the kernel."""
+    reference_seconds: float = nan
+    reason: str = ""
+    """Why the reference runs; empty where the kernel does."""
+
+
+def check(
+    model: Transformer,
+    optimizer: Optimizer,
+    config: OptimizerConfig,
+    *,
+    batch: int,
+    arithmetic: Arithmetic,
+    samples: bool,
+    report: Callable[[str], object],
+) -> None:
+    """Compare every kernel that a run will use with its reference; send those that fail there.
+
+    Where no kernel would run it says so, and takes no time.
+
+    Args:
+        model: the model to be trained, on its device; it is not changed.
+        optimizer: its optimizer, which is not changed.
+        config: what made the optimizer.
+        batch: sequences of a forward pass.
+        arithmetic: of the run.
+        samples: whether text is sampled.
+        report: is given what is to be shown.
+    """
+    device = model.embedding.weight.device
+    if not uses_triton(model.embedding.weight):
+        cause = "TRITIUM_REFERENCE=1" if runtime.REFERENCE else "no GPU"
+        report(f"Kernels: none, every operation runs on its PyTorch reference ({cause})")
+        return
+    started = time.perf_counter()
+    with random_state.preserved(device):
+        calls = cases(model, batch, arithmetic, samples=samples)
+        findings = [*map(compare, calls), compare_step(optimizer, config)]
+    reasons = {finding.op: finding.reason for finding in findings if finding.reason}
+    fall_back(*reasons)
+    where = "Triton on cuda" if device.type == "cuda" else "Triton, interpreted"
+    report(table(findings, where, time.perf_counter() - started))
+    for op, reason in reasons.items():
+        report(f"{op} falls back to its reference: {escape(reason)}")
+
+
+def compare(case: Case) -> Finding:
+    """Hold one operation against its reference and the exact result."""
+    random = Random(case.inputs[0].device)
+    dys: list[Tensor] = []
+
+    def results(dtype: torch.dtype | None = None) -> Tensors:
+        inputs = [x.to(dtype) if dtype and x.is_floating_point() else x for x in case.inputs]
+        inputs = [x.detach().requires_grad_(i in case.gradients) for i, x in enumerate(inputs)]
+        with torch.set_grad_enabled(bool(case.gradients)):
+            ys = case.call(*inputs)
+        ys = ys if isinstance(ys, tuple) else (ys,)
+        found = {f"output {i}": y.detach() for i, y in enumerate(ys)}
+        if case.gradients:
+            dys[:] = dys or [random(y.shape, y.dtype) if y.ndim else torch.ones_like(y) for y in ys]
+            own = [dy.to(y.dtype) for dy, y in zip(dys, ys, strict=True)]
+            dxs = torch.autograd.grad(ys, [inputs[i] for i in case.gradients], own)
+            found |= {f"gradient {i}": dx for i, dx in zip(case.gradients, dxs, strict=True)}
+        return found
+
+    def error(ours: Tensors) -> tuple[float, float, str]:
+        with references(case.op):
+            return _worst(ours, results(), results(torch.float64))
+
+    first = case.inputs[0]
+    passes = "forward, backward" if case.gradients else "forward"
+    finding = Finding(case.op, " × ".join(map(str, first.shape)), first.dtype, passes)
+    return _timed(finding, results, error)
+
+
+def compare_step(optimizer: Optimizer, config: OptimizerConfig) -> Finding:
+    """Hold a step of an optimizer, its clipping included, against its reference."""
+    op, both = type(optimizer).__name__, [config.make_of(sample_groups(optimizer)) for _ in "ab"]
+    kernel, reference = both
+    params = [[p for g in each.param_groups for p in g["params"]] for each in both]
+    random = Random(params[0][0].device)
+
+    def draw_gradients() -> None:
+        for p, q in zip(*params, strict=True):
+            p.grad = random(tuple(p.shape), p.dtype)
+            q.grad = p.grad.clone()
+
+    def results() -> Kept:
+        kernel.step()
+        return _kept(kernel)
+
+    def error(ours: Kept) -> tuple[float, float, str]:
+        with references(op):
+            reference.step()
+        signs = 2.1 * reference.param_groups[0]["lr"] if config.name == "lion" else 0.0
+        return _worst_step(ours, _kept(reference), signs)
+
+    draw_gradients()
+    with references(op):  # so that both begin from one state that is not zero
+        reference.step()
+    kernel.load_state_dict(deepcopy(reference.state_dict()))
+    with torch.no_grad():
+        for p, q in zip(*params, strict=True):
+            p.copy_(q)
+    draw_gradients()
+    shape = f"{len(params[0])} tensors, {sum(p.numel() for p in params[0]):,}"
+    return _timed(Finding(op, shape, params[0][0].dtype, "step"), results, error, kernel.step)
+
+
+def table(findings: list[Finding], where: str, seconds: float) -> str:
+    """Return what runs where, as the text of a table."""
+    title = f"Self-check: kernels against their references, {seconds:.1f} s"
+    result = Table("operation", "passes", "shape", "dtype", box=None, title=title, title_style="",
+                   title_justify="left")  # fmt: skip
+    for column in ("error", "allowed", "kernel", "reference"):
+        result.add_column(column, justify="right")
+    result.add_column("runs on")
+    fallen = {finding.op for finding in findings if finding.reason}
+    for finding in findings:
+        result.add_row(
+            finding.op, finding.passes, finding.shape, str(finding.dtype).removeprefix("torch."),
+            f"{finding.error:.1e}", f"{finding.allowed:.1e}", _duration(finding.seconds),
+            _duration(finding.reference_seconds),
+            "reference" if finding.op in fallen else where,
+        )  # fmt: skip
+    text = StringIO()
+    Console(file=text, width=200).print(result)  # as wide as it is, on a narrow terminal too
+    return "\n".join(map(str.rstrip, text.getvalue().splitlines()))
+
+
+def time_of(call: Callable[[], object]) -> float:
+    """Return the seconds of a call: the median over some hundredths of a second, after a first.
+
+    Of kernels that are interpreted, whose speed says nothing, it is one call's.
+    """
+    if runtime.CPU_KERNELS:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    from torch.utils.benchmark import Timer
+
+    call()
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.02).median
+
+
+def _timed(
+    finding: Finding, results: Callable, error: Callable, call: Callable[[], object] | None = None
+) -> Finding:
+    worst, seconds = nan, nan
+    try:
+        worst, allowed, reason = error(results())
+        seconds = time_of(call or results)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        said = next(iter(str(problem).strip().splitlines()), "no message")
+        allowed, reason = nan, f"it does not run ({type(problem).__name__}: {said})"
+    with references(finding.op):
+        reference_seconds = time_of(call or results)
+    return replace(
+        finding, error=worst, allowed=allowed, reason=reason, seconds=seconds,
+        reference_seconds=reference_seconds,
+    )  # fmt: skip
+
+
+def _worst(ours: Tensors, rounded: Tensors, exact: Tensors) -> tuple[float, float, str]:
+    """The largest error in units of what is allowed, what is, and what is wrong with it."""
+    found = []
+    for name, e in exact.items():
+        o, r = ours[name], rounded[name]
+        if (o.shape, o.dtype) != (r.shape, r.dtype):
+            return (
+                nan,
+                nan,
+                f"its {name} is {o.dtype} {list(o.shape)}, not {r.dtype} {list(r.shape)}",
+            )
+        floor = SLACK * torch.finfo(o.dtype).eps * e.abs().max().item()
+        allowed = SLACK * (r - e).abs().max().item() + floor
+        found.append(_judged(name, (o - e).abs().max().item(), allowed))
+    return max(found, key=_excess)
+
+
+def _worst_step(ours: Kept, theirs: Kept, signs: float) -> tuple[float, float, str]:
+    found = []
+    for name, (y, coarse) in theirs.items():
+        x, largest = ours[name][0], y.abs().max().item()
+        distance = (x - y).abs()
+        off = (~(distance <= 1e-5 * y.abs() + 1e-6 * largest)).float().mean().item()
+        if coarse or signs:
+            allowed = max(0.02 * largest, signs)
+            if off > OFF:
+                return nan, nan, f"of its {name} {off:.1%} are off, allowed are {OFF:.1%}"
+        else:
+            allowed = 1.1e-5 * largest
+        found.append(_judged(name, distance.max().item(), allowed))
+    return max(found, key=_excess)
+
+
+def _judged(name: str, error: float, allowed: float) -> tuple[float, float, str]:
+    wrong = not error <= allowed  # also where it is NaN
+    said = f"its {name} errs by {error:.1e}, allowed are {allowed:.1e}" if wrong else ""
+    return error, allowed, said
+
+
+def _excess(judged: tuple[float, float, str]) -> tuple[bool, float]:
+    error, allowed, reason = judged
+    return bool(reason), error / allowed if allowed else 0.0
+
+
+def _kept(optimizer: Optimizer) -> Kept:
+    """What a step leaves, by name, and whether it is stored in fewer bits than float32."""
+    found: Kept = {}
+    for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        state = optimizer.state[p]
+        named = {"value": p.detach(), **state}
+        if "remainder" in state:
+            named["value"] = join_reference(p.detach(), named.pop("remainder"))
+        for name, x in named.items():
+            found[f"{name} of parameter {i}"] = x.float(), x.dtype != torch.float32
+    if optimizer.grad_norm is not None:
+        found["gradient norm"] = optimizer.grad_norm, False
+    return found
+
+
+def _duration(seconds: float) -> str:
+    return "-" if isnan(seconds) else duration(seconds)

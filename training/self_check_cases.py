@@ -1,0 +1,153 @@
+"""The operations of a training step that have kernels, each as a call of its own.
+
+Widths, dtypes and options are the run's; inputs are random, from generators of their own. Rows are
+fewer where a float64 reference of them would take more memory than a step of the run does: what a
+kernel is compiled for depends on the widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tritium.kernels import (
+    add_rms_norm,
+    dropout_add,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    softmax,
+    swiglu,
+)
+from tritium.model.attention import widen
+from tritium.model.transformer import Transformer
+from tritium.training.optim import Optimizer
+from tritium.training.precision import Arithmetic
+
+BYTES = 128  # that a comparison takes at most per element of the widest tensor, most of it float64
+ROOM = 64 << 20  # bytes that a comparison may always take
+ELEMENTS = 1 << 20  # of all parameters that an optimizer is tried on
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operation, as the run makes it."""
+
+    op: str
+    """As `kernels.fall_back` takes it."""
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    """Of the inputs alone."""
+    inputs: tuple[Tensor, ...]
+    gradients: tuple[int, ...] = ()
+    """Indices of the inputs that get one."""
+
+
+def cases(
+    model: Transformer, batch: int, arithmetic: Arithmetic, *, samples: bool
+) -> Iterator[Case]:
+    """Make the calls of the forward and backward pass, then those of validation and sampling.
+
+    Args:
+        model: the model to be trained.
+        batch: sequences of a forward pass.
+        arithmetic: of the run.
+        samples: whether text is sampled.
+    """
+    config, weights = model.config, model.embedding.weight.dtype
+    products, cast = arithmetic
+    L, D, K, V = config.max_seq_len, config.d_model, config.head_width, config.vocab_size
+    room, random = max(ROOM, step_memory(model, batch)), Random(model.embedding.weight.device)
+
+    def tensor(*axes: int, dtype: torch.dtype = products) -> Tensor:
+        sequences = room // (BYTES * L * axes[0] * (axes[1] if len(axes) > 1 else 1))
+        return random((max(1, min(batch, sequences)), L, *axes), dtype)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight.shape, weight, config.norm_eps)
+
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, config.norm_eps)
+
+    def drop(x: Tensor, residual: Tensor) -> Tensor:
+        return dropout_add(x, residual, model.dropout, seed=1)
+
+    def loss(label_smoothing: float, z_loss: float) -> Callable[..., Tensor]:
+        def call(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            with nullcontext() if hidden.dtype == torch.float64 else cast:
+                return linear_cross_entropy(
+                    hidden, weight, target, softcap=config.softcap,
+                    label_smoothing=label_smoothing, z_loss=z_loss,
+                )  # fmt: skip
+
+        return call
+
+    scale_D, scale_K = (1 + 0.1 * random((n,), weights) for n in (D, K))
+    yield Case("rms_norm", norm, (tensor(D, dtype=weights), scale_D), (0, 1))
+    for heads in sorted({config.n_heads, config.kv_heads}, reverse=True):
+        head = widen(tensor(heads, K))
+        if config.qk_norm:
+            yield Case("rms_norm", norm, (head, scale_K), (0, 1))
+        yield Case("rope", rope, (head, model.cos_LK, model.sin_LK), (0,))
+    added = tensor(D), tensor(D, dtype=weights), scale_D
+    yield Case("add_rms_norm", add_norm, added, (0, 1, 2))
+    if model.dropout:
+        yield Case("dropout_add", drop, added[:2], (0, 1))
+    F = config.feed_forward_width
+    yield Case("swiglu", swiglu, (tensor(F), tensor(F)), (0, 1))
+    T = max(1, min(batch * L, room // (BYTES * V)))
+    layer = random((T, D), products), random((V, D), weights) * D**-0.5, random.ids(V, T)
+    training = loss(model.label_smoothing, model.z_loss)
+    yield Case("linear_cross_entropy", training, layer, (0, 1))
+    yield Case("linear_cross_entropy", loss(0.0, 0.0), layer)
+    if samples:
+        row = random((1, V), torch.float32)
+        yield Case("softmax", lambda x: softmax(x, scale=1.25), (row,))
+
+
+def step_memory(model: Transformer, batch: int) -> int:
+    """Return bytes that every training step holds at once, whatever the options.
+
+    The gradients, and two tensors of the residual stream in every block.
+    """
+    config = model.config
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    return gradients + 4 * batch * config.max_seq_len * config.d_model * config.n_layers
+
+
+def sample_groups(optimizer: Optimizer) -> list[dict]:
+    """Return groups like an optimizer's, with one parameter of every shape, its rows cut.
+
+    All of them hold `ELEMENTS` elements, or 8 rows each if that is more.
+    """
+    shapes = [sorted({tuple(p.shape) for p in g["params"]}) for g in optimizer.param_groups]
+    each = ELEMENTS // sum(map(len, shapes))
+    groups = []
+    for group, own in zip(optimizer.param_groups, shapes, strict=True):
+        like = group["params"][0]
+        random = Random(like.device)
+        params = []
+        for first, *rest in own:
+            rows = min(first, max(8, each // torch.Size(rest).numel()))
+            params.append(nn.Parameter(0.02 * random((rows, *rest), like.dtype)))
+        groups.append({**group, "params": params, "lr": 1e-3})
+    return groups
+
+
+class Random:
+    """Numbers from a generator of its own, the same ones every time."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._generator = device, torch.Generator(device).manual_seed(0)
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return normal numbers."""
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._device)
+        return x.to(dtype)
+
+    def ids(self, below: int, count: int) -> Tensor:
+        """Return `count` integers in [0, below)."""
+        return torch.randint(below, (count,), generator=self._generator, device=self._device)
