@@ -3,6 +3,7 @@
 `TokenLoader` reads contiguous windows, `DocumentLoader` windows of whole documents.
 """
 
+import tritium
 from tritium.data.corpus import Source
 from tritium.data.documents import DocumentLoader
 from tritium.data.error import DataError

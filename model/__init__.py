@@ -1,4 +1,4 @@
-"""The model and what trains, samples and stores it."""
+"""The architecture: a decoder-only transformer, composed by configuration."""
 
 from tritium.model.transformer import ModelConfig, Transformer
 

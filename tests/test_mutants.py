@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import Mutant
-from tests.mutants.__main__ import OPS, mutants
+from tests.mutants.__main__ import OPS, mutants, tests_of
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_applies(op):
-    assert (ROOT / f"tests/kernels/test_{op}.py").exists()
+    assert tests_of(op).exists()
     for mutant in mutants(op):
         source = (ROOT / mutant.file).read_text()
         mutated = mutant.apply(source)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tyro.conf import arg
 
 from tritium.kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
-from tritium.kernels.optimizers._options import StepOptions
+from tritium.kernels.optimizers import StepOptions
 
 OPTIMIZERS = {
     "adamw": AdamW, "adam": Adam, "sgd": SGD, "rmsprop": RMSprop, "adagrad": Adagrad, "lion": Lion,

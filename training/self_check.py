@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.kernels import fall_back, runtime
-from tritium.kernels.optimizers._rounding import join_reference
+from tritium.kernels.optimizers import join_reference
 from tritium.kernels.roofline import duration
 from tritium.kernels.runtime import references, uses_triton
 from tritium.model.transformer import Transformer

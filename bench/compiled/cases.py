@@ -19,7 +19,7 @@ from tritium.kernels.geglu import geglu
 from tritium.kernels.layer_norm import add_layer_norm, layer_norm
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
 from tritium.kernels.mse_loss import mse_loss
-from tritium.kernels.optimizers._base import MultiTensorOptimizer
+from tritium.kernels.optimizers import MultiTensorOptimizer
 from tritium.kernels.optimizers.adagrad import Adagrad
 from tritium.kernels.optimizers.adam import Adam
 from tritium.kernels.optimizers.adamw import AdamW

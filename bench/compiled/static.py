@@ -51,7 +51,7 @@ from tritium.bench.compiled._stub_driver import Compiled, StubDriver
 from tritium.bench.compiled.cases import CASES
 from tritium.kernels import runtime
 
-RESULTS = "static.md"  # in the folder of results
+RESULTS = Path(__file__).parents[1] / "results" / "static.md"
 WIDTH = 330  # of tables that do not go to a terminal
 SHOWN = "sm_90"  # the target whose accesses are shown
 COLUMNS = (

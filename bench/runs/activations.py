@@ -34,7 +34,7 @@ from train import accumulate_gradients
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 
-RESULTS = "activations.md"  # in the folder of results
+RESULTS = Path(__file__).parents[1] / "results" / "activations.md"
 WIDTH = 120
 MIB = 2**20
 MODEL = ModelConfig(

@@ -27,7 +27,7 @@ from tritium.data.shards import open_prepared, verify
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 
-RESULTS = "data.md"  # in the folder of results
+RESULTS = Path(__file__).parents[1] / "results" / "data.md"
 WIDTH = 120
 PARAGRAPH = 1000  # characters
 BATCHES = 200

@@ -29,8 +29,8 @@ from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.bench.runs.resume import final_state
 
-ROOT = Path(__file__).parents[1]
-RESULTS = "faults.md"  # in the folder of results
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results" / "faults.md"
 WIDTH = 150
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 ARGUMENTS = (

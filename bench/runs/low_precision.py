@@ -25,7 +25,7 @@ from tritium.training.schedule import Budget, Schedule
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 
-RESULTS = "low_precision.md"  # in the folder of results
+RESULTS = Path(__file__).parents[1] / "results" / "low_precision.md"
 WIDTH = 120
 CONFIG = ModelConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=2, max_seq_len=32)
 BATCH = 8  # sequences

@@ -32,8 +32,8 @@ from tritium.training.run import checkpoint
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 
-ROOT = Path(__file__).parents[1]
-RESULTS = "resume.md"  # in the folder of results
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results" / "resume.md"
 WIDTH = 130
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 STEPS = 150  # of 256 tokens: two epochs

@@ -34,7 +34,7 @@ from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.bench.runs.plain_gpt import PlainGPT
 
-RESULTS = "throughput.md"  # in the folder of results
+RESULTS = Path(__file__).parents[1] / "results" / "throughput.md"
 WIDTH = 110
 VOCABULARY, LENGTH, LAYERS, WIDE, HEADS, BATCH = 65, 64, 4, 128, 4, 12
 CONFIG = ModelConfig(

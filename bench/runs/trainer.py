@@ -34,8 +34,8 @@ from tritium.training.run.run_folder import read_lines
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 
-ROOT = Path(__file__).parents[1]
-RESULTS = "trainer.md"  # in the folder of results
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results" / "trainer.md"
 WIDTH = 130
 GRAPH_STEPS = 100
 SPEED_STEPS = 60

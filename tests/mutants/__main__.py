@@ -1,7 +1,7 @@
 """`python -m tests.mutants [OP ...]`: plant each fault in a copy of the tree, and run the tests.
 
-Every fault must be killed by the test file of its operation, tests/kernels/test_<op>.py. The tests
-run once without a fault first: where they fail anyway, nothing is learnt from a failure.
+Every fault must be killed by the test file of its operation, test_<op>.py. The tests run once
+without a fault first: where they fail anyway, nothing is learnt from a failure.
 """
 
 import os
@@ -26,6 +26,12 @@ TIMEOUT = 600  # seconds; a fault that hangs is noticed, too
 NOTHING = Mutant("nothing", "pyproject.toml", "[build-system]", "[build-system]")
 
 
+def tests_of(op: str) -> Path:
+    """The file whose tests must catch the faults of one operation."""
+    (file,) = (ROOT / "tests/kernels").rglob(f"test_{op}.py")
+    return file
+
+
 def mutants(op: str) -> list[Mutant]:
     """The planted faults of one operation."""
     return import_module(f"{__package__}.{op}").MUTANTS
@@ -38,7 +44,7 @@ def run(op: str, mutant: Mutant) -> str:
         _copy(tree)
         file = tree / mutant.file
         file.write_text(mutant.apply(file.read_text()))
-        test = f"tests/kernels/test_{op}.py"
+        test = str(tests_of(op).relative_to(ROOT))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += ["--hypothesis-profile", "mutants", test]
         try:

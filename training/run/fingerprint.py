@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import triton
 
-ROOT = Path(__file__).parents[1]
-SOURCES = ("kernels/**/*.py", "model/**/*.py", "data/**/*.py", "train.py")
+ROOT = Path(__file__).parents[2]
+SOURCES = ("kernels/**/*.py", "model/**/*.py", "data/**/*.py", "training/**/*.py", "train.py")
 SHOWN = 20  # differences in a message
 
 

@@ -14,7 +14,7 @@ from tritium.bench.compiled import _machine_code, static
 from tritium.bench.compiled._devices import DEVICES
 from tritium.bench.compiled._figures import Row
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 USAGE = "  REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:432 TEXTURE:0 SURFACE:0 SAMPLER:0"
 LISTING = """
         /*0010*/                   S2R R14, SR_TID.X ;          /* 0x0000000000007919 */

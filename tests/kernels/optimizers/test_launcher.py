@@ -11,7 +11,7 @@ import torch
 from tritium.kernels import runtime
 from tritium.kernels.runtime import Launcher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_launches_what_triton_would_choose():

@@ -1,0 +1,1 @@
+"""The static gate: what the kernels compile to, without a GPU."""

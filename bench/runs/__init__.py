@@ -1,0 +1,1 @@
+"""Trials of whole training runs."""

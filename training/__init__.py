@@ -1,0 +1,5 @@
+"""What trains the model: steps, memory plans, checkpoints, recovery and monitoring."""
+
+import tritium
+
+tritium.require("tritium.training", "train", "rich", "matplotlib", "safetensors")

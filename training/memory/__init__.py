@@ -1,0 +1,1 @@
+"""Memory of a training step: predicted, planned, and retried with less."""

@@ -1,0 +1,1 @@
+"""The run folder: lock, log, checkpoints, and what makes a resume exact."""
