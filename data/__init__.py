@@ -4,6 +4,11 @@
 """
 
 import tritium
+
+tritium.require(
+    "tritium.data", "train", "datasets", "huggingface_hub", "pyarrow", "tiktoken", "tokenizers"
+)
+
 from tritium.data.corpus import Source
 from tritium.data.documents import DocumentLoader
 from tritium.data.error import DataError

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import Mutant
-from tests.mutants.__main__ import OPS, mutants, tests_of
+from tests.mutants.__main__ import OPS, file_of, mutants
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_applies(op):
-    assert tests_of(op).exists()
+    assert file_of(op).exists()
     for mutant in mutants(op):
         source = (ROOT / mutant.file).read_text()
         mutated = mutant.apply(source)

@@ -2,4 +2,4 @@
 
 import tritium
 
-tritium.require("tritium.training", "train", "rich", "matplotlib", "safetensors")
+tritium.require("tritium.training", "train", "matplotlib", "rich", "tyro")

@@ -22,17 +22,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from train import accumulate_gradients
+from tritium.bench.harness import device_name
 from tritium.kernels import runtime
 from tritium.model import ModelConfig, Transformer
 from tritium.model.activation_checkpointing import saved_bytes
-from tritium.training.memory.retry import Fallback
-from tritium.training.memory.predict import Memory
-from tritium.training.optim import OptimizerConfig
 from tritium.training.memory.plan import MemoryConfig, Planner
-from train import accumulate_gradients
-
-from tritium.bench import tables
-from tritium.bench.harness import device_name
+from tritium.training.memory.predict import Memory
+from tritium.training.memory.retry import Fallback
+from tritium.training.optim import OptimizerConfig
 
 RESULTS = Path(__file__).parents[1] / "results" / "activations.md"
 WIDTH = 120

@@ -20,12 +20,10 @@ import tiktoken
 import torch
 from rich.table import Table
 
+from tritium.bench.harness import device_name
 from tritium.data import DocumentLoader, Tokenizer, TokenLoader, prepare
 from tritium.data.corpus import documents
 from tritium.data.shards import open_prepared, verify
-
-from tritium.bench import tables
-from tritium.bench.harness import device_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "data.md"
 WIDTH = 120

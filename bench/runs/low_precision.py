@@ -17,13 +17,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.func import functional_call
 
+from tritium.bench import tables
+from tritium.bench.harness import device_name
 from tritium.data.corpus import Source, documents
 from tritium.kernels import AdamW
 from tritium.model import ModelConfig, Transformer
 from tritium.training.schedule import Budget, Schedule
-
-from tritium.bench import tables
-from tritium.bench.harness import device_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "low_precision.md"
 WIDTH = 120

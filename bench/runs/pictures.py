@@ -14,14 +14,13 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from tritium.bench.runs._browser import BrowserError, photograph
+from tritium.bench.runs.report import RunError, render
+from tritium.bench.tables import RESULTS
 from tritium.training.monitor.display import Display
 from tritium.training.monitor.plot import plot_layers
 from tritium.training.run.run_folder import read_lines
 from tritium.training.schedule import Budget
-
-from tritium.bench.runs._browser import BrowserError, photograph
-from tritium.bench.tables import results
-from tritium.bench.runs.report import RunError, render
 
 WIDTH, HEIGHT = 1280, 1275  # of the page, in pixels
 COLUMNS = 122  # of the terminal

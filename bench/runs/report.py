@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from tritium.training.run import checkpoint
 from tritium.training.monitor.display import clock
-from tritium.training.run.durable import to_json, write_durably
 from tritium.training.monitor.plot import moving_average, plot_layers
+from tritium.training.run import checkpoint
+from tritium.training.run.durable import write_durably
 from tritium.training.run.run_folder import read_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html")

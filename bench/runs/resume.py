@@ -27,10 +27,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tritium.training.run import checkpoint
-
-from tritium.bench import tables
 from tritium.bench.harness import device_name
+from tritium.training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results" / "resume.md"

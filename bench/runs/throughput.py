@@ -24,15 +24,13 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor, nn
 
+from train import accumulate_gradients
+from tritium.bench.harness import device_name
+from tritium.bench.runs.plain_gpt import PlainGPT
 from tritium.model import ModelConfig, Transformer
 from tritium.training.device import keep_freed_memory
 from tritium.training.monitor.observer import ObserveConfig
 from tritium.training.optim import OptimizerConfig, set_rate
-from train import accumulate_gradients
-
-from tritium.bench import tables
-from tritium.bench.harness import device_name
-from tritium.bench.runs.plain_gpt import PlainGPT
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput.md"
 WIDTH = 110

@@ -27,12 +27,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tritium.training.run import checkpoint
-from tritium.training.monitor.plot import moving_average
-from tritium.training.run.run_folder import read_lines
-
 from tritium.bench import tables
 from tritium.bench.harness import device_name
+from tritium.training.monitor.plot import moving_average
+from tritium.training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results" / "trainer.md"

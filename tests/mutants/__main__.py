@@ -26,7 +26,7 @@ TIMEOUT = 600  # seconds; a fault that hangs is noticed, too
 NOTHING = Mutant("nothing", "pyproject.toml", "[build-system]", "[build-system]")
 
 
-def tests_of(op: str) -> Path:
+def file_of(op: str) -> Path:
     """The file whose tests must catch the faults of one operation."""
     (file,) = (ROOT / "tests/kernels").rglob(f"test_{op}.py")
     return file
@@ -44,7 +44,7 @@ def run(op: str, mutant: Mutant) -> str:
         _copy(tree)
         file = tree / mutant.file
         file.write_text(mutant.apply(file.read_text()))
-        test = str(tests_of(op).relative_to(ROOT))
+        test = str(file_of(op).relative_to(ROOT))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += ["--hypothesis-profile", "mutants", test]
         try:
