@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from tritium.data import LOADERS, DataError, Loader, Tokenizer, prepare
+from tritium.data import LOADERS, DataError, Loader, Tokenizer, atomic, prepare
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer
 from tritium.training.cuda_graph import training_step
@@ -40,8 +40,8 @@ from tritium.training.precision import ComputeConfig
 from tritium.training.recovery import Recovery, RecoveryConfig, UnrecoverableError, restore
 from tritium.training.run import checkpoint, random_state
 from tritium.training.run.checkpoint import CheckpointError
-from tritium.training.run.durable import to_json, write_durably
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
+from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import RunFolderError, RunLog, claim
 from tritium.training.run.saver import SaveConfig, SaveError, Saver
 from tritium.training.schedule import Budget, Length, Schedule
@@ -248,7 +248,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         recovery.load_state(saved.get("recovery", {}), same_data=not differ)
 
     record = {"preset": preset, "config": asdict(config), "fingerprint": fingerprint}
-    write_durably(run / "config.json", f"{to_json(record, indent=2)}\n".encode())
+    atomic.write(run / "config.json", f"{to_json(record, indent=2)}\n")
     tokenizer.save(run / "tokenizer.json")
     times = len(recovery.went_back)
     log = RunLog(run / "log.jsonl", step, console.print, times)
@@ -421,8 +421,8 @@ def print_start(
         epochs = budget.steps * config.batch_size / loader.n_windows
         length = f"{budget.steps:,} steps of {batch:,} tokens, {epochs:.2f} epochs"
     console.print(
-        f"Preset {preset}: {count(model)}, {tritium.model.config.n_layers} layers of width "
-        f"{tritium.model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
+        f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
+        f"{model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
         f"{machine['dtype'][6:]}\n"
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"

@@ -8,19 +8,23 @@ from importlib import import_module
 import tyro
 
 VERBS = {
-    "static": "compiled.static",  # what the kernels compile to, without a GPU
-    "explain": "explain",  # what no version of an operation can beat
-    "optimizer": "optimizer",  # their steps on the parameters of real models
-    "resume": "runs.resume",  # whether a killed run, resumed, ends in the same bytes
-    "faults": "runs.faults",  # what a user sees when something goes wrong, and what is left
-    "chunk_error": "chunk_error",  # what chunking costs linear_cross_entropy in accuracy
-    "low_precision": "runs.low_precision",  # what keeping less than float32 costs a training run
-    "trainer": "runs.trainer",  # what train.py does on a GPU: graphs, speed, precisions
-    "activations": "runs.activations",  # what a step keeps for its backward pass, predicted and counted
-    "report": "runs.report",  # one HTML page that compares runs
-    "pictures": "runs.pictures",  # of a run, for the README
-    "data": "runs.data",  # how fast text becomes shards, and shards become batches
-    "throughput": "runs.throughput",  # how fast the trainer trains, beside a plain PyTorch GPT
+    "static": ("compiled.static", "what the kernels compile to, without a GPU"),
+    "explain": ("explain", "what no version of an operation can beat"),
+    "optimizer": ("optimizer", "optimizers' steps on the parameters of real models"),
+    "resume": ("runs.resume", "whether a killed run, resumed, ends in the same bytes"),
+    "faults": ("runs.faults", "what a user sees when something goes wrong, and what is left"),
+    "chunk_error": ("chunk_error", "what chunking costs linear_cross_entropy in accuracy"),
+    "low_precision": ("runs.low_precision", "what keeping less than float32 costs a training run"),
+    "trainer": ("runs.trainer", "what train.py does on a GPU: graphs, speed, precisions"),
+    "activations": (
+        "runs.activations",
+        "bytes a step keeps for its backward pass, predicted, counted",
+    ),
+    "report": ("runs.report", "one HTML page that compares runs"),
+    "pictures": ("runs.pictures", "pictures of a run, for the README"),
+    "data": ("runs.data", "how fast text becomes shards, and shards become batches"),
+    "throughput": ("runs.throughput", "how fast the trainer trains, beside a plain PyTorch GPT"),
+    "contention": ("runs.contention", "what another busy process costs a run on a CPU"),
 }
 """The module of each, whose `main` it is, and what it measures or makes."""
 

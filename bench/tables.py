@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tritium.kernels.roofline import Device, duration, quantity
-from tritium.training.run.durable import to_json
+from tritium.training.run.json_text import to_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

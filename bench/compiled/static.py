@@ -51,7 +51,7 @@ from tritium.bench.compiled._stub_driver import Compiled, StubDriver
 from tritium.bench.compiled.cases import CASES
 from tritium.kernels import runtime
 
-RESULTS = Path(__file__).parents[1] / "results" / "static.md"
+RESULTS = "static.md"  # in the folder of results
 WIDTH = 330  # of tables that do not go to a terminal
 SHOWN = "sm_90"  # the target whose accesses are shown
 COLUMNS = (
@@ -159,7 +159,7 @@ def _named_problems(versions: list[Row]) -> str:
     )
 
 
-def tables(found: dict[Key, Line]) -> Iterator[Table]:
+def make_tables(found: dict[Key, Line]) -> Iterator[Table]:
     """One table per operation, for people."""
     for op in dict.fromkeys(key[0] for key in found):
         table = Table(*COLUMNS, title=op, title_justify="left", box=box.SIMPLE)
@@ -232,7 +232,7 @@ def main(ops: tyro.conf.Positional[tuple[str, ...]] = (), write: bool = False) -
     rows = measure_all(ops or CASES)
     found = lines(rows)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(*tables(found), sep="\n")
+    console.print(*make_tables(found), sep="\n")
     stale, kept_in = [], tables.results() / RESULTS
     if write:
         tables.write(kept_in, write_tables(found).encode())

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import accumulate_gradients
+from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.kernels import runtime
 from tritium.model import ModelConfig, Transformer
@@ -32,7 +33,7 @@ from tritium.training.memory.predict import Memory
 from tritium.training.memory.retry import Fallback
 from tritium.training.optim import OptimizerConfig
 
-RESULTS = Path(__file__).parents[1] / "results" / "activations.md"
+RESULTS = "activations.md"  # in the folder of results
 WIDTH = 120
 MIB = 2**20
 MODEL = ModelConfig(

@@ -20,12 +20,13 @@ import tiktoken
 import torch
 from rich.table import Table
 
+from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.data import DocumentLoader, Tokenizer, TokenLoader, prepare
 from tritium.data.corpus import documents
 from tritium.data.shards import open_prepared, verify
 
-RESULTS = Path(__file__).parents[1] / "results" / "data.md"
+RESULTS = "data.md"  # in the folder of results
 WIDTH = 120
 PARAGRAPH = 1000  # characters
 BATCHES = 200

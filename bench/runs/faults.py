@@ -22,13 +22,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.bench.runs.resume import final_state
 from tritium.data.shards import open_prepared
 from tritium.training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results" / "faults.md"
+RESULTS = "faults.md"  # in the folder of results
 WIDTH = 150
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 ARGUMENTS = (
@@ -318,6 +319,6 @@ def main(write: bool = False) -> None:
         head = (
             f"`python -m tritium.bench faults --write`, torch {torch.__version__}\n\n{summary}\n\n"
         )
-        RESULTS.write_text(f"{head}{text}\n")
+        tables.write(tables.results() / RESULTS, f"{head}{text}\n".encode())
     if not all(outcome.right for outcome in outcomes):
         raise SystemExit(1)

@@ -24,7 +24,7 @@ from tritium.kernels import AdamW
 from tritium.model import ModelConfig, Transformer
 from tritium.training.schedule import Budget, Schedule
 
-RESULTS = Path(__file__).parents[1] / "results" / "low_precision.md"
+RESULTS = "low_precision.md"  # in the folder of results
 WIDTH = 120
 CONFIG = ModelConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=2, max_seq_len=32)
 BATCH = 8  # sequences

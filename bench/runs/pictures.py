@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tritium.bench.runs._browser import BrowserError, photograph
 from tritium.bench.runs.report import RunError, render
-from tritium.bench.tables import RESULTS
+from tritium.bench.tables import results
 from tritium.training.monitor.display import Display
 from tritium.training.monitor.plot import plot_layers
 from tritium.training.run.run_folder import read_lines

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from tritium.data import atomic
 from tritium.training.monitor.display import clock
 from tritium.training.monitor.plot import moving_average, plot_layers
 from tritium.training.run import checkpoint
-from tritium.training.run.durable import write_durably
+from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import read_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -45,7 +46,7 @@ def main(
         page = render(runs)
     except RunError as error:
         raise SystemExit(f"report: {error}") from None
-    write_durably(out, page.encode())
+    atomic.write(out, page.encode())
     Console(soft_wrap=True).print(f"{out}: {len(page) / 1e3:.0f} KB, opens in any browser")
 
 

@@ -27,11 +27,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results" / "resume.md"
+RESULTS = "resume.md"  # in the folder of results
 WIDTH = 130
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 STEPS = 150  # of 256 tokens: two epochs

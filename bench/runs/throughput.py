@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from train import accumulate_gradients
+from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.bench.runs.plain_gpt import PlainGPT
 from tritium.model import ModelConfig, Transformer
@@ -32,7 +33,7 @@ from tritium.training.device import keep_freed_memory
 from tritium.training.monitor.observer import ObserveConfig
 from tritium.training.optim import OptimizerConfig, set_rate
 
-RESULTS = Path(__file__).parents[1] / "results" / "throughput.md"
+RESULTS = "throughput.md"  # in the folder of results
 WIDTH = 110
 VOCABULARY, LENGTH, LAYERS, WIDE, HEADS, BATCH = 65, 64, 4, 128, 4, 12
 CONFIG = ModelConfig(

@@ -31,9 +31,10 @@ from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.training.monitor.plot import moving_average
 from tritium.training.run import checkpoint
+from tritium.training.run.run_folder import read_lines
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results" / "trainer.md"
+RESULTS = "trainer.md"  # in the folder of results
 WIDTH = 130
 GRAPH_STEPS = 100
 SPEED_STEPS = 60

@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tritium.data.atomic import sync
+from tritium.data.atomic import write as write_durably
 from tritium.model.transformer import ModelConfig, Transformer
-from tritium.training.run.durable import sync, write_durably
 from tritium.training.run.fingerprint import differences
 
 FILES = ("model.safetensors", "optimizer.safetensors")

@@ -13,7 +13,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from tritium.training.run.durable import sync, to_json, write_durably
+from tritium.data import atomic
+from tritium.training.run.json_text import to_json
 
 LOCK = ".lock"
 
@@ -107,10 +108,10 @@ class RunLog:
         self._abandoned = path.with_name(f"abandoned-{path.name}")
         if self._abandoned.exists():
             known = [entry for entry in read_lines(self._abandoned) if entry["abandoned"] <= times]
-            write_durably(self._abandoned, b"".join(map(_line, known)))
+            atomic.write(self._abandoned, b"".join(map(_line, known)))
         self.entries = [entry for entry in read_lines(path) if entry["step"] <= step]
         kept = b"".join(map(_line, self.entries))
-        write_durably(path, kept)
+        atomic.write(path, kept)
         self._path, self._report, self._size, self._waiting = path, report, len(kept), b""
 
     def rewind(self, step: int, times: int) -> None:
@@ -123,9 +124,9 @@ class RunLog:
         given_up = [{**x, "abandoned": times} for x in self.entries[len(kept) :]]
         if given_up:
             before = read_lines(self._abandoned)
-            write_durably(self._abandoned, b"".join(map(_line, before + given_up)))
+            atomic.write(self._abandoned, b"".join(map(_line, before + given_up)))
             content = b"".join(map(_line, kept))
-            write_durably(self._path, content)
+            atomic.write(self._path, content)
             self.entries, self._size, self._waiting = kept, len(content), b""
 
     def append(self, entries: list[dict]) -> None:
@@ -154,7 +155,7 @@ class RunLog:
     def sync(self) -> None:
         """Wait until the disk has what was written."""
         try:
-            sync(self._path)
+            atomic.sync(self._path)
         except OSError as error:
             self._report(f"Could not write {self._path} ({error.strerror}).")
 

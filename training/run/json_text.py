@@ -1,0 +1,19 @@
+"""JSON that everybody reads: without NaN and infinities, which are no JSON."""
+
+from __future__ import annotations
+
+import json
+from math import isfinite
+
+
+def to_json(entry: object, indent: int | None = None) -> str:
+    """Return JSON, in which null stands for a number that is not finite."""
+    return json.dumps(_finite(entry), indent=indent, allow_nan=False)
+
+
+def _finite(entry: object) -> object:
+    if isinstance(entry, float):
+        return entry if isfinite(entry) else None
+    if isinstance(entry, dict):
+        return {name: _finite(x) for name, x in entry.items()}
+    return [_finite(x) for x in entry] if isinstance(entry, (list, tuple)) else entry
