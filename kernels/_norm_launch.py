@@ -232,7 +232,10 @@ def shape_of(
     return sizes, weight
 
 
-def flat(x: Tensor, sizes: tuple[int, ...], *vectors: Tensor | None) -> tuple[Tensor, ...]:
+Flat = tuple[Tensor, *tuple[Tensor | None, ...]]
+
+
+def flat(x: Tensor, sizes: tuple[int, ...], *vectors: Tensor | None) -> Flat:
     """`x` and the vectors with the axes to normalise, of `sizes`, made one."""
     if len(sizes) == 1:
         return x, *vectors
