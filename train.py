@@ -427,7 +427,7 @@ def print_start(
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"
         f"Length: {length}"
-        + (f", going on from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
+        + (f", resuming from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
         + f"\nRun folder: {run}"
     )
     console.print(group_table(optimizer))
@@ -448,7 +448,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.resume and config.out is None:
-        raise ConfigError("--resume needs --out, the folder of the run to go on with")
+        raise ConfigError("--resume needs --out, the folder of the run to continue with")
     return config, preset, Path(config.out or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
@@ -481,7 +481,7 @@ def main() -> None:
         print(f"train.py: {error}; make room, then --resume", file=sys.stderr)
         sys.exit(74)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ntrain.py: stopped; --resume resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     if not finished:
         sys.exit(75)

@@ -1,7 +1,7 @@
 """What chunking costs linear cross-entropy in accuracy: `python -m tritium.bench chunk_error`.
 
 The gradient of the weight is a sum over chunks. Its relative root mean square error is taken
-against float64 on the same bfloat16 inputs. Ours adds in float32, and
+against float64 on the same bfloat16 inputs. Tritium adds in float32, and
 torch.nn.functional.linear_cross_entropy (torch 2.13) by one of three policies.
 """
 
@@ -27,8 +27,8 @@ CHUNKS = (1, 8, 64, 256)
 POLICIES = ("accurate", "balanced", "compact")
 
 
-def contenders(T: int, V: int) -> Iterator[tuple[str, dict[int, Callable]]]:
-    """Each contender's loss, by its number of chunks."""
+def implementations(T: int, V: int) -> Iterator[tuple[str, dict[int, Callable]]]:
+    """Each implementation's loss, by its number of chunks."""
     rows = {n: -(-T // n) for n in CHUNKS}
     yield (
         "tritium.kernels.linear_cross_entropy",
@@ -56,7 +56,7 @@ def weight_gradient(loss: Callable, hidden: Tensor, weight: Tensor, target: Tens
 
 
 def measure(T: int, D: int, V: int) -> Iterator[tuple[str, list[float]]]:
-    """Each contender's relative error of the weight's gradient, for each of CHUNKS."""
+    """Each implementation's relative error of the weight's gradient, for each of CHUNKS."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     hidden = torch.randn(T, D, device=device).bfloat16()
@@ -67,7 +67,7 @@ def measure(T: int, D: int, V: int) -> Iterator[tuple[str, list[float]]]:
         return F.cross_entropy(F.linear(h, w), t)
 
     exact = weight_gradient(whole, hidden.double(), weight.double(), target)
-    for name, losses in contenders(T, V):
+    for name, losses in implementations(T, V):
         gradients = (weight_gradient(loss, hidden, weight, target) for loss in losses.values())
         yield name, [relative_rms([gradient], [exact]) for gradient in gradients]
 
@@ -85,7 +85,7 @@ def main(T: int = 4096, D: int = 256, V: int = 4096, write: bool = False) -> Non
     rows = [(name, *(f"{100 * e:.3f}" for e in errors)) for name, errors in measure(T, D, V)]
 
     def table(style: box.Box) -> Table:
-        result = Table("contender", *columns, box=style)
+        result = Table("implementation", *columns, box=style)
         for row in rows:
             result.add_row(*row)
         return result

@@ -1,4 +1,4 @@
-"""Ours against PyTorch and the others: `python -m tritium.bench OP [OP ...]`, `python -m tritium.bench all`."""
+"""Tritium against PyTorch and the others: `python -m tritium.bench OP [OP ...]`, `python -m tritium.bench all`."""
 
 import shlex
 import sys
@@ -66,11 +66,11 @@ def installed(peers: dict[str, Loader]) -> tuple[dict[str, Loader], list[str]]:
 
 
 def contenders_of(operation: Operation, compiled: bool) -> dict[str, Loader]:
-    """Everyone who is measured, ours first."""
-    contenders = operation.ours | {"eager": lambda: operation.eager}
+    """Everyone who is measured, Tritium's first."""
+    implementations = operation.tritium | {"eager": lambda: operation.eager}
     if compiled:
-        contenders["torch.compile"] = partial(_compile, operation.eager)
-    return contenders | installed(operation.peers)[0]
+        implementations["torch.compile"] = partial(_compile, operation.eager)
+    return implementations | installed(operation.peers)[0]
 
 
 def _compile(function: Callable) -> Callable:
@@ -80,25 +80,27 @@ def _compile(function: Callable) -> Callable:
 
 
 def measure(name: str, operation: Operation, settings: Settings) -> Iterator[Row]:
-    """Measure every contender, at every shape, in every pass; what fails is a row that says so."""
+    """Measure every implementation, at every shape, in every pass; what fails is a row that says so."""
     make = Make(settings.dtype, settings.device)
     errors: dict[str, dict[str, float]] = {}
-    contenders = contenders_of(operation, settings.compiled)
+    implementations = contenders_of(operation, settings.compiled)
     for shape, dims in operation.cases(settings.device, settings.sizes, settings.quick).items():
         bounds = explain(
             name, **cast(dict[str, Any], dims), dtype=settings.dtype, device=settings.rates
         )
         copies = attempt(partial(_copies, operation, make, dims, settings.cache))
-        for contender, load in contenders.items():
+        for implementation, load in implementations.items():
             function = attempt(load)
-            if contender not in errors and callable(function):
-                errors[contender] = _errors(operation, make, contender, function)
+            if implementation not in errors and callable(function):
+                errors[implementation] = _errors(operation, make, implementation, function)
             for pass_name in harness.PASSES:
-                if pass_name == "backward" and contender in operation.gradient_in_forward:
+                if pass_name == "backward" and implementation in operation.gradient_in_forward:
                     continue
-                row = Row(shape, dims, contender, pass_name)
+                row = Row(shape, dims, implementation, pass_name)
                 bound = getattr(bounds, pass_name)
-                yield _measured(row, function, copies, bound, errors.get(contender, {}), settings)
+                yield _measured(
+                    row, function, copies, bound, errors.get(implementation, {}), settings
+                )
                 if settings.device.type == "cuda":
                     torch.cuda.empty_cache()
         del copies  # before those of the next shape are made
@@ -108,7 +110,7 @@ def attempt(make: Callable[[], T]) -> T | str:
     """Return what `make` returns, or why it does not; an exception would keep its tensors."""
     try:
         return make()
-    except Exception as problem:  # whatever it is, it is one contender's alone
+    except Exception as problem:  # whatever it is, it is one implementation's alone
         return harness.reason(problem)
 
 
@@ -150,10 +152,10 @@ def _timing_and_peak(
 
 
 def _errors(
-    operation: Operation, make: Make, contender: str, function: Callable
+    operation: Operation, make: Make, implementation: str, function: Callable
 ) -> dict[str, float]:
-    """Each pass's error at the smallest shape; none where random numbers are not ours."""
-    if operation.truth and contender not in operation.ours:
+    """Each pass's error at the smallest shape; none where random numbers are not Tritium's."""
+    if operation.truth and implementation not in operation.tritium:
         return {}
 
     def errors() -> dict[str, float]:
@@ -190,7 +192,7 @@ def watched(name: str, total: int, rows: Iterator[Row]) -> tuple[Row, ...]:
         task = progress.add_task(name, total=total)
         for row in rows:
             done.append(row)
-            progress.update(task, advance=1, description=f"{name}: {row.contender}")
+            progress.update(task, advance=1, description=f"{name}: {row.implementation}")
     return tuple(done)
 
 
@@ -232,18 +234,18 @@ def _notes(operation: Operation, settings: Settings) -> Iterator[str]:
     smallest = " ".join(f"{letter}={size}" for letter, size in operation.smallest.items())
     yield f"Rates: the bytes or operations of the bound. Error: against float64 at {smallest}."
     if not uses_triton(torch.empty(0, device=settings.device)):
-        yield "Ours is the PyTorch definition here, not the kernel."
+        yield "Tritium is the PyTorch reference here, not the kernel."
     elif settings.device.type == "cpu":
-        yield "Ours runs in Triton's interpreter here: its times mean nothing."
+        yield "Tritium runs in Triton's interpreter here: its times mean nothing."
     if settings.device.type == "cpu":
         yield "Peak memory is not measured on a CPU."
     if not settings.compiled:
         yield "torch.compile was left out (--compile measures it)."
     if missing := installed(operation.peers)[1]:
         yield f"Not installed: {', '.join(missing)}."
-    for contender in contenders_of(operation, settings.compiled):
-        if contender in operation.gradient_in_forward:
-            yield f"No backward alone for {contender}: the gradient is made in the forward pass."
+    for implementation in contenders_of(operation, settings.compiled):
+        if implementation in operation.gradient_in_forward:
+            yield f"No backward alone for {implementation}: the gradient is made in the forward pass."
 
 
 def main(

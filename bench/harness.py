@@ -218,8 +218,8 @@ def relative_rms(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 def errors(function: Callable, exact: Outputs, inputs: Sequence[Tensor]) -> dict[str, float]:
     """The relative RMS error of every pass of `function` against `exact`."""
     fresh = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-    ours = outputs_of(function, fresh)
-    return {name: relative_rms(ours[name], exact[name]) for name in ours}
+    actual = outputs_of(function, fresh)
+    return {name: relative_rms(actual[name], exact[name]) for name in actual}
 
 
 def widened(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -231,7 +231,7 @@ def widened(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def reason(problem: Exception) -> str:
-    """One short line about why a contender has no numbers."""
+    """One short line about why a implementation has no numbers."""
     if isinstance(problem, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(problem).splitlines() or [""]

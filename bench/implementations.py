@@ -1,6 +1,6 @@
 """Who is measured: our operations, PyTorch's own, and the libraries to beat where installed.
 
-A loader imports its contender when it is measured, so that a missing library, or a kernel in
+A loader imports its implementation when it is measured, so that a missing library, or a kernel in
 pieces, costs its own rows and no other.
 """
 
@@ -20,7 +20,7 @@ def _import(module: str, name: str, **options) -> Loader:
     return lambda: partial(getattr(import_module(module), name), **options)
 
 
-def ours(name: str, module: str = "", **options) -> Loader:
+def own(name: str, module: str = "", **options) -> Loader:
     """Load an operation of kernels/, from the file of its name or from `module`."""
     return _import(f"tritium.kernels.{module or name}", name, **options)
 
@@ -29,7 +29,7 @@ def norm(name: str, eps: float) -> Loader:
     """Load a norm of kernels/, which takes its weight, and bias, behind the input."""
 
     def load() -> Callable:
-        function = ours(name)()
+        function = own(name)()
         return lambda x, w, *b: function(x, w.shape, w, *b, eps=eps)
 
     return load
@@ -52,7 +52,7 @@ def cut_cross_entropy() -> Callable:
 
 def cross_entropy_inplace() -> Callable:
     """Load our cross_entropy, overwriting the logits."""
-    inplace = ours("cross_entropy", inplace=True)()
+    inplace = own("cross_entropy", inplace=True)()
     return lambda logits, target: inplace(logits.view_as(logits), target)
 
 

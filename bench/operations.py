@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritium.bench import implementations
-from tritium.bench.implementations import EAGER, Loader, liger, norm, ours, quack
+from tritium.bench.implementations import EAGER, Loader, liger, norm, own, quack
 
 Dims = dict[str, int]
 
@@ -47,13 +47,13 @@ class Operation:
     """The shape of the error, and of `--quick`."""
     inputs: Callable[..., tuple[Tensor, ...]]
     """From a Make and the dimensions by name."""
-    ours: dict[str, Loader]
+    tritium: dict[str, Loader]
     eager: Callable
     peers: dict[str, Loader] = field(default_factory=dict)
     truth: Loader | None = None
-    """The definition, where eager's random numbers are others than ours."""
+    """The reference, where eager's random numbers are others than Tritium's."""
     gradient_in_forward: tuple[str, ...] = ()
-    """Contenders that have nothing left to measure in the backward pass alone."""
+    """Implementations that have nothing left to measure in the backward pass alone."""
     rows: tuple[str, int, int] | None = None
     """The dimension that every shape shares, its size on a GPU and on a CPU."""
     cpu_shapes: int | None = None
@@ -108,7 +108,7 @@ MIB = 1 << 20
 def _softmax(name: str, peers: dict[str, Loader]) -> Operation:
     return Operation(
         ROWS, "N", {"M": 64, "N": 256}, lambda make, M, N: (make(M, N),),
-        {"ours": ours(name, "softmax")}, EAGER[name], peers, rows=("M", 8192, 64),
+        {"Tritium": own(name, "softmax")}, EAGER[name], peers, rows=("M", 8192, 64),
     )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def _norm(
         WIDTHS, "D", {"T": 64, "D": 256},
         lambda make, T, D: (*(make(T, D) for _ in range(tokens)),
                             *(make(D) for _ in range(vectors))),
-        {"ours": load}, EAGER[name], peers, rows=TOKENS,
+        {"Tritium": load}, EAGER[name], peers, rows=TOKENS,
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _activation(name: str, inputs: int, peers: dict[str, Loader], **options) -> 
     return Operation(
         FEATURES, "F", {"T": 64, "F": 256},
         lambda make, T, F: tuple(make(T, F) for _ in range(inputs)),
-        {"ours": ours(name, **options)}, EAGER[name], peers, rows=TOKENS,
+        {"Tritium": own(name, **options)}, EAGER[name], peers, rows=TOKENS,
     )  # fmt: skip
 
 
@@ -143,62 +143,62 @@ OPERATIONS: dict[str, Operation] = {
     "cross_entropy": Operation(
         VOCABULARIES, "V", {"T": 64, "V": 1000},
         lambda make, T, V: (make(T, V), make.integers(V, T)),
-        {"ours": ours("cross_entropy"), "ours, in place": implementations.cross_entropy_inplace},
+        {"Tritium": own("cross_entropy"), "Tritium, in place": implementations.cross_entropy_inplace},
         EAGER["cross_entropy"],
         {"liger": liger("cross_entropy"), "quack": quack("cross_entropy")},
-        gradient_in_forward=("ours, in place", "liger"),
+        gradient_in_forward=("Tritium, in place", "liger"),
         rows=("T", 8192, 64),
     ),
     "linear_cross_entropy": Operation(
         LAYERS, "D", {"T": 64, "D": 64, "V": 1000},
         lambda make, T, D, V: (make(T, D), make(V, D, scale=D**-0.5), make.integers(V, T)),
-        {"ours": ours("linear_cross_entropy")},
+        {"Tritium": own("linear_cross_entropy")},
         EAGER["linear_cross_entropy"],
         {
             "liger": liger("fused_linear_cross_entropy"),
             "quack": quack("linear_cross_entropy", "chunked_linear_cross_entropy"),
             "cut-cross-entropy": implementations.cut_cross_entropy,
         },
-        gradient_in_forward=("ours", "liger", "quack"),
+        gradient_in_forward=("Tritium", "liger", "quack"),
         rows=("T", 8192, 64),
         cpu_shapes=1,
     ),
     "rms_norm": _norm("rms_norm", norm("rms_norm", 1e-6), 1, 1, {
         "liger": liger("rms_norm", eps=1e-6, in_place=False), "quack": quack("rmsnorm"),
     }),
-    "add_rms_norm": _norm("add_rms_norm", ours("add_rms_norm", "rms_norm"), 2, 1, {
+    "add_rms_norm": _norm("add_rms_norm", own("add_rms_norm", "rms_norm"), 2, 1, {
         "liger": liger("fused_add_rms_norm", eps=1e-6, in_place=False),
         "quack": implementations.quack_add_rms_norm,
     }),
     "layer_norm": _norm("layer_norm", norm("layer_norm", 1e-5), 1, 2, {
         "liger": liger("layer_norm", eps=1e-5),
     }),
-    "add_layer_norm": _norm("add_layer_norm", ours("add_layer_norm", "layer_norm"), 2, 2, {}),
+    "add_layer_norm": _norm("add_layer_norm", own("add_layer_norm", "layer_norm"), 2, 2, {}),
     "rope": Operation(
         HEADS, "H", {"T": 64, "H": 4, "K": 64}, _rope_inputs,
-        {"ours": ours("rope")}, EAGER["rope"], rows=TOKENS,
+        {"Tritium": own("rope")}, EAGER["rope"], rows=TOKENS,
     ),
     "swiglu": _activation("swiglu", 2, {"liger": liger("swiglu")}),
     "geglu": _activation("geglu", 2, {"liger": liger("geglu")}, approximate="tanh"),
     "relu_squared": _activation("relu_squared", 1, {"liger": liger("relu_squared")}),
     "dropout_add": Operation(
         WIDTHS, "D", {"T": 64, "D": 256}, lambda make, T, D: (make(T, D), make(T, D)),
-        {"ours": ours("dropout_add", seed=0)}, EAGER["dropout_add"],
-        truth=ours("dropout_add_reference", "dropout_add", seed=0), rows=TOKENS,
+        {"Tritium": own("dropout_add", seed=0)}, EAGER["dropout_add"],
+        truth=own("dropout_add_reference", "dropout_add", seed=0), rows=TOKENS,
     ),
     "embedding": Operation(
         LAYERS, "D", {"T": 64, "D": 64, "V": 100},
         lambda make, T, D, V: (make.integers(V, T), make(V, D)),
-        {"ours": ours("embedding")}, EAGER["embedding"], rows=TOKENS,
+        {"Tritium": own("embedding")}, EAGER["embedding"], rows=TOKENS,
     ),
     "mse_loss": Operation(
         {f"{n} Mi elements": {"N": n * MIB} for n in (1, 16, 256)}, "N", {"N": 16384},
         lambda make, N: (make(N), make(N).detach()),
-        {"ours": ours("mse_loss")}, EAGER["mse_loss"], cpu_shapes=2,
+        {"Tritium": own("mse_loss")}, EAGER["mse_loss"], cpu_shapes=2,
     ),
     "info_nce": Operation(
         PAIRS, "D", {"B": 64, "D": 64}, lambda make, B, D: (make(B, D), make(B, D)),
-        {"ours": ours("info_nce")}, EAGER["info_nce"], gradient_in_forward=("ours",),
+        {"Tritium": own("info_nce")}, EAGER["info_nce"], gradient_in_forward=("Tritium",),
         rows=("B", 32768, 512),
     ),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 Every task of `optimizer_tasks` is measured for every model: time, the bound's bytes and those of
 the state per parameter, launches, host time, memory, and error. Percent of the bound is of the
-least that any version moves; percent of copy is of what the contender itself moves.
+least that any version moves; percent of copy is of what the implementation itself moves.
 """
 
 import gc
@@ -44,18 +44,18 @@ Make = Callable[[Parameters], Stepper]
 
 
 def contenders_of(task: Task) -> dict[str, Loader]:
-    """Everyone who takes the step, ours first."""
-    return task.contenders | installed(task.peers)[0]
+    """Everyone who takes the step, Tritium's first."""
+    return task.implementations | installed(task.peers)[0]
 
 
 def measure(models: dict[str, Shapes], tasks: dict[str, Task], settings: Settings) -> Iterator[Row]:
-    """Measure every contender of every task on every model; what fails is a row that says so."""
+    """Measure every implementation of every task on every model; what fails is a row that says so."""
     errors: dict[tuple[str, str], float | str] = {}
     for model, shapes in models.items():
         dims = {"N": sum(map(prod, shapes)), "tensors": len(shapes)}
         for name, task in tasks.items():
-            for contender, load in contenders_of(task).items():
-                row = Row(model, dims, contender, name)
+            for implementation, load in contenders_of(task).items():
+                row = Row(model, dims, implementation, name)
                 found = attempt(partial(_measured, row, task, load, shapes, settings))
                 if settings.device.type == "cuda":
                     gc.collect()
@@ -63,7 +63,7 @@ def measure(models: dict[str, Shapes], tasks: dict[str, Task], settings: Setting
                 if isinstance(found, str):
                     yield replace(row, problem=found)
                     continue
-                case = name, contender
+                case = name, implementation
                 if case not in errors:
                     errors[case] = attempt(partial(error_of, load(), task, settings.device))
                 error = errors[case]
@@ -78,8 +78,8 @@ def _measured(row: Row, task: Task, load: Loader, shapes: Shapes, settings: Sett
     steppers = [make(parameters(shapes, task.dtype, device)) for _ in range(copies)]
     calls = [stepper.step for stepper in steppers]
     timing = harness.summary(harness.time_calls(calls, device, settings.seconds))
-    own = bound.bytes + task.extra.get(row.contender, 0) * N
-    cost = _host_cost(row.contender, task, make, calls[0], shapes, device)
+    own = bound.bytes + task.extra.get(row.implementation, 0) * N
+    cost = _host_cost(row.implementation, task, make, calls[0], shapes, device)
     return replace(
         row, milliseconds=timing.median, lower_quartile=timing.lower_quartile,
         upper_quartile=timing.upper_quartile, bytes=bound.bytes, flops=bound.flops,
@@ -91,7 +91,7 @@ def _measured(row: Row, task: Task, load: Loader, shapes: Shapes, settings: Sett
 
 
 def _host_cost(
-    contender: str,
+    implementation: str,
     task: Task,
     make: Make,
     step: harness.Call,
@@ -100,7 +100,7 @@ def _host_cost(
 ) -> host_cost.HostCost | None:
     if device.type == "cuda":
         return host_cost.of_gpu_call(step)
-    if contender == "ours":
+    if implementation == "Tritium":
         return host_cost.of_unexecuted_call(step)
     single = parameters([(1,)] * len(shapes), task.dtype, device)
     return host_cost.of_cpu_call(make(single).step)
@@ -159,7 +159,7 @@ def _notes(tasks: dict[str, Task], settings: Settings) -> Iterator[str]:
         )
         yield "Peak memory is not measured on a CPU."
         if not uses_triton(torch.empty(0)):
-            yield "Ours is the PyTorch definition here, not the kernel; launches are the kernels'."
+            yield "Tritium is the PyTorch reference here, not the kernel; launches are the kernels'."
     missing = {name for task in tasks.values() for name in installed(task.peers)[1]}
     if missing:
         yield f"Not installed: {', '.join(sorted(missing))}."

@@ -1,7 +1,7 @@
-"""Who takes an optimizer's step: ours, PyTorch's own, and the libraries to beat.
+"""Who takes an optimizer's step: Tritium's, PyTorch's own, and the libraries to beat.
 
-A loader imports its contender; what it returns makes a Stepper of parameters whose gradients are
-there already. `contenders` says why imports are left to loaders.
+A loader imports its implementation; what it returns makes a Stepper of parameters whose gradients are
+there already. `implementations` says why imports are left to loaders.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from tritium.bench.implementations import Loader, ours
+from tritium.bench.implementations import Loader, own
 from tritium.kernels.optimizers.lion import lion_reference
 
 LR, WEIGHT_DECAY, LION_BETAS = 1e-3, 0.1, (0.9, 0.99)
@@ -30,7 +30,7 @@ def _nothing() -> Iterable[Tensor]:
 
 @dataclass(frozen=True)
 class Stepper:
-    """One contender on given parameters."""
+    """One implementation on given parameters."""
 
     step: Callable[[], object]
     """Returns the norm, where that is all it computes."""
@@ -76,7 +76,7 @@ def optimizer(load: Loader, **options) -> Loader:
 
 def our_optimizer(name: str, **options) -> Loader:
     """Load an optimizer of kernels/."""
-    return optimizer(ours(name, name.lower()), **options)
+    return optimizer(own(name), **options)
 
 
 def torch_optimizer(name: str, **options) -> Loader:
@@ -140,7 +140,7 @@ def clipped(load: Loader) -> Loader:
 
 def our_norm() -> Callable[[Parameters], Stepper]:
     """Load our clip_grad_norm_, which leaves gradients alone that are short enough."""
-    clip = ours("clip_grad_norm_", "grad_norm", max_norm=inf)()
+    clip = own("clip_grad_norm_", max_norm=inf)()
     return lambda params: Stepper(lambda: clip(params))
 
 
@@ -150,14 +150,14 @@ def torch_norm() -> Callable[[Parameters], Stepper]:
 
 
 def exact_norm() -> Callable[[Parameters], Stepper]:
-    """Load the definition of the norm."""
+    """Load the reference of the norm."""
     return lambda params: Stepper(
         lambda: torch.cat([g.flatten() for g in gradients(params)]).norm()
     )
 
 
 def exact_lion() -> Callable[[Parameters], Stepper]:
-    """Load the definition of Lion, which PyTorch does not have."""
+    """Load the reference of Lion, which PyTorch does not have."""
 
     def make(params: Parameters) -> Stepper:
         moments = [torch.zeros_like(p) for p in params]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from tritium.bench.tables import Row
 
-OURS, UNFOLDED = "ours", "torch clip, fused"
+OURS, UNFOLDED = "Tritium", "torch clip, fused"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of one task's rows on one model, by contender, and its limit."""
+    """A figure of one task's rows on one model, by implementation, and its limit."""
 
     what: str
     model: str
@@ -67,7 +67,7 @@ def verdicts(
         if target.device != measured_on:
             continue
         case = (target.model, target.task)
-        here = {row.contender: row for row in rows if (row.shape, row.pass_name) == case}
+        here = {row.implementation: row for row in rows if (row.shape, row.pass_name) == case}
         found = target.figure(here)
         sign = "at most" if target.at_most else "at least"
         wanted = f"{target.task}, {target.model}: {target.what} {sign} {target.limit:g}"

@@ -30,8 +30,8 @@ class Task:
 
     op: str
     """Of tritium.kernels.roofline; so are the three options below."""
-    contenders: dict[str, Loader]
-    """"ours" first."""
+    implementations: dict[str, Loader]
+    """"Tritium" first."""
     truth: Loader
     """The same step of parameters in float64."""
     peers: dict[str, Loader] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Task:
     master: str | None = None
     state_dtype: torch.dtype = F32
     extra: dict[str, int] = field(default_factory=dict)
-    """Bytes per parameter that a contender moves beyond the bound, the way it works."""
+    """Bytes per parameter that a implementation moves beyond the bound, the way it works."""
 
     def bound(self, parameters: int, rates: Device) -> Bound:
         """The least that a step moves and takes."""
@@ -57,7 +57,7 @@ COPIES = 4 + 4 + 4  # bytes: gradients written and read in float32, masters read
 
 
 def _bf16_adamw(
-    contenders: dict[str, Loader],
+    implementations: dict[str, Loader],
     peers: dict[str, Loader],
     *,
     master: str | None = None,
@@ -66,26 +66,33 @@ def _bf16_adamw(
 ) -> Task:
     mine = our_optimizer("AdamW", master=master, state_dtype=state_dtype)
     return Task(
-        "adamw", {"ours": mine} | contenders, EXACT, peers, BF16, master, state_dtype, extra or {}
+        "adamw",
+        {"Tritium": mine} | implementations,
+        EXACT,
+        peers,
+        BF16,
+        master,
+        state_dtype,
+        extra or {},
     )
 
 
 def _rule(name: str, op: str = "", fused: bool = True, **options) -> Task:
     """A rule that PyTorch has too, in float32."""
     ways = ("fused", "foreach") if fused else ("foreach",)
-    theirs = {f"torch {way}": torch_optimizer(name, **{way: True}, **options) for way in ways}
-    mine = {"ours": our_optimizer(name, **options)}
-    return Task(op or name.lower(), mine | theirs, torch_optimizer(name, **options))
+    expected = {f"torch {way}": torch_optimizer(name, **{way: True}, **options) for way in ways}
+    mine = {"Tritium": our_optimizer(name, **options)}
+    return Task(op or name.lower(), mine | expected, torch_optimizer(name, **options))
 
 
 def _norm(dtype: torch.dtype) -> Task:
-    contenders = {"ours": our_norm, "torch": torch_norm}
-    return Task("grad_norm", contenders, exact_norm, dtype=dtype)
+    implementations = {"Tritium": our_norm, "torch": torch_norm}
+    return Task("grad_norm", implementations, exact_norm, dtype=dtype)
 
 
 TASKS: dict[str, Task] = {
     "AdamW float32": Task(
-        "adamw", {"ours": our_optimizer("AdamW"), "torch fused": FUSED, "torch foreach": FOREACH},
+        "adamw", {"Tritium": our_optimizer("AdamW"), "torch fused": FUSED, "torch foreach": FOREACH},
         EXACT, {"apex": apex_adamw()},
     ),
     "AdamW bf16, float32 master": _bf16_adamw(
@@ -115,7 +122,7 @@ TASKS: dict[str, Task] = {
     "RMSprop float32": _rule("RMSprop", fused=False),
     "Adagrad float32": _rule("Adagrad"),
     "Lion float32": Task(
-        "lion", {"ours": our_optimizer("Lion")}, exact_lion,
+        "lion", {"Tritium": our_optimizer("Lion")}, exact_lion,
         {"bitsandbytes": bitsandbytes("Lion32bit")},
     ),
     "norm float32": _norm(F32),
@@ -123,7 +130,7 @@ TASKS: dict[str, Task] = {
     "clip + AdamW float32": Task(
         "adamw_clipped",
         {
-            "ours": our_optimizer("AdamW", max_grad_norm=MAX_NORM),
+            "Tritium": our_optimizer("AdamW", max_grad_norm=MAX_NORM),
             "torch clip, fused": clipped(FUSED), "torch clip, foreach": clipped(FOREACH),
         },
         clipped(EXACT), extra={"torch clip, fused": 2 * 4, "torch clip, foreach": 2 * 4},
@@ -131,7 +138,7 @@ TASKS: dict[str, Task] = {
     "clip + AdamW bf16, float32 master": Task(
         "adamw_clipped",
         {
-            "ours": our_optimizer("AdamW", max_grad_norm=MAX_NORM, master="float32"),
+            "Tritium": our_optimizer("AdamW", max_grad_norm=MAX_NORM, master="float32"),
             "torch clip, fused, copies": clipped(torch_with_masters),
         },
         clipped(EXACT), dtype=BF16, master="float32",

@@ -26,24 +26,24 @@ PANELS = 4  # of a plot, side by side
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's pass at one shape: a line of the table."""
+    """One implementation's pass at one shape: a line of the table."""
 
     shape: str
     dims: dict[str, int]
-    contender: str
+    implementation: str
     pass_name: str
     milliseconds: float | None = None
     """Median of the calls."""
     lower_quartile: float | None = None
     upper_quartile: float | None = None
     bytes: int | None = None
-    """The bound's, as `flops`: not the contender's own."""
+    """The bound's, as `flops`: not the implementation's own."""
     flops: int | None = None
     resource: str | None = None
     """What bounds the operation."""
     percent_of_bound: float | None = None
     percent_of_copy: float | None = None
-    """By the bytes that the contender moves itself, where they are known."""
+    """By the bytes that the implementation moves itself, where they are known."""
     state_bytes: int | None = None
     """What an optimizer keeps from one step to the next."""
     launches: int | None = None
@@ -138,7 +138,7 @@ def table(report: Report) -> Table:
     """The report as a table: a shape's name in its first line, no column that would be empty."""
     measured = [row for row in report.rows if row.milliseconds is not None]
     columns = {name: cell for name, cell in COLUMNS.items() if any(map(cell, measured))}
-    headers = ("shape", "contender", "pass", *(columns or ["time (quartiles)"]))
+    headers = ("shape", "implementation", "pass", *(columns or ["time (quartiles)"]))
     result = Table(*headers, title=report.title, title_justify="left", box=box.SIMPLE)
     last = None
     for row in report.rows:
@@ -148,7 +148,7 @@ def table(report: Report) -> Table:
         shape = f"{row.shape} ({dims})" if row.shape != last else ""
         known = row.milliseconds is not None
         cells = (cell(row) for cell in columns.values()) if known else (row.problem or "",)
-        result.add_row(shape, row.contender, row.pass_name, *cells)
+        result.add_row(shape, row.implementation, row.pass_name, *cells)
         last = row.shape
     return result
 
@@ -194,10 +194,10 @@ def load(path: Path) -> Report:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw percent of the bound against size: a panel for each pass, a line for each contender."""
+    """Draw percent of the bound against size: a panel for each pass, a line for each implementation."""
     rows = [row for row in report.rows if row.percent_of_bound is not None]
     passes = list(dict.fromkeys(row.pass_name for row in rows))
-    contenders = list(dict.fromkeys(row.contender for row in rows))
+    implementations = list(dict.fromkeys(row.implementation for row in rows))
     sizes = sorted({row.dims[report.axis] for row in rows})
     lines = max(-(-len(passes) // PANELS), 1)
     across = max(min(len(passes), PANELS), 1)
@@ -207,15 +207,17 @@ def plot(report: Report, path: Path) -> None:
     )  # fmt: skip
     drawn = {}
     for panel, pass_name in zip(axes.flat, passes, strict=False):
-        for i, contender in enumerate(contenders):
+        for i, implementation in enumerate(implementations):
             points = sorted(
                 (row.dims[report.axis], row.percent_of_bound)
                 for row in rows
-                if (row.pass_name, row.contender) == (pass_name, contender)
+                if (row.pass_name, row.implementation) == (pass_name, implementation)
             )
             if points:
                 style = f"C{i % 10}{'os^'[i // 10 % 3]}-"
-                drawn[contender], *_ = panel.plot(*zip(*points, strict=True), style, markersize=4)
+                drawn[implementation], *_ = panel.plot(
+                    *zip(*points, strict=True), style, markersize=4
+                )
         panel.axhline(100, color="0.6", linewidth=1, linestyle="--")
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, list(map(_tick, sizes)), rotation=35, ha="right")
@@ -227,7 +229,7 @@ def plot(report: Report, path: Path) -> None:
     highest = max((row.percent_of_bound or 0 for row in rows), default=0)
     for panel in axes[:, 0]:
         panel.set(ylabel="% of the bound", ylim=(0, 1.05 * max(highest, 100)))
-    labels = [contender for contender in contenders if contender in drawn]
+    labels = [implementation for implementation in implementations if implementation in drawn]
     figure.legend(
         [drawn[label] for label in labels], labels, loc="outside lower center",
         ncols=max(min(len(labels), 2 * across), 1),

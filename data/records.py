@@ -264,7 +264,7 @@ def _decode(data: bytes, encoding: str, file: Path, position: int, tally: Tally)
 
 
 def _last_boundary(data: bytes) -> int:
-    # Where the last character or line end begins that may go on in the next part.
+    # Where the last character or line end begins that may continue in the next part.
     for i in range(len(data) - 1, max(-1, len(data) - 4), -1):
         if data[i] >= 0xC0 or data[i] == 0x0D:
             return i

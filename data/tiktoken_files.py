@@ -35,7 +35,7 @@ class Encoding:
     """Regular expression that cuts text into words."""
 
 
-# As tiktoken has it but for \p{N}{1,3}+: there the + is possessive, which changes nothing, and to
+# As tiktoken has it except for \p{N}{1,3}+: there the + is possessive, which changes nothing, and to
 # `tokenizers` it means "one or more times".
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"

@@ -84,7 +84,7 @@ class Tokenizer:
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainable
 
-        # Else every later fork of this process prints a warning; none of ours tokenizes there.
+        # Else every later fork of this process prints a warning; none of Tritium's tokenizes there.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         bpe = Trainable(models.BPE())
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

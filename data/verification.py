@@ -1,4 +1,4 @@
-"""Prepared data against its checksums: before a run, or while it goes on where there is much."""
+"""Prepared data against its checksums: before a run, or while it continues where there is much."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ class Verification:
     """Compare every shard of a prepared folder with its sha256, once.
 
     Up to `AT_ONCE` bytes are compared now. More would keep a GPU waiting for minutes, so a thread
-    does it while the run goes on, and `check` tells of what it found.
+    does it while the run continues, and `check` tells of what it found.
 
     Args:
         folder: what `prepare` returned.

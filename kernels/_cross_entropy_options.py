@@ -195,7 +195,7 @@ def rows_reference(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, options: Options,
     gradient: bool,
 ) -> Results:  # fmt: skip
-    """The definition of the rows' results; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
+    """The reference of the rows' results; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
     soft = target_T.is_floating_point()
     z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32), copy=not gradient)
     if options.logit_scale != 1:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton
 
-S = tl.constexpr(1024)  # part of the definition: another S is another mask
+S = tl.constexpr(1024)  # part of the reference: another S is another mask
 ROUNDS = tl.constexpr(7)
 WORDS = 1 << 32  # how many different words there are
 
@@ -35,7 +35,7 @@ def dropout_add_reference(
     training: bool = True,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """The definition of `dropout_add` in plain PyTorch; the same seed keeps the same elements."""
+    """The reference of `dropout_add` in plain PyTorch; the same seed keeps the same elements."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     n = _threshold(p) if training else 0
     if n == 0:

@@ -113,7 +113,7 @@ def _embedding_runs_kernel(
     before = tl.load(sorted_ptr + b * S - 1, mask=b > 0, other=-1)
     token = tl.load(sorted_ptr + next_t - 1, mask=next_t < T, other=V)
     following = tl.load(sorted_ptr + next_t, mask=next_t < T, other=-1)
-    if (token < V) & (token == following) & (token != before):  # a run begins and goes on
+    if (token < V) & (token == following) & (token != before):  # a run begins and continues
         # Loops of two kinds: a `while` that carries tiles crashes the compiler (3.7).
         end = b + 1
         while tl.load(sorted_ptr + end * S, mask=end * S < T, other=-1) == token:

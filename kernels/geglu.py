@@ -28,7 +28,7 @@ ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # by the names of torch.nn.
 
 
 def geglu_reference(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
-    """The definition of `geglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
+    """The reference of `geglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     return (gelu(gate.to(wide), approximate=approximate) * up.to(wide)).to(gate.dtype)
 

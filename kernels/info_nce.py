@@ -34,7 +34,7 @@ def info_nce_reference(
     negatives: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The definition of `info_nce` in plain PyTorch: the whole matrix of similarities."""
+    """The reference of `info_nce` in plain PyTorch: the whole matrix of similarities."""
     wide = torch.promote_types(query.dtype, torch.float32)
     q_BD, k_BD = query.to(wide), key.to(wide)
     if normalize:

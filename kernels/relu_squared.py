@@ -17,7 +17,7 @@ from tritium.kernels.runtime import uses_triton
 
 
 def relu_squared_reference(x: Tensor) -> Tensor:
-    """The definition of `relu_squared` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """The reference of `relu_squared` in plain PyTorch, in float32 or the wider dtype of `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return relu(x.to(wide)).square().to(x.dtype)
 

@@ -43,7 +43,7 @@ def rope_reference(
     offset: int | Tensor = 0,
     interleaved: bool = False,
 ) -> Tensor:
-    """The definition of `rope` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """The reference of `rope` in plain PyTorch, in float32 or the wider dtype of `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (_rows(table.to(wide), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
     x_K = x.to(wide)

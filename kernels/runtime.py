@@ -107,7 +107,7 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in the dtype in which its definition computes: float64 for float64, else float32."""
+    """`x` in the dtype in which its reference computes: float64 for float64, else float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -9,7 +9,7 @@ Backward keeps the output alone:
     softmax:      dx_MN = scale · y_MN · (dy_MN - sum_N(dy_MN · y_MN) / sum_N(y_MN))
     log_softmax:  dx_MN = scale · (dy_MN - exp(y_MN) · sum_N(dy_MN))
 
-sum_N(y_MN) would be 1 but for the rounding of y: dividing by it keeps the gradient of a row whose
+sum_N(y_MN) would be 1 except for the rounding of y: dividing by it keeps the gradient of a row whose
 mass sits on one element, where bfloat16 stores 0.999 as 1 and `dy - sum(dy · y)` cancels to noise.
 
 With softmax comes, on request, lse_M = log(sum_N(exp(z_MN))), whose gradient joins at no cost:
@@ -62,7 +62,7 @@ def softmax_reference(
     causal: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of `softmax` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """The reference of `softmax` in plain PyTorch, in float32 or the wider dtype of `x`."""
     hidden = _hidden(x) if causal else x.new_zeros((), dtype=torch.bool)
     z = (x.to(_wide(x)) * scale).masked_fill(hidden, -math.inf)
     y = torch.softmax(z, dim).masked_fill(hidden, 0).to(x.dtype)
@@ -72,7 +72,7 @@ def softmax_reference(
 def log_softmax_reference(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False
 ) -> Tensor:
-    """The definition of `log_softmax` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """The reference of `log_softmax` in plain PyTorch, in float32 or the wider dtype of `x`."""
     hidden = _hidden(x) if causal else x.new_zeros((), dtype=torch.bool)
     z = (x.to(_wide(x)) * scale).masked_fill(hidden, -math.inf)
     return torch.log_softmax(z, dim).masked_fill(hidden, -math.inf).to(x.dtype)

@@ -22,7 +22,7 @@ from tritium.kernels.runtime import uses_triton, widen
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """The definition of `swiglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
+    """The reference of `swiglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
     return (silu(widen(gate)) * widen(up)).to(gate.dtype)
 
 

@@ -4,11 +4,11 @@ A policy says it, block by block. A block that is checkpointed keeps its inputs 
 rest again:
 
     none        no block is checkpointed
-    selective   every block is, but for the outputs of matrix products and of attention
+    selective   every block is, except for the outputs of matrix products and of attention
     every-N     the N-th block is, the 2N-th, and so on
     full        every block is
 
-What is computed again comes out bit for bit as it was, dropout included, so a policy changes the
+What is recomputed comes out bit for bit as it was, dropout included, so a policy changes the
 memory and the time of a step, and nothing else.
 """
 
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import (
 from tritium.model.cpu_linear import ONEDNN_PRODUCTS, sees_through
 
 POLICIES = "none", "selective", "every-2", "full"
-"""From the least that is computed again to the most; any other number may follow `every-`."""
+"""From the least that is recomputed to the most; any other number may follow `every-`."""
 
 _aten = torch.ops.aten
 KEPT = {

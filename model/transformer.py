@@ -30,7 +30,7 @@ class Transformer(nn.Module):
     Args:
         config: its shape.
         activation_checkpointing: "none", "selective", "every-N" or "full": what of each block is
-            kept for the backward pass; the rest is computed again. See `tritium.model.activation_checkpointing`.
+            kept for the backward pass; the rest is recomputed. See `tritium.model.activation_checkpointing`.
         dropout: probability with which an element of what a block adds to the residual stream is
             left out, in training mode.
         label_smoothing: share of the target's probability that is spread over the vocabulary, in

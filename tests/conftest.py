@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
-    # Triton reads this when a kernel is defined, hence before anything of ours is imported.
+    # Triton reads this when a kernel is defined, hence before anything of Tritium's is imported.
     os.environ["TRITON_INTERPRET"] = "1"
     import strict_interpreter
 

@@ -50,7 +50,7 @@ class ComputeConfig:
         Args:
             device: where it runs.
             optimizer: what keeps the weights.
-            redraws: whether activations are computed again with the random numbers of before.
+            redraws: whether activations are recomputed with the random numbers of before.
         """
         if optimizer.master_weights is not None and self.precision != "bfloat16-true":
             raise ValueError(

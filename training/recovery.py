@@ -138,7 +138,7 @@ class Recovery:
                 self._losses.append(entry["loss"])
         self._position, self._good = position, self._streak == 0
         self._set_limit()
-        if begun:  # of a streak that goes on, nothing more is said
+        if begun:  # of a streak that continues, nothing more is said
             more = sum(entry["step"] > begun[0]["step"] for entry in skipped)
             others = f"; {more} more until step {entries[-1]['step']:,}" if more else ""
             self._report(f"Skipped {_place(begun[0])}{others}")
@@ -157,16 +157,16 @@ class Recovery:
 
         The weights, the optimizer and the random number generators go back to the last healthy
         checkpoint that a good step followed on; the position in the data does not. Without such a
-        checkpoint the run goes on as it is: a step that was skipped left no trace.
+        checkpoint the run continues as it is: a step that was skipped left no trace.
 
         Args:
             saver: of the run's checkpoints.
             log: which gives up the entries of the steps that are done again.
-            model: gets its weights of then.
-            optimizer: gets its state of then.
+            model: gets its weights of that time.
+            optimizer: gets its state of that time.
 
         Returns:
-            The step that the run went back to, and the best validation of then; or None.
+            The step that the run went back to, and the best validation of that time; or None.
 
         Raises:
             UnrecoverableError: all this was tried already.

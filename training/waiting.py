@@ -4,7 +4,7 @@ A thread that has done its share of an operation spins for some milliseconds, be
 operation comes sooner than a sleeping thread wakes up. On a core that another process wants, that
 spinning takes the time which the other threads of the same operation need, and a run falls to a
 tenth of its speed instead of to the half that is left. Which way of waiting is better changes with
-the load, so it is chosen while the run goes on. The number of threads is not: sums depend on it,
+the load, so it is chosen while the run continues. The number of threads is not: sums depend on it,
 and a run must end in the same bits on a busy machine.
 
 GNU's OpenMP, which PyTorch's packages for Linux bring, shortens the spinning a thousandfold while

@@ -95,7 +95,7 @@ def _cell(rates: list[float]) -> str:
 @contextmanager
 def _run(threads: int, environment: dict[str, str]) -> Iterator[Connection]:
     """Start a run in an environment of its own, and end it with the block."""
-    ours, its = get_context("spawn").Pipe()
+    actual, its = get_context("spawn").Pipe()
     before = os.environ.copy()
     process = get_context("spawn").Process(target=_train, args=(its, threads), daemon=True)
     try:  # OpenMP reads it once, when the process loads it
@@ -107,7 +107,7 @@ def _run(threads: int, environment: dict[str, str]) -> Iterator[Connection]:
         os.environ.clear()
         os.environ.update(before)
     with _ended(process):
-        yield ours
+        yield actual
 
 
 @contextmanager

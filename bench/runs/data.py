@@ -1,6 +1,6 @@
 """How fast text becomes shards, and shards become batches: `python -m tritium.bench data`.
 
-`prepare` reads JSON lines from disk, splits, encodes, writes and syncs; it is held against
+`prepare` reads JSON lines from disk, splits, encodes, writes and syncs; it is compared with
 `tiktoken.Encoding.encode_ordinary_batch` on the same documents, in memory already, on the same
 cores. The two take turns, and "of bare" is the median over the turns. The loaders read shards that
 are in the page cache.

@@ -112,8 +112,8 @@ class Trial:
 
     def went_back(self) -> Outcome:
         """Several steps in a row go wrong, and the run is killed after it went back."""
-        run, killed, ours, theirs = (
-            self.folder / name for name in ("back", "killed", "ours", "theirs")
+        run, killed, actual, expected = (
+            self.folder / name for name in ("back", "killed", "Tritium", "theirs")
         )
         ended = self.train(run, fault="much-garbage")
         process = self.start(self.command(killed, fault="much-garbage"))
@@ -122,14 +122,14 @@ class Trial:
         process.communicate()
         self.train(killed, "--resume", fault="much-garbage")
         constant = ("--schedule", "constant")  # so that a run may be made longer
-        self.train(ours, *constant, fault="much-garbage")
-        self.train(theirs, *constant, "--max-steps", "20")
-        self.train(theirs, *constant, "--resume", fault="further")
+        self.train(actual, *constant, fault="much-garbage")
+        self.train(expected, *constant, "--max-steps", "20")
+        self.train(expected, *constant, "--resume", fault="further")
         return Outcome(
             "3 batches of garbage in a row", ended.lines("Skipped", "bad steps"), ended.status,
             "a run that was stopped at step 20 and resumed past those batches; and the same run "
             "killed after it went back, and resumed",
-            _files(ours) == _files(theirs) and _text(run) == _text(killed),
+            _files(actual) == _files(expected) and _text(run) == _text(killed),
         )  # fmt: skip
 
     def gave_up(self) -> Outcome:

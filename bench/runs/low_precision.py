@@ -45,7 +45,7 @@ CONTENDERS: dict[str, tuple[torch.dtype, Make, dict]] = {
     "bfloat16, stochastic, 8-bit moments": (BF16, AdamW, {"master": None, "state_dtype": U8}),
     "bfloat16, torch.optim.AdamW": (BF16, torch.optim.AdamW, {}),
 }
-"""What parameters are kept in, and the optimizer; the first is what the others are held against."""
+"""What parameters are kept in, and the optimizer; the first is what the others are compared with."""
 
 
 def sequences() -> tuple[Tensor, Tensor]:
@@ -60,9 +60,9 @@ def sequences() -> tuple[Tensor, Tensor]:
     return tokens[:TRAIN_BYTES], tokens[TRAIN_BYTES:].view(VALIDATION, length)
 
 
-def train(contender: str, seed: int, steps: int, data: tuple[Tensor, Tensor]) -> float:
+def train(implementation: str, seed: int, steps: int, data: tuple[Tensor, Tensor]) -> float:
     """Train from `seed` and return the loss on the sequences kept aside, in nats per byte."""
-    dtype, make, options = CONTENDERS[contender]
+    dtype, make, options = CONTENDERS[implementation]
     tokens, validation = data
     torch.manual_seed(seed)
     model = Transformer(CONFIG).to(device=tokens.device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A GPT as PyTorch's own modules give it: what the trainer's speed is held against."""
+"""A GPT as PyTorch's own modules give it: what the trainer's speed is compared with."""
 
 import torch
 import torch.nn.functional as F

@@ -54,7 +54,7 @@ class Outcome:
     asynchronous: bool
     killed_at: list[int]
     during: list[str]
-    """What was going on: "write" or "delete" of a checkpoint, or "training"."""
+    """What was continuing: "write" or "delete" of a checkpoint, or "training"."""
     unreadable: int
     """Checkpoints that could not be read after the kills."""
     readable: int

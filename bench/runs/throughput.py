@@ -42,7 +42,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 LEARNING_RATE = 1e-3
 MAX_NORM = 1.0
-PAUSE = 0.05  # seconds, for the threads of the one before, which go on spinning for a while
+PAUSE = 0.05  # seconds, for the threads of the one before, which continue spinning for a while
 PRECISIONS = torch.float32, torch.bfloat16
 COLUMNS = "threads", "precision", "model", "parameters", "ms/step", "tokens/s", "of plain"
 
@@ -98,7 +98,7 @@ def plain() -> tuple[nn.Module, Step]:
     return model, step
 
 
-def ours() -> tuple[nn.Module, Step]:
+def tritium_step() -> tuple[nn.Module, Step]:
     """Return this project's model with `train.py`'s step, at its defaults."""
     keep_freed_memory()
     model = Transformer(CONFIG)
@@ -116,7 +116,7 @@ def ours() -> tuple[nn.Module, Step]:
     return model, step
 
 
-CONTENDERS = {"plain PyTorch GPT": plain, "train.py": ours}
+CONTENDERS = {"plain PyTorch GPT": plain, "train.py": tritium_step}
 
 
 def _serve(asked: Connection, name: str, threads: int, dtype: torch.dtype, steps: int) -> None:
@@ -129,7 +129,7 @@ def _serve(asked: Connection, name: str, threads: int, dtype: torch.dtype, steps
     batches = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in sequences]
     asked.send(sum(p.numel() for p in model.parameters()))
     while asked.recv():
-        step(batches[0], cast)  # brings back to the caches what the other contender drove out
+        step(batches[0], cast)  # brings back to the caches what the other implementation drove out
         start = time.perf_counter()
         for batch in batches:
             step(batch, cast)
@@ -138,16 +138,16 @@ def _serve(asked: Connection, name: str, threads: int, dtype: torch.dtype, steps
 
 @contextmanager
 def _processes(threads: int, dtype: torch.dtype, steps: int) -> Iterator[dict[str, Connection]]:
-    """Each contender in a process of its own, as a user has it."""
+    """Each implementation in a process of its own, as a user has it."""
     context, connections = get_context("spawn"), {}
     with ExitStack() as stack:
         for name in CONTENDERS:
-            connections[name], theirs = context.Pipe()
+            connections[name], expected = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, name, threads, dtype, steps), daemon=True
+                target=_serve, args=(expected, name, threads, dtype, steps), daemon=True
             )
             process.start()
-            theirs.close()  # so that a process that died is noticed
+            expected.close()  # so that a process that died is noticed
             stack.callback(process.join)
             stack.callback(connections[name].send, None)
         yield connections

@@ -52,7 +52,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that updates all parameters at once, and may clip as it does.
 
     A subclass gives the rule, the names of its states in the order of the rule's kernels, and its
-    plain definition: `_hyper_row`, `_rule_reference`, and more of `_check_group`; `_names` where
+    plain reference: `_hyper_row`, `_rule_reference`, and more of `_check_group`; `_names` where
     options decide which state there is.
     """
 

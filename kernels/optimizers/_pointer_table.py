@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 8192  # elements; a multiple of every kernel's BLOCK
-SLICE = 1 << 18  # elements that a definition takes at a time: 1 MB of float32; a multiple of Q
+SLICE = 1 << 18  # elements that a reference takes at a time: 1 MB of float32; a multiple of Q
 THREADS = tl.constexpr(256)  # of every program
 
 # Columns of `tensors`. An optimizer fills those from GROUP to STEP, grad_norm.py GROUP alone.

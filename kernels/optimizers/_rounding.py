@@ -36,7 +36,7 @@ MASTER = tl.constexpr(1)
 SPLIT = tl.constexpr(2)
 STOCHASTIC = tl.constexpr(3)
 
-# How a state is kept, but for FLOAT32.
+# How a state is kept, except for FLOAT32.
 ABSENT = tl.constexpr(1)
 BFLOAT16 = tl.constexpr(2)
 SIGNED = tl.constexpr(3)
@@ -136,32 +136,32 @@ def encode(x, bits, KIND: tl.constexpr):
 
 
 def hash_bits_reference(x: int) -> int:
-    """The definition of `hash_bits`."""
+    """The reference of `hash_bits`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def element_bits_reference(offs: Tensor, key: int) -> Tensor:
-    """The definition of `element_bits`, on int64."""
+    """The reference of `element_bits`, on int64."""
     x = (offs & 0xFFFFFFFF ^ key) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def random_bits_reference(bits: Tensor, stream: int) -> Tensor:
-    """The definition of `random_bits`."""
+    """The reference of `random_bits`."""
     bits = bits ^ 0xFFFFFFFF if stream >= 2 else bits
     return bits >> stream % 2 * 16 & 0xFFFF
 
 
 def to_bfloat16_reference(x: Tensor, bits: Tensor) -> Tensor:
-    """The definition of `to_bfloat16`."""
+    """The reference of `to_bfloat16`."""
     return (_raw(x) + bits.int() & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def split_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition of `split`: bfloat16 and int16."""
+    """The reference of `split`: bfloat16 and int16."""
     raw = _raw(x)
     return (raw + 0x8000 & ~0xFFFF).view(torch.float32).bfloat16(), raw.to(torch.int16)
 
@@ -172,19 +172,19 @@ def _raw(x: Tensor) -> Tensor:
 
 
 def join_reference(high: Tensor, low: Tensor) -> Tensor:
-    """The definition of `join`."""
+    """The reference of `join`."""
     return (high.float().view(torch.int32) + low.int()).view(torch.float32)
 
 
 def decode_reference(code: Tensor, scale_B: Tensor, kind: int) -> Tensor:
-    """The definition of `decode`, of codes `[n]` and one scale for every Q of them."""
+    """The reference of `decode`, of codes `[n]` and one scale for every Q of them."""
     c = code.float()
     value = (c - 128) * (c - 128).abs() if kind == SIGNED.value else c.square().square()
     return value * scale_B.repeat_interleave(Q)[: len(code)]
 
 
 def encode_reference(x: Tensor, bits: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """The definition of `encode`: uint8 codes `[n]` of `x`, and a scale for every Q of them."""
+    """The reference of `encode`: uint8 codes `[n]` of `x`, and a scale for every Q of them."""
     size = x.abs()
     blocks = torch.nn.functional.pad(size, (0, -len(x) % Q)).view(-1, Q)
     signed = kind == SIGNED.value

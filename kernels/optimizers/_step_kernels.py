@@ -70,7 +70,7 @@ PENALTY1 = tl.constexpr(3)
 DECAY = tl.constexpr(4)
 HYPER = tl.constexpr(5)
 
-# First columns of the coefficients of a tensor, float32 but for the key, which is uint32.
+# First columns of the coefficients of a tensor, float32 except for the key, which is uint32.
 BASE = tl.constexpr(5)  # clip and sign, l2, l1, decay, key
 
 # Columns of the sums of squares over a chunk.

@@ -1,4 +1,4 @@
-"""The definition of `_update.py` in plain PyTorch: one parameter, a slice at a time.
+"""The reference of `_update.py` in plain PyTorch: one parameter, a slice at a time.
 
 Elements are taken in the order of memory, as the kernel takes them; what a slice reads and writes
 stays in a CPU's cache from the first of its operations to the last.

@@ -61,7 +61,7 @@ LAYER_BLOCK = 1024  # sums of chunks, or of layers, that one program reads at a 
 
 
 def squares_reference(grads: Sequence[Tensor]) -> Tensor:
-    """The definition of the sums of squares in plain PyTorch: `[N]` for N gradients, float32."""
+    """The reference of the sums of squares in plain PyTorch: `[N]` for N gradients, float32."""
     return torch.stack([_square_sum(g) for g in grads])
 
 
@@ -74,14 +74,14 @@ def _square_sum(x: Tensor) -> Tensor:
 
 
 def norm_reference(squares_N: Tensor, replicas: Sequence[int], mesh: "DeviceMesh | None") -> Tensor:
-    """The definition of the norm, of gradients of which `replicas` ranks hold a copy each."""
+    """The reference of the norm, of gradients of which `replicas` ranks hold a copy each."""
     return norms_reference(squares_N, [len(squares_N)], replicas, mesh)[0]
 
 
 def norms_reference(
     squares_N: Tensor, sizes: Sequence[int], replicas: Sequence[int], mesh: "DeviceMesh | None"
 ) -> Tensor:
-    """The definition of the norms `[G]` of layers, of `sizes` gradients each."""
+    """The reference of the norms `[G]` of layers, of `sizes` gradients each."""
     shares_N = squares_N / torch.tensor(replicas).to(squares_N)
     total_G = torch.stack([share.sum() for share in shares_N.split(list(sizes))])
     if mesh is not None:
@@ -90,7 +90,7 @@ def norms_reference(
 
 
 def clip_coefficient_reference(norm: Tensor, max_norm: float) -> Tensor:
-    """The definition of the factor that brings gradients of norm `norm` to `max_norm` at most."""
+    """The reference of the factor that brings gradients of norm `norm` to `max_norm` at most."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

@@ -32,7 +32,7 @@ def references(monkeypatch):
 
 
 class FakeClock:
-    """A clock that goes on only when a call is made."""
+    """A clock that continues only when a call is made."""
 
     now = 0.0
 
@@ -181,11 +181,11 @@ def test_relative_error_is_that_of_the_worst_tensor():
 
 
 def doubling(**options) -> Operation:
-    """x ↦ 2x, in which "ours" errs by 1 % of the output and nothing in the gradient."""
+    """x ↦ 2x, in which "Tritium" errs by 1 % of the output and nothing in the gradient."""
     return Operation(
         shapes={"two": {"M": 2}}, axis="M", smallest={"M": 4, "N": 8},
         inputs=lambda make, M, N: (make(M, N),),
-        ours={"ours": lambda: lambda x: 2 * x + 0.02 * x.detach()},
+        tritium={"Tritium": lambda: lambda x: 2 * x + 0.02 * x.detach()},
         eager=lambda x: 2 * x,
         **options,
     )  # fmt: skip
@@ -200,13 +200,13 @@ def raising(problem: Exception):
 
 def test_rows_hold_what_was_measured():
     rows = list(compare.measure("softmax", doubling(), SETTINGS))
-    names = [(row.contender, row.pass_name) for row in rows]
+    names = [(row.implementation, row.pass_name) for row in rows]
     passes = ("forward", "backward", "both")
-    assert names == [(who, name) for who in ("ours", "eager") for name in passes]
+    assert names == [(who, name) for who in ("Tritium", "eager") for name in passes]
     errors = {name: row.error for name, row in zip(names, rows, strict=True)}
-    assert errors["ours", "forward"] == pytest.approx(0.01, rel=1e-4)
-    assert errors["ours", "backward"] == 0
-    assert errors["ours", "both"] == pytest.approx(0.01, rel=1e-4)
+    assert errors["Tritium", "forward"] == pytest.approx(0.01, rel=1e-4)
+    assert errors["Tritium", "backward"] == 0
+    assert errors["Tritium", "both"] == pytest.approx(0.01, rel=1e-4)
     assert errors["eager", "both"] == 0
     assert [row.bytes for row in rows[:3]] == [2 * 128, 3 * 128, 5 * 128]
     for row in rows:
@@ -227,8 +227,8 @@ def test_rows_hold_what_was_measured():
 def test_a_contender_that_fails_is_a_row(problem, text):
     peers = {"broken": lambda: raising(problem), "fine": lambda: lambda x: 2 * x}
     rows = list(compare.measure("softmax", doubling(peers=peers), SETTINGS))
-    assert [row.problem for row in rows if row.contender == "broken"] == [text] * 3
-    assert all(row.milliseconds for row in rows if row.contender != "broken")
+    assert [row.problem for row in rows if row.implementation == "broken"] == [text] * 3
+    assert all(row.milliseconds for row in rows if row.implementation != "broken")
     assert len(rows) == 12
 
 
@@ -242,7 +242,7 @@ def test_a_kernel_that_cannot_be_imported_is_a_row():
     def load():
         raise ModuleNotFoundError("No module named 'kernels.nonsense'")
 
-    rows = list(compare.measure("softmax", replace(doubling(), ours={"ours": load}), SETTINGS))
+    rows = list(compare.measure("softmax", replace(doubling(), tritium={"Tritium": load}), SETTINGS))
     assert rows[0].problem == "ModuleNotFoundError: No module named 'kernels.nonsense'"
     assert rows[3].milliseconds
 
@@ -251,9 +251,9 @@ def test_a_peer_that_is_not_installed_is_a_note():
     peers = {"absent": lambda: __import__("no_such_library")}
     operation = doubling(peers=peers, gradient_in_forward=("eager", "absent"))
     done = report_of(operation, tuple(compare.measure("softmax", operation, SETTINGS)))
-    assert {row.contender for row in done.rows} == {"ours", "eager"}
+    assert {row.implementation for row in done.rows} == {"Tritium", "eager"}
     assert "Not installed: absent." in done.notes
-    assert [row.pass_name for row in done.rows if row.contender == "eager"] == ["forward", "both"]
+    assert [row.pass_name for row in done.rows if row.implementation == "eager"] == ["forward", "both"]
     assert "No backward alone for eager: the gradient is made in the forward pass." in done.notes
     assert not any("for absent" in note for note in done.notes)
 
@@ -263,11 +263,11 @@ def test_a_peer_that_is_not_installed_is_a_note():
 def test_every_operation_is_called_as_it_wants(name, dtype):
     operation = replace(OPERATIONS[name], peers={})
     rows = list(compare.measure(name, operation, replace(SETTINGS, dtype=dtype)))
-    assert {row.contender for row in rows} == {*operation.ours, "eager"}
+    assert {row.implementation for row in rows} == {*operation.tritium, "eager"}
     assert {row.pass_name for row in rows} == set(harness.PASSES)
     for row in rows:
         assert row.problem is None, row.problem
-        if row.contender in operation.ours:
+        if row.implementation in operation.tritium:
             assert row.error is not None
             # One rounding in bfloat16; in float32 those of the sums besides.
             assert row.error < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype], row
@@ -288,12 +288,12 @@ def test_shapes_are_complete_and_their_sizes_tell_them_apart(name):
 
 @pytest.mark.parametrize(
     ("reference", "interpreter", "words"),
-    [(True, True, "definition"), (False, True, "interpreter"), (False, False, "definition")],
+    [(True, True, "reference"), (False, True, "interpreter"), (False, False, "reference")],
 )
 def test_says_what_ours_is_on_a_cpu(reference, interpreter, words, monkeypatch):
     monkeypatch.setattr(runtime, "REFERENCE", reference)
     monkeypatch.setattr(runtime, "CPU_KERNELS", interpreter)
-    (note,) = (note for note in report_of(doubling(), ()).notes if note.startswith("Ours"))
+    (note,) = (note for note in report_of(doubling(), ()).notes if note.startswith("Tritium"))
     assert words in note
 
 
@@ -311,10 +311,10 @@ def report_of(operation: Operation, rows: tuple[tables.Row, ...]) -> tables.Repo
 
 
 ROWS = (
-    tables.Row("a", {"M": 2, "N": 64}, "ours", "forward", 1.5, 1.25, 2.0, 3_000_000, 10, "memory",
+    tables.Row("a", {"M": 2, "N": 64}, "Tritium", "forward", 1.5, 1.25, 2.0, 3_000_000, 10, "memory",
                80.0, peak_bytes=1 << 20, error=1e-3),
     tables.Row("a", {"M": 2, "N": 64}, "eager", "forward", problem="out of memory"),
-    tables.Row("b", {"M": 2, "N": 4096}, "ours", "forward", 1.5, 1.25, 2.0, 10, 2_000_000_000,
+    tables.Row("b", {"M": 2, "N": 4096}, "Tritium", "forward", 1.5, 1.25, 2.0, 10, 2_000_000_000,
                "matrix products", 180.0),
     tables.Row("b", {"M": 2, "N": 4096}, "eager", "both", 1.5, 1.25, 2.0, 10, 10, "memory", 0.5),
 )  # fmt: skip
@@ -380,7 +380,7 @@ def test_the_command_line_measures_and_says_cpu():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Measured on a CPU, not a GPU" in done.stdout
-    assert "Ours is the PyTorch definition here, not the kernel." in done.stdout
+    assert "Tritium is the PyTorch reference here, not the kernel." in done.stdout
     assert "--compile" in done.stdout
 
 
@@ -429,11 +429,11 @@ def test_refuses_what_it_cannot_explain(op, shape, words, monkeypatch):
 def test_ours_does_not_err_more_in_more_chunks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tables, "results", lambda: tmp_path)
     found = dict(chunk_error.measure(512, 32, 128))
-    ours = found["tritium.kernels.linear_cross_entropy"]
-    assert max(ours) < 1.1 * min(ours) < 4e-3
+    actual = found["tritium.kernels.linear_cross_entropy"]
+    assert max(actual) < 1.1 * min(actual) < 4e-3
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        assert found['torch, acc_policy="compact"'][-1] > 3 * ours[-1]
+        assert found['torch, acc_policy="compact"'][-1] > 3 * actual[-1]
     run_main(monkeypatch, "chunk_error", "--T", "512", "--D", "32", "--V", "128", "--write")
     text = (tmp_path / "chunk_error.md").read_text()
     assert "python -m tritium.bench chunk_error --T 512 --D 32 --V 128 --write" in text
-    assert f"{100 * ours[0]:.3f}" in text
+    assert f"{100 * Tritium's[0]:.3f}" in text

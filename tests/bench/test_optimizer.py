@@ -48,7 +48,7 @@ def test_models_are_as_large_as_published(model, tensors, parameters):
 def test_shapes_are_those_of_the_models_themselves():
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
-        theirs = transformers.GPT2LMHeadModel(
+        expected = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(n_layer=3, n_embd=48, n_head=4, vocab_size=99, n_positions=17)
         )
         gated = transformers.LlamaForCausalLM(
@@ -57,14 +57,14 @@ def test_shapes_are_those_of_the_models_themselves():
                 num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False,
             )
         )  # fmt: skip
-    for model, shapes in ((theirs, gpt2(3, 48, 99, 17)), (gated, llama(3, 64, 160, 99, 8, 2))):
+    for model, shapes in ((expected, gpt2(3, 48, 99, 17)), (gated, llama(3, 64, 160, 99, 8, 2))):
         assert [tuple(p.shape) for p in model.parameters()] == shapes
 
 
 def task(step=None, **options) -> Task:
-    """AdamW in float32, by PyTorch's own, and by a contender whose Stepper `step` makes."""
-    contenders = {"ours": FUSED} | ({"theirs": lambda: step} if step else {})
-    return Task("adamw", contenders, EXACT, **options)
+    """AdamW in float32, by PyTorch's own, and by a implementation whose Stepper `step` makes."""
+    implementations = {"Tritium": FUSED} | ({"theirs": lambda: step} if step else {})
+    return Task("adamw", implementations, EXACT, **options)
 
 
 def measured(**tasks: Task) -> list[tables.Row]:
@@ -72,10 +72,10 @@ def measured(**tasks: Task) -> list[tables.Row]:
 
 
 def test_rows_hold_what_was_measured():
-    rows = measured(plain=task(), extra=task(extra={"ours": 12}), master=task(master="split"))
+    rows = measured(plain=task(), extra=task(extra={"Tritium": 12}), master=task(master="split"))
     for row in rows:
         assert row.dims == {"N": N, "tensors": 2}
-        assert (row.shape, row.contender, row.problem) == ("tiny", "ours", None)
+        assert (row.shape, row.implementation, row.problem) == ("tiny", "Tritium", None)
         assert row.bytes == 28 * N
         assert row.percent_of_bound == pytest.approx(28 * N / 1e9 / row.milliseconds * 1e5)
         moved = {"plain": 28, "extra": 40, "master": 28}[row.pass_name] * N
@@ -91,10 +91,10 @@ def test_a_contender_that_cannot_be_made_is_a_row(problem):
     def make(params):
         raise problem
 
-    ours, theirs = measured(adamw=task(make))
-    assert theirs.problem in ("TypeError: no option 'master'", "out of memory")
-    assert theirs.milliseconds is None
-    assert ours.milliseconds
+    actual, expected = measured(adamw=task(make))
+    assert expected.problem in ("TypeError: no option 'master'", "out of memory")
+    assert expected.milliseconds is None
+    assert actual.milliseconds
 
 
 def test_a_library_that_is_not_installed_is_a_note():
@@ -150,22 +150,22 @@ def test_error_of_a_norm_is_its_own():
         return Stepper(lambda: 1.25 * squares_reference(gradients(params)).sum().sqrt())
 
     assert optimizer.error_of(make, norm, CPU) == pytest.approx(0.25, rel=1e-4)
-    assert optimizer.error_of(norm.contenders["torch"](), norm, CPU) < 1e-6
+    assert optimizer.error_of(norm.implementations["torch"](), norm, CPU) < 1e-6
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_is_called_as_it_wants(name):
     rows = list(optimizer.measure(TINY, {name: replace(TASKS[name], peers={})}, SETTINGS))
-    assert [row.contender for row in rows] == list(TASKS[name].contenders)
-    assert rows[0].contender == "ours"
+    assert [row.implementation for row in rows] == list(TASKS[name].implementations)
+    assert rows[0].implementation == "Tritium"
     for row in rows:
         if row.problem:  # a precision that the optimizers do not have yet
             assert re.match(r"TypeError: AdamW.__init__\(\) got an unexpected keyword", row.problem)
-            assert row.contender == "ours"
+            assert row.implementation == "Tritium"
             continue
         # Rounded stochastically, a weight strays by a tenth of its way in so few steps.
         assert row.error < (0.2 if TASKS[name].dtype == torch.bfloat16 else 2e-6), row
-        own = row.bytes + TASKS[name].extra.get(row.contender, 0) * N
+        own = row.bytes + TASKS[name].extra.get(row.implementation, 0) * N
         assert row.percent_of_copy / row.percent_of_bound == pytest.approx(own / row.bytes)
 
 
@@ -231,7 +231,7 @@ def test_saves_plots_and_judges(monkeypatch, tmp_path, capsys):
     for words in (
         "optimizer, float32 and bfloat16, a machine (measured on a CPU, not a GPU)",
         "bound, B/param", "state, B/param", "% of copy", "host", "at most 150: not measured",
-        "Ours is the PyTorch definition here",
+        "Tritium is the PyTorch reference here",
     ):  # fmt: skip
         assert words in text, text
     assert "peak memory " not in text

@@ -27,7 +27,7 @@ def lengths() -> list[int]:
 
 @pytest.fixture
 def folder(tmp_path, tokenizer, lengths) -> Path:
-    """Documents in which a token is its own position, but for the end-of-text at each end."""
+    """Documents in which a token is its own position, except for the end-of-text at each end."""
     splits = {}
     for split, shard_of in (("train", 25), ("val", 1000)):
         writer, start = ShardWriter(tmp_path, split, "<u2"), 400
@@ -135,7 +135,7 @@ def test_fixed_batches_have_every_token(folder):
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Pack piece by piece, as the definition says, which leaves ties open but not their effect."""
+    """Pack piece by piece, as the reference says, which leaves ties open but not their effect."""
     windows: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
         rooms = [(capacity - sum(w), i) for i, w in enumerate(windows)]

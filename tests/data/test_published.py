@@ -76,10 +76,10 @@ def test_patterns_are_those_of_tiktoken(monkeypatch):
     )
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **_: None)
     for name, encoding in tiktoken_files.ENCODINGS.items():
-        theirs = getattr(openai_public, "r50k_base" if name == "gpt2" else name)()
-        assert encoding.pattern == theirs["pat_str"].replace("{1,3}+", "{1,3}")
-        assert encoding.sha256 == theirs["mergeable_ranks"]
-        assert encoding.eot == theirs["special_tokens"]["<|endoftext|>"]
+        torch_result = getattr(openai_public, "r50k_base" if name == "gpt2" else name)()
+        assert encoding.pattern == torch_result["pat_str"].replace("{1,3}+", "{1,3}")
+        assert encoding.sha256 == torch_result["mergeable_ranks"]
+        assert encoding.eot == torch_result["special_tokens"]["<|endoftext|>"]
     assert openai_public.gpt2()["pat_str"] == openai_public.r50k_base()["pat_str"]
 
 
@@ -103,9 +103,9 @@ def test_local_rank_file(tmp_path, rank_file, published):
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
     assert Tokenizer.load(tmp_path).encode(TEXT) == tokenizer.encode(TEXT)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(TEXT).ids == tokenizer.encode(TEXT)
-    assert theirs.token_to_id("<|endoftext|>") == tokenizer.eot == 100257
+    torch_result = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert torch_result.encode(TEXT).ids == tokenizer.encode(TEXT)
+    assert torch_result.token_to_id("<|endoftext|>") == tokenizer.eot == 100257
 
 
 BAD_RANKS = [
@@ -185,45 +185,45 @@ MADE = {
 
 
 @pytest.fixture(scope="module", params=MADE)
-def theirs(request):
+def torch_result(request):
     make, end, engine = MADE[request.param]
     made = make()
-    ours = Tokenizer(json.loads(made.to_str()))
-    assert ours.eot == made.token_to_id(end)
-    assert type(ours._engine).__name__ == engine
-    assert ours.vocab_size == made.get_vocab_size()
-    return made, ours
+    actual = Tokenizer(json.loads(made.to_str()))
+    assert actual.eot == made.token_to_id(end)
+    assert type(actual._engine).__name__ == engine
+    assert actual.vocab_size == made.get_vocab_size()
+    return made, actual
 
 
 @settings(max_examples=150)
 @given(pieces=texts)
-def test_no_text_becomes_a_special_token(theirs, pieces):
-    made, ours = theirs
+def test_no_text_becomes_a_special_token(torch_result, pieces):
+    made, actual = torch_result
     special = {made.token_to_id(name) for name in SPECIAL} - {None}
     unknown = {made.token_to_id("<unk>"), made.token_to_id("[UNK]")}
     text = "".join(pieces)
-    assert not {*ours.encode(text)} & (special - unknown)
+    assert not {*actual.encode(text)} & (special - unknown)
     if not any(name in text for name in SPECIAL):
-        assert ours.encode(text) == made.encode(text, add_special_tokens=False).ids
-    expected = [*ours.encode(text), ours.eot, *ours.encode("a"), ours.eot]
-    assert ours.encode_documents([text, "a"]).tolist() == expected
+        assert actual.encode(text) == made.encode(text, add_special_tokens=False).ids
+    expected = [*actual.encode(text), actual.eot, *actual.encode("a"), actual.eot]
+    assert actual.encode_documents([text, "a"]).tolist() == expected
 
 
-def test_byte_lengths_are_those_of_the_text(theirs):
-    _, ours = theirs
+def test_byte_lengths_are_those_of_the_text(torch_result):
+    _, actual = torch_result
     text = "the quick brown fox jumps"
-    assert ours.byte_lengths[ours.encode(text)].sum() - len(text) in (0, 1)  # a space in front
-    assert ours.byte_lengths[ours.eot] == 0
+    assert actual.byte_lengths[actual.encode(text)].sum() - len(text) in (0, 1)  # a space in front
+    assert actual.byte_lengths[actual.eot] == 0
 
 
-def test_save_and_prepare(theirs, tmp_path, text_file):
-    _, ours = theirs
-    ours.save(tmp_path)
+def test_save_and_prepare(torch_result, tmp_path, text_file):
+    _, actual = torch_result
+    actual.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.fingerprint == ours.fingerprint
+    assert loaded.fingerprint == actual.fingerprint
     folder = prepare(text_file, tokenizer=tmp_path, progress=False)
     ids = np.fromfile(folder / "val-00000.bin", "<u2")
-    assert ids.max() < ours.vocab_size
+    assert ids.max() < actual.vocab_size
     assert re.search(r"brown\s*fox", loaded.decode(ids[:200].tolist()))
 
 

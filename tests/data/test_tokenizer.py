@@ -52,9 +52,9 @@ def test_round_trip(tokenizer, text):
 
 @pytest.mark.parametrize("text", [text for text in CASES if "<|" not in text], ids=repr)
 def test_same_ids_as_hugging_face(rich, text):
-    ours, theirs = rich
-    assert ours.encode(text) == theirs.encode(text).ids
-    assert theirs.decode(ours.encode(text)) == text
+    actual, expected = rich
+    assert actual.encode(text) == expected.encode(text).ids
+    assert expected.decode(actual.encode(text)) == text
 
 
 @settings(max_examples=300, deadline=None)
@@ -62,22 +62,22 @@ def test_same_ids_as_hugging_face(rich, text):
     st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n'aeé中1="), max_size=99)
 )
 def test_same_ids_as_hugging_face_on_random_text(rich, text):
-    ours, theirs = rich
-    assert ours.encode(text) == theirs.encode(text).ids
+    actual, expected = rich
+    assert actual.encode(text) == expected.encode(text).ids
 
 
 def test_same_ids_as_hugging_face_on_ambiguous_merges():
     """Two letters only: nearly every pair of neighbours is a possible merge."""
     rng = random.Random(0)
     words = ["".join(rng.choices("ab", k=rng.randint(2, 30))) for _ in range(2000)]
-    ours = Tokenizer.train([" ".join(words[:1000])], 350)
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours._spec))
-    assert [ours.encode(word) for word in words] == [theirs.encode(word).ids for word in words]
+    actual = Tokenizer.train([" ".join(words[:1000])], 350)
+    expected = tokenizers.Tokenizer.from_str(json.dumps(actual._spec))
+    assert [actual.encode(word) for word in words] == [expected.encode(word).ids for word in words]
 
 
 def test_special_token_is_special_to_hugging_face(rich):
-    ours, theirs = rich
-    assert theirs.token_to_id("<|endoftext|>") == ours.eot == ours.vocab_size - 1
+    actual, expected = rich
+    assert expected.token_to_id("<|endoftext|>") == actual.eot == actual.vocab_size - 1
 
 
 @pytest.mark.parametrize("text", ["a", " ", "\n", "!", "中", "1", "\u0301"], ids=repr)
@@ -208,11 +208,11 @@ OTHERS = [normalizer, split_twice, space_in_front, merges_out_of_order]
 def test_what_tiktoken_cannot_follow_is_left_to_tokenizers(rich, change):
     spec = json.loads(json.dumps(rich[0]._spec))
     change(spec)
-    ours, theirs = Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
-    theirs.encode_special_tokens = True
+    actual, expected = Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
+    expected.encode_special_tokens = True
     for text in [*CASES, "e\u0301 one  two\nthree"]:
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.eot not in ours.encode(text)
+        assert actual.encode(text) == expected.encode(text, add_special_tokens=False).ids
+        assert actual.eot not in actual.encode(text)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])

@@ -1,4 +1,4 @@
-"""Hold a kernel against its definition: outputs and gradients, in the dtype it will train in."""
+"""Hold a kernel against its reference: outputs and gradients, in the dtype it will train in."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,8 +30,8 @@ def check(
         reference, [x.double() for x in inputs], [dy.double() for dy in dys], wanted
     )
     rounded = _outputs_and_gradients(reference, inputs, dys, wanted)
-    ours = _outputs_and_gradients(kernel, inputs, dys, wanted)
-    for (name, e), (_, r), (_, o) in zip(exact, rounded, ours, strict=True):
+    actual = _outputs_and_gradients(kernel, inputs, dys, wanted)
+    for (name, e), (_, r), (_, o) in zip(exact, rounded, actual, strict=True):
         assert (o.shape, o.dtype) == (r.shape, r.dtype), f"{name}: {o.shape} {o.dtype}"
         assert o.isfinite().all(), f"{name}: not finite"
         if o.numel() == 0:

@@ -31,7 +31,7 @@ def laid_out(y: Tensor, gradient: str) -> Tensor:
 def check_halves(
     kernel: Callable, reference: Callable, packed: Tensor, layout: str, gradient: str
 ) -> None:
-    """Hold kernel and definition together on views of one leaf, so that no copy hides a stride."""
+    """Hold kernel and reference together on views of one leaf, so that no copy hides a stride."""
 
     def of(f):
         return lambda packed: laid_out(f(*LAYOUTS[layout](packed)), gradient)

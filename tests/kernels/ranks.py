@@ -60,12 +60,12 @@ class Ranks:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(IMPORTS)
         for rank in range(self._size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self._size, store))
+            actual, expected = context.Pipe()
+            process = context.Process(target=_serve, args=(expected, rank, self._size, store))
             process.daemon = True
             process.start()
-            theirs.close()
-            self._running.append((process, ours))
+            expected.close()
+            self._running.append((process, actual))
 
 
 def _serve(pipe, rank: int, size: int, store: str) -> None:

@@ -35,9 +35,9 @@ def train(make, ps, steps, *, clip=None, start=0, optimizer=None):
     return optimizer
 
 
-def assert_no_worse(ours, theirs, exact, slack=2.0):
+def assert_no_worse(actual, expected, exact, slack=2.0):
     """Our distance from float64 is at most `slack` times torch's own."""
-    for o, t, e in zip(ours, theirs, exact, strict=True):
+    for o, t, e in zip(actual, expected, exact, strict=True):
         if o.numel():
             floor = torch.finfo(o.dtype).eps * e.abs().max()
             assert (o - e).abs().max() <= slack * (t - e).abs().max() + floor
@@ -119,7 +119,7 @@ OPTIONS = [
     (Lion, {"lr": 1e-3, "weight_decay": 0.1}),
 ]
 
-# What a group of ours may ask for beyond torch's options.
+# What a group of Tritium's may ask for beyond torch's options.
 PENALTIES = [
     {"l1": 0.3},
     {"weight_decay": 0.2, "decoupled_weight_decay": True},

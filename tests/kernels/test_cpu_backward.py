@@ -1,4 +1,4 @@
-"""Gradients written out for CPUs are those of the definitions, to the second derivative."""
+"""Gradients hand-written for CPUs are those of the references, to the second derivative."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ COS, SIN = (f(torch.randn(9, K // 2)) for f in (torch.cos, torch.sin))
 
 
 def of(op, definition, *shapes, **options):
-    """An operation, its definition, and the shapes of what both take."""
+    """An operation, its reference, and the shapes of what both take."""
     return partial(op, **options), partial(definition, **options), shapes
 
 

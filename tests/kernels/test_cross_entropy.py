@@ -1,4 +1,4 @@
-"""Prove that cross_entropy computes its definition and gradient, for every option and bad input."""
+"""Prove that cross_entropy computes its reference and gradient, for every option and bad input."""
 
 import math
 
@@ -30,7 +30,7 @@ def random_probabilities(T, V, dtype):
 
 
 def check_both(logits, target, weight, options, unit):
-    """Hold the plain and the in-place kernel against the definition; `unit` is that of a loss."""
+    """Hold the plain and the in-place kernel against the reference; `unit` is that of a loss."""
 
     def reference(x):
         return cross_entropy_reference(x, target, weight=weight, **options)
@@ -121,11 +121,11 @@ def test_matches_torch_where_torch_has_the_option(device):
     logits = torch.randn(2, 5, 3, 4, device=device)  # classes on axis 1
     target = torch.randint(5, (2, 3, 4), device=device)
     for reduction in ("mean", "sum", "none"):
-        ours = cross_entropy(logits, target, reduction=reduction, ignore_index=2)
-        theirs = torch.nn.functional.cross_entropy(
+        actual = cross_entropy(logits, target, reduction=reduction, ignore_index=2)
+        torch_result = torch.nn.functional.cross_entropy(
             logits, target, reduction=reduction, ignore_index=2
         )
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(actual, torch_result)
     torch.testing.assert_close(
         cross_entropy(logits[0, :, 0, 0], target[0, 0, 0]),
         torch.nn.functional.cross_entropy(logits[0, :, 0, 0], target[0, 0, 0]),
@@ -183,8 +183,8 @@ def test_extreme_logits_as_torch(row, expected, device):
     target = torch.tensor([1], device=device)
     loss = cross_entropy(logits, target)
     torch.testing.assert_close(loss, torch.tensor(expected, device=device), equal_nan=True)
-    theirs = torch.nn.functional.cross_entropy(logits, target)
-    torch.testing.assert_close(loss, theirs, equal_nan=True)
+    torch_result = torch.nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(loss, torch_result, equal_nan=True)
 
 
 @pytest.mark.parametrize("stats", [False, True])

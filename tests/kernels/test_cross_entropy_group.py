@@ -68,18 +68,18 @@ def _hold_together(rank, device, options, soft, weighted):
 
     def compare(whole, part, leaves, parts):
         (loss, stats), (our_loss, our_stats) = whole, part
-        for theirs, ours in zip((loss, *stats), (our_loss, *our_stats), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for expected, actual in zip((loss, *stats), (our_loss, *our_stats), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         dloss = torch.rand_like(loss)
-        for i, (dx, ours) in enumerate(
+        for i, (dx, actual) in enumerate(
             zip(
                 torch.autograd.grad(loss, leaves, dloss),
                 torch.autograd.grad(our_loss, parts, dloss),
                 strict=True,
             )
         ):
-            dx = dx if ours.shape == dx.shape else dx[mine] if i else dx[:, mine]
-            torch.testing.assert_close(ours, dx, rtol=1e-4, atol=1e-5)
+            dx = dx if actual.shape == dx.shape else dx[mine] if i else dx[:, mine]
+            torch.testing.assert_close(actual, dx, rtol=1e-4, atol=1e-5)
 
     logits = (hidden @ weight.T).requires_grad_()
     part = logits.detach()[:, mine].clone().requires_grad_()

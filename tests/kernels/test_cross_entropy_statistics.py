@@ -44,13 +44,13 @@ def test_statistics(T, V, dtype, size, softcap, logit_scale, inplace, path, seed
         target_log_probability=log_p.gather(1, target.clamp_min(0)[:, None])[:, 0],
     )
     for name, value in expected.items():
-        ours = getattr(stats, name)
-        assert ours.dtype == torch.float32
-        assert not ours.requires_grad
+        actual = getattr(stats, name)
+        assert actual.dtype == torch.float32
+        assert not actual.requires_grad
         # Numbers of the size of the logits, some of which cancel.
         room = 4e-6 * max(1.0, z.abs().max().item())
         torch.testing.assert_close(
-            ours, value.where(counts, 0).float(), rtol=1e-5, atol=room, msg=name
+            actual, value.where(counts, 0).float(), rtol=1e-5, atol=room, msg=name
         )
     best = stats.argmax.clamp_min(0)[:, None]
     assert torch.equal(stats.argmax == -1, ~counts)

@@ -1,4 +1,4 @@
-"""Prove that dropout_add drops what its definition drops, at the rate it is told, twice alike."""
+"""Prove that dropout_add drops what its reference drops, at the rate it is told, twice alike."""
 
 from math import sqrt
 
@@ -207,7 +207,7 @@ def test_activation_checkpointing_replays_the_mask(use_reentrant, device, either
         return dropout_add(x * 1, torch.zeros_like(x), 0.5).square()
 
     y = checkpoint(f, x, use_reentrant=use_reentrant, preserve_rng_state=True)
-    torch.rand(3, device=device)  # moves the generator on before the mask is computed again
+    torch.rand(3, device=device)  # moves the generator on before the mask is recomputed
     (dx,) = torch.autograd.grad(y.sum(), x) if not use_reentrant else _reentrant_grad(y, x)
     assert torch.equal(dx, 2 * y)
 

@@ -106,11 +106,11 @@ def test_errs_less_than_pytorch_in_bfloat16(device):
     dy = torch.randn(400, 16, device=device).bfloat16()
     exact = torch.zeros(5, 16, dtype=torch.float64, device=device)
     exact.index_add_(0, tokens, dy.double())
-    ours, theirs = (
+    actual, torch_result = (
         torch.autograd.grad(f(tokens, weight), weight, dy)[0] for f in (embedding, F.embedding)
     )
-    assert torch.equal(ours, exact.bfloat16())
-    assert (theirs - exact).abs().max() > 4 * (ours - exact).abs().max()
+    assert torch.equal(actual, exact.bfloat16())
+    assert (torch_result - exact).abs().max() > 4 * (actual - exact).abs().max()
 
 
 def test_bitwise_the_same_in_every_order_of_programs(device):

@@ -1,4 +1,4 @@
-"""Prove that geglu computes its definition and gradient, with and without the approximation."""
+"""Prove that geglu computes its reference and gradient, with and without the approximation."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ BOTH = pytest.mark.parametrize("approximate", ACTIVATIONS)
 
 
 def pair(approximate):
-    """The operation and its definition."""
+    """The operation and its reference."""
     return (partial(f, approximate=approximate) for f in (geglu, geglu_reference))
 
 
@@ -47,7 +47,7 @@ def test_rows_wider_than_a_tile(approximate, device):
 
 @BOTH
 def test_is_exact_in_float64(approximate, device):
-    # The two definitions differ by up to 5e-4, and a constant of float32 precision by 1e-8.
+    # The two references differ by up to 5e-4, and a constant of float32 precision by 1e-8.
     gate = torch.linspace(-9, 9, 4001, device=device, dtype=torch.float64, requires_grad=True)
     up = torch.full_like(gate, 1.5)
     h, expected = (f(gate, up) for f in pair(approximate))

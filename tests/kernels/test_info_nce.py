@@ -1,4 +1,4 @@
-"""Prove that info_nce equals its definition in either direction, for masks, temperature, chunks."""
+"""Prove that info_nce equals its reference in either direction, for masks, temperature, chunks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Prove that layer_norm and add_layer_norm compute their definitions and every gradient alone."""
+"""Prove that layer_norm and add_layer_norm compute their references and every gradient alone."""
 
 from functools import partial
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Prove that linear_cross_entropy equals its definition, whatever its chunks, options and inputs.
+"""Prove that linear_cross_entropy equals its reference, whatever its chunks, options and inputs.
 
 Every case runs twice: with the kernels, and with their PyTorch stand-in that serves a CPU.
 """
@@ -70,7 +70,7 @@ def test_every_combination_of_options(
     )
     inputs = (hidden, weight, bias) if biased else (hidden, weight)
 
-    def ours(h, w, b=None):
+    def actual(h, w, b=None):
         return linear_cross_entropy(h, w, target, linear_bias=b, chunk_bytes=chunk_bytes, **options)
 
     def definition(h, w, b=None):
@@ -78,7 +78,7 @@ def test_every_combination_of_options(
 
     # A gradient is a difference of sums whose terms are inputs times dloss, which reaches 3.
     unit = 4 * max(x.abs().max().item() for x in inputs)
-    check(ours, definition, *inputs, unit=unit)
+    check(actual, definition, *inputs, unit=unit)
 
 
 def test_gradients_do_not_depend_on_the_number_of_chunks(device):
@@ -100,9 +100,9 @@ def test_weight_gradient_is_summed_in_float32(device):
     hidden, weight, _, target = layer(256, 4, 8, device, torch.bfloat16)
     exact = weight.double().requires_grad_()
     linear_cross_entropy_reference(hidden.double(), exact, target).backward()
-    ours = weight.clone().requires_grad_()
-    linear_cross_entropy(hidden, ours, target, chunk_bytes=1).backward()
-    assert (ours.grad - exact.grad).norm() < 0.003 * exact.grad.norm()
+    actual = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, actual, target, chunk_bytes=1).backward()
+    assert (actual.grad - exact.grad).norm() < 0.003 * exact.grad.norm()
 
 
 def test_one_chunk_of_bfloat16_sums_nothing_in_float32(device):
@@ -177,9 +177,9 @@ def test_statistics(device):
     logits = torch.nn.functional.linear(hidden, weight, bias).detach()
     expected_loss, expected = cross_entropy(logits, target, **options)
     torch.testing.assert_close(loss, expected_loss)
-    for ours, theirs in zip(stats, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-        assert not ours.requires_grad
+    for actual, torch_result in zip(stats, expected, strict=True):
+        torch.testing.assert_close(actual, torch_result)
+        assert not actual.requires_grad
     loss.backward()
     with torch.no_grad():
         torch.testing.assert_close(

@@ -40,12 +40,12 @@ def path(request, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_begins_with_the_parameters_of_pytorch(name):
-    ours = list(inspect.signature(getattr(kernels, name)).parameters.values())
-    theirs = list(inspect.signature(getattr(F, name)).parameters.values())
-    for own, other in zip(ours, theirs, strict=False):
+    actual = list(inspect.signature(getattr(kernels, name)).parameters.values())
+    torch_result = list(inspect.signature(getattr(F, name)).parameters.values())
+    for own, other in zip(actual, torch_result, strict=False):
         assert (own.name, own.kind, own.default) == (other.name, other.kind, other.default)
-    assert len(ours) >= len(theirs)
-    assert all(own.kind == own.KEYWORD_ONLY for own in ours[len(theirs) :])
+    assert len(actual) >= len(torch_result)
+    assert all(own.kind == own.KEYWORD_ONLY for own in actual[len(torch_result) :])
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_begins_with_the_parameters_of_pytorch(name):
 )
 def test_answers_as_pytorch(name, args, options, path):
     if name == "linear_cross_entropy":
-        theirs = F.linear_cross_entropy(*args, **options)
+        torch_result = F.linear_cross_entropy(*args, **options)
     else:
-        theirs = getattr(F, name)(*args, **options)
-    torch.testing.assert_close(getattr(kernels, name)(*args, **options), theirs)
+        torch_result = getattr(F, name)(*args, **options)
+    torch.testing.assert_close(getattr(kernels, name)(*args, **options), torch_result)
 
 
 @pytest.mark.parametrize(
@@ -197,17 +197,20 @@ def test_small_gradients_survive_until_the_loss_scale_comes(way, dtype):
 def test_a_float64_kernel_gets_its_options_in_float64(option, value):
     module = import_module("tritium.kernels.cross_entropy")
     x, target = X.double(), CLASSES
-    ours = kernels.cross_entropy(x, target, **{option: value})
+    actual = kernels.cross_entropy(x, target, **{option: value})
     exact = module.cross_entropy_reference(x, target, **{option: value})
-    torch.testing.assert_close(ours, exact, rtol=1e-14, atol=0)
+    torch.testing.assert_close(actual, exact, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("N", [8, 20_000, 40_000])
 def test_a_float64_softmax_gets_its_scale_in_float64(N):
     x = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(2, N, dtype=torch.float64)
-    for ours, theirs in ((kernels.softmax, F.softmax), (kernels.log_softmax, F.log_softmax)):
-        found, exact = ours(x, -1, scale=0.3), theirs(x * 0.3, -1)
+    for actual, torch_result in (
+        (kernels.softmax, F.softmax),
+        (kernels.log_softmax, F.log_softmax),
+    ):
+        found, exact = actual(x, -1, scale=0.3), torch_result(x * 0.3, -1)
         torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-15)
         (dx,), (exact,) = (torch.autograd.grad(y, x, dy) for y in (found, exact))
         torch.testing.assert_close(dx, exact, rtol=1e-11, atol=1e-15)

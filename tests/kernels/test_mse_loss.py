@@ -1,4 +1,4 @@
-"""Prove that mse_loss computes its definition, its sum in a fixed order, and both gradients."""
+"""Prove that mse_loss computes its reference, its sum in a fixed order, and both gradients."""
 
 import importlib
 from unittest import mock

@@ -62,14 +62,14 @@ def outputs_and_gradients(f, values, dtype: torch.dtype) -> list[Tensor]:
     return [y.detach(), *grads]
 
 
-def agree(ours, theirs, values, dtype: torch.dtype) -> bool:
+def agree(actual, torch_result, values, dtype: torch.dtype) -> bool:
     """Whether both agree on `values`; False if the call is refused in a sentence."""
     narrow = in_dtype(values, dtype)
     try:
-        found = outputs_and_gradients(ours, narrow, dtype)
+        found = outputs_and_gradients(actual, narrow, dtype)
     except ValueError:
         return False
-    expected = outputs_and_gradients(theirs, in_dtype(narrow, torch.float64), dtype)
+    expected = outputs_and_gradients(torch_result, in_dtype(narrow, torch.float64), dtype)
     for y, e in zip(found, expected, strict=True):
         torch.testing.assert_close(y, e.to(y.dtype), equal_nan=True)
     return True
@@ -84,20 +84,20 @@ def samples(op, device: str) -> Iterator:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", COUNTS, ids=" ".join)
 def test_samples(name, dtype, device):
-    op, ours = OPS[name], REORDERED.get(name[0]) or getattr(kernels, name[0])
-    agreed = [agree(ours, op.op, values, dtype) for values in samples(op, device)]
+    op, actual = OPS[name], REORDERED.get(name[0]) or getattr(kernels, name[0])
+    agreed = [agree(actual, op.op, values, dtype) for values in samples(op, device)]
     assert (agreed.count(True), agreed.count(False)) == COUNTS[name][:2]
 
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", COUNTS, ids=" ".join)
 def test_errors_are_refused(name, device):
-    op, ours = OPS[name], REORDERED.get(name[0]) or getattr(kernels, name[0])
+    op, actual = OPS[name], REORDERED.get(name[0]) or getattr(kernels, name[0])
     errors = list(op.error_inputs(device)) if op.error_inputs_func else []
     for error in errors:
         sample = error.sample_input
         with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
-            ours(sample.input, *sample.args, **sample.kwargs)
+            actual(sample.input, *sample.args, **sample.kwargs)
     assert len(errors) == COUNTS[name][2]
 
 
@@ -105,7 +105,7 @@ def test_errors_are_refused(name, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODULE_COUNTS)
 def test_modules(name, dtype, device):
-    info, ours = MODULES[name], MODULE_FUNCTIONS[name]
+    info, actual = MODULES[name], MODULE_FUNCTIONS[name]
     inputs = info.module_inputs_func(
         info, device=device, dtype=torch.float64, requires_grad=True, training=True
     )
@@ -121,7 +121,7 @@ def test_modules(name, dtype, device):
 
         def replaced(*args, module=module, **named):
             swapped = {key: getattr(module, key, None) for key in vars(module) if key[0] != "_"}
-            return ours(Namespace(**{"weight": None, "bias": None} | swapped | named), *args)
+            return actual(Namespace(**{"weight": None, "bias": None} | swapped | named), *args)
 
         agreed.append(agree(replaced, plain, (given.args, named), dtype))
     assert (agreed.count(True), agreed.count(False)) == MODULE_COUNTS[name]

@@ -1,4 +1,4 @@
-"""Prove that relu_squared computes its definition and gradient, from any strides."""
+"""Prove that relu_squared computes its reference and gradient, from any strides."""
 
 import pytest
 import torch

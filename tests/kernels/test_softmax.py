@@ -1,4 +1,4 @@
-"""Prove that softmax and log_softmax compute their definitions and gradients for any row."""
+"""Prove that softmax and log_softmax compute their references and gradients for any row."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""Prove that swiglu computes its definition and gradient, in place in a packed projection too."""
+"""Prove that swiglu computes its reference and gradient, in place in a packed projection too."""
 
 import pytest
 import torch

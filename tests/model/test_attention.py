@@ -34,8 +34,8 @@ def test_packed_documents_equal_each_alone(device, policy):
             share = (following >= 0).sum() / counted
             alone = alone + model(ids[None], following[None]) * share
     torch.testing.assert_close(packed, alone)
-    for ours, expected in zip(gradients(model, packed), gradients(model, alone), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(gradients(model, packed), gradients(model, alone), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_document_does_not_see_the_one_before_it(device):

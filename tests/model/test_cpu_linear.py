@@ -25,8 +25,10 @@ def test_is_a_linear_layer(shape, contiguous):
     y, expected = layer(x), plain(x)
     torch.testing.assert_close(y, expected)
     dy = torch.randn(expected.shape)
-    ours = torch.autograd.grad(y, (x, layer.weight), dy)
-    for got, wanted in zip(ours, torch.autograd.grad(expected, (x, plain.weight), dy), strict=True):
+    actual = torch.autograd.grad(y, (x, layer.weight), dy)
+    for got, wanted in zip(
+        actual, torch.autograd.grad(expected, (x, plain.weight), dy), strict=True
+    ):
         torch.testing.assert_close(got, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Faults of gradients that are written out beside their definitions."""
+"""Faults of gradients that are hand-written beside their references."""
 
 from functools import partial
 

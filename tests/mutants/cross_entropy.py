@@ -162,7 +162,7 @@ MUTANTS = [
         replacement="",
     ),
     _definition(
-        what="definition: logits overwritten where only the loss is wanted",
+        what="reference: logits overwritten where only the loss is wanted",
         original="copy=not gradient)",
         replacement="copy=False)",
     ),

@@ -44,7 +44,7 @@ MUTANTS = [
         replacement="",
     ),
     _combine(
-        what="definition: gradient at this rank's own maximum",
+        what="reference: gradient at this rank's own maximum",
         original="rate_T = (m_T - values_RT[Row.MAXIMUM]).exp() / values_RT[Row.SUM]",
         replacement="rate_T = 1 / values_RT[Row.SUM]",
     ),

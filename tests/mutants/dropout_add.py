@@ -73,7 +73,7 @@ MUTANTS = [
         replacement="return torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=x.device)",
     ),
     _mutant(
-        what="the definition with another key schedule",
+        what="the reference with another key schedule",
         original="k1 + 0xBB67AE85",
         replacement="k1 + 0xBB67AE86",
     ),
@@ -93,7 +93,7 @@ MUTANTS = [
         replacement="torch.zeros_like(x)",
     ),
     _mutant(
-        what="the definition with the words of a counter side by side",
+        what="the reference with the words of a counter side by side",
         original="words.view(4, slabs, S.value).transpose(0, 1).flatten()",
         replacement="words.T.flatten()",
     ),

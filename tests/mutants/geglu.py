@@ -1,4 +1,4 @@
-"""Faults of geglu: the two definitions of GELU, their slopes and their ends."""
+"""Faults of geglu: the two references of GELU, their slopes and their ends."""
 
 from functools import partial
 
@@ -63,7 +63,7 @@ MUTANTS = [
         replacement="rest = 1 - sigma",
     ),
     _mutant(
-        what="the definitions exchanged",
+        what="the references exchanged",
         file="kernels/geglu.py",
         original='{"none": "gelu", "tanh": "gelu_tanh"}',
         replacement='{"none": "gelu_tanh", "tanh": "gelu"}',

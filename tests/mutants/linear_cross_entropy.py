@@ -1,4 +1,4 @@
-"""Faults of linear_cross_entropy.py and of the rows' definition, which serves it on a CPU."""
+"""Faults of linear_cross_entropy.py and of the rows' reference, which serves it on a CPU."""
 
 from functools import partial
 
@@ -94,37 +94,37 @@ MUTANTS = [
         replacement="values_RT[:], argmax_T[:] = values_RC[:, :1], argmax_C[:1]",
     ),
     _rows(
-        what="definition: no subtraction at the target",
+        what="reference: no subtraction at the target",
         original="torch.where(owned_T, -hit_T, 0)[:, None])",
         replacement="torch.where(owned_T, 0 * hit_T, 0)[:, None])",
     ),
     _rows(
-        what="definition: slope of the cap forgotten",
+        what="reference: slope of the cap forgotten",
         original="            dx_TV.mul_(slope_TV)\n",
         replacement="            dx_TV.mul_(1)\n",
     ),
     _rows(
-        what="definition: scale forgotten in the gradient",
+        what="reference: scale forgotten in the gradient",
         original="            dx_TV.mul_(options.logit_scale)\n",
         replacement="            dx_TV.mul_(1)\n",
     ),
     _rows(
-        what="definition: ignored rows keep a gradient",
+        what="reference: ignored rows keep a gradient",
         original="            dx_TV[(target_T == options.ignore_index).nonzero()[:, 0]] = 0\n",
         replacement="            pass\n",
     ),
     _rows(
-        what="definition: gradient of the z-loss forgotten",
+        what="reference: gradient of the z-loss forgotten",
         original="rate_T *= hit_T + values_RT[Row.MASS] + 2 * options.z_loss * w_T * lse_T",
         replacement="rate_T *= hit_T + values_RT[Row.MASS]",
     ),
     _rows(
-        what="definition: a target outside the vocabulary counts",
+        what="reference: a target outside the vocabulary counts",
         original="if (counts_T & ((target_T < 0) | (target_T >= n_classes))).any():",
         replacement="if False:",
     ),
     _rows(
-        what="definition: bfloat16 gradient not copied back",
+        what="reference: bfloat16 gradient not copied back",
         original="            x_TV.copy_(dx_TV)\n",
         replacement="            pass\n",
     ),

@@ -82,12 +82,12 @@ MUTANTS = [
         replacement="    if FORMAT & 0:\n        g = load",
     ),
     _reference(
-        what="l1 of the definition without the sign",
+        what="l1 of the reference without the sign",
         original="g_part.add(p.sign(), alpha=l1)",
         replacement="g_part.add(p, alpha=l1)",
     ),
     _reference(
-        what="the mean of the definition weighted the other way",
+        what="the mean of the reference weighted the other way",
         original="lerp_(p, ema_weight)",
         replacement="lerp_(p, 1 - ema_weight)",
     ),

@@ -41,7 +41,7 @@ MUTANTS = [
         replacement="momentum_N",
     ),
     _reference(
-        what="decay in the definition only half",
+        what="decay in the reference only half",
         original="g_part.add(p, alpha=l2)",
         replacement="g_part.add(p, alpha=l2 / 2)",
     ),

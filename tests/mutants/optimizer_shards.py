@@ -131,12 +131,12 @@ MUTANTS = [
         replacement="partials_P = launch_partials(tables, sums)",
     ),
     _norm(
-        what="definition: each rank its own norm",
+        what="reference: each rank its own norm",
         original="        sum_over_ranks(total_G, mesh)\n",
         replacement="        total_G = total_G * 1\n",
     ),
     _norm(
-        what="definition: replicas counted by every rank",
+        what="reference: replicas counted by every rank",
         original="shares_N = squares_N / torch.tensor(replicas).to(squares_N)",
         replacement="shares_N = squares_N",
     ),

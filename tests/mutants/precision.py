@@ -19,7 +19,7 @@ MUTANTS = [
         replacement="return bits & 0xFFFF",
     ),
     _mutant(
-        what="neighbours with neighbouring bits, by definition",
+        what="neighbours with neighbouring bits, by reference",
         original="    x = (offs & 0xFFFFFFFF ^ key) * 0x7FEB352D & 0xFFFFFFFF\n"
         "    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF\n    return x ^ (x >> 16)",
         replacement="    return offs & 0xFFFFFFFF ^ key",
@@ -36,7 +36,7 @@ MUTANTS = [
         replacement="x.view(torch.int32).clamp(max=0x7FFF0000)",
     ),
     _mutant(
-        what="half a unit added before stochastic rounding, by definition",
+        what="half a unit added before stochastic rounding, by reference",
         original="(_raw(x) + bits.int() & ~0xFFFF)",
         replacement="(_raw(x) + bits.int() // 2 + 0x4000 & ~0xFFFF)",
     ),
@@ -46,7 +46,7 @@ MUTANTS = [
         replacement="high = raw & 0xFFFF0000",
     ),
     _mutant(
-        what="a remainder without its sign, by definition",
+        what="a remainder without its sign, by reference",
         original="high.float().view(torch.int32) + low.int()",
         replacement="high.float().view(torch.int32) + (low.int() & 0xFFFF)",
     ),
@@ -81,7 +81,7 @@ MUTANTS = [
         replacement="c = c + 0 * u * width",
     ),
     _mutant(
-        what="codes rounded to the next root, not by distance, by definition",
+        what="codes rounded to the next root, not by distance, by reference",
         original="low, width = c * c, 2 * c + 1\n    else:\n        low, width = c.square()",
         replacement="low, width = c * c, 2 * c + 2\n    else:\n        low, width = c.square()",
     ),
@@ -96,7 +96,7 @@ MUTANTS = [
         replacement="c = tl.minimum(c, 255.0)",
     ),
     _mutant(
-        what="a mean of squares of zero where there was one, by definition",
+        what="a mean of squares of zero where there was one, by reference",
         original="c.fmax((size > 0).float()).clamp(max=255)",
         replacement="c.fmax(c.new_tensor(0.0)).clamp(max=255)",
     ),

@@ -1,4 +1,4 @@
-"""Faults of kernels/optimizers/_step_kernels.py and its definition: formats, masks, streams, keys."""
+"""Faults of kernels/optimizers/_step_kernels.py and its reference: formats, masks, streams, keys."""
 
 from functools import partial
 
@@ -81,12 +81,12 @@ MUTANTS = [
         "                FORMAT >> 4 & 7, N, FULL,",
     ),
     _reference(
-        what="the parameter's bits for the states too, by definition",
+        what="the parameter's bits for the states too, by reference",
         original="bits = random_bits_reference(bits, i + 1)",
         replacement="bits = random_bits_reference(bits, 0)",
     ),
     _reference(
-        what="the same key in every step, by definition",
+        what="the same key in every step, by reference",
         original="hash_bits_reference(t % (1 << 32))",
         replacement="hash_bits_reference(1)",
     ),

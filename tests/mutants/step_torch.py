@@ -63,7 +63,7 @@ MUTANTS = [
         replacement="    return",
     ),
     _fused(
-        what="PyTorch's kernels where definitions are asked for",
+        what="PyTorch's kernels where references are asked for",
         original=" or runtime.REFERENCE",
         replacement="",
     ),

@@ -170,7 +170,7 @@ def test_a_checkpoint_made_in_trouble_is_not_gone_on_from(run, tmp_path):
         (20, True), (25, False),
     ]  # fmt: skip
     assert run(folder, *SPIKES, "--max-skips", "20", "--keep-last", "1", "--resume") == 0
-    assert "going on from step 20" in run.output()
+    assert "resuming from step 20" in run.output()
     assert run(tmp_path / "whole", *SPIKES, "--max-skips", "20", "--keep-last", "1") == 0
     assert state(folder) == state(tmp_path / "whole")
 

@@ -60,12 +60,12 @@ def test_a_run_that_takes_smaller_passes_learns_the_same(run, tmp_path, monkeypa
         assert run(short, *steps, "--micro-batch-size", "2") == 0
     assert record(short)["plan"]["now"]["micro_batch_size"] == 1
     assert losses(short) == pytest.approx(losses(whole), abs=2e-5)
-    ours, theirs = (
+    actual, expected = (
         load_file(checkpoint.checkpoints(x / "checkpoints")[-1] / checkpoint.FILES[0])
         for x in (short, whole)
     )
-    for name, x in ours.items():
-        np.testing.assert_allclose(x, theirs[name], atol=2e-4)
+    for name, x in actual.items():
+        np.testing.assert_allclose(x, expected[name], atol=2e-4)
 
 
 def test_a_resumed_run_keeps_the_plan_that_it_fell_back_to(run, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Prove that looking at a run changes nothing of it, and goes on as the run does."""
+"""Prove that looking at a run changes nothing of it, and continues as the run does."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Prove that a run that ended anywhere goes on bit for bit, or is refused with the difference."""
+"""Prove that a run that ended anywhere continues bit for bit, or is refused with the difference."""
 
 import random
 

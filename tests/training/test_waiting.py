@@ -91,7 +91,7 @@ def test_the_load_of_others_is_what_the_cores_did_less_what_this_process_did(mon
     tick = os.sysconf("SC_CLK_TCK")
     at("cpu0 0 0 0 50 7 0 0 0 0 0", "cpu1 0 0 0 0 0 0 0 0 0 0", "cpu10 0 0 0 0 0 0 0 0 0 0")
     load = Load()
-    at(  # three seconds of core 0, one of core 10, of which one is ours; core 1 is not for us
+    at(  # three seconds of core 0, one of core 10, of which one is Tritium's; core 1 is not for us
         f"cpu0 {tick} {tick} 0 5000 70 0 0 {tick} 0 0",
         f"cpu1 {99 * tick} 0 0 0 0 0 0 0 0 0",
         f"cpu10 0 0 0 0 0 {tick} 0 0 0 0",

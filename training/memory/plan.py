@@ -25,13 +25,13 @@ MIN_TOKENS = 4096
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What a step keeps in memory. It changes no gradient, but for rounding."""
+    """What a step keeps in memory. It changes no gradient, except for rounding."""
 
     micro_batch_size: int | Literal["auto"] | None = None
     """Sequences per forward pass, the last one of a step may have fewer; less memory. None:
     batch_size. auto: the most that fit, as --plan shows."""
     activation_checkpointing: str = "none"
-    """Which blocks compute again, for the backward pass, what they did not keep: none; full: all;
+    """Which blocks recompute, for the backward pass, what they did not keep: none; full: all;
     every-N: each N-th; selective: all, but not matrix products and attention; auto: the least that
     fits, as --plan shows."""
     memory_gib: float | None = None
@@ -69,7 +69,7 @@ class Plan:
 class Planner:
     """Find the plans that fit a device, in order of preference.
 
-    The order is: micro-batches of at least MIN_TOKENS tokens; the least that is computed again; the
+    The order is: micro-batches of at least MIN_TOKENS tokens; the least that is recomputed; the
     largest micro-batch.
 
     Args:

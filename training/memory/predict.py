@@ -4,7 +4,7 @@ What a step keeps is not written down a second time as formulas: its forward and
 on tensors that have a shape, a dtype and a device, but no memory (`FakeTensorMode`), through the
 kernels or the references, whichever serve that device. Two shallow models and two micro-batches
 are enough. Beyond the first block every block takes the same bytes, and all of it grows linearly
-with the micro-batch, but for the buffer of logits, whose size `linear_cross_entropy` decides.
+with the micro-batch, except for the buffer of logits, whose size `linear_cross_entropy` decides.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StepBytes:
     logits: int
     """The buffer of the output layer, which holds one chunk of the logits at a time."""
     other: int
-    """What comes and goes besides, such as a block that is computed again for its gradients."""
+    """What comes and goes besides, such as a block that is recomputed for its gradients."""
 
     @property
     def total(self) -> int:

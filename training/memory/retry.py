@@ -15,12 +15,12 @@ from tritium.training.memory.plan import AUTO, Plan, Planner
 class Fallback:
     """The plan that a run follows, and the next smaller ones when the memory runs out.
 
-    A gradient does not depend on the plan, but for rounding: the step that failed is done again
+    A gradient does not depend on the plan, except for rounding: the step that failed is done again
     from the same weights, batch and random numbers.
 
     Args:
         planner: knows the plans, and what was asked for.
-        saved: `state()` of the run that goes on, whose choices hold where it was asked the same.
+        saved: `state()` of the run that continues, whose choices hold where it was asked the same.
         show: prints; with AUTO the plan, and always one that is left.
 
     Attributes:

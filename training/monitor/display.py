@@ -1,4 +1,4 @@
-"""What a run shows on the terminal while it goes on."""
+"""What a run shows on the terminal while it continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Display:
 
     Args:
         budget: how long the run is.
-        step: where it goes on.
+        step: where it continues.
         seconds: used before.
         title: of the panel.
         log: entries of the steps before, so that the panel of a resumed run is that of the run.

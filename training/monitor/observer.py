@@ -22,7 +22,7 @@ SEED = 1  # of samples, all of them, so that only the model makes them differ
 
 @dataclass(frozen=True)
 class ObserveConfig:
-    """What is looked at while the run goes on; nothing of it changes the run."""
+    """What is looked at while the run continues; nothing of it changes the run."""
 
     layer_norms_every: int = 10
     """Steps from one look at the gradient, update and weight norms of every layer to the next. 0:
@@ -30,7 +30,7 @@ class ObserveConfig:
     sample_every: int = 0
     """Steps from one sample of text to the next, kept in samples.jsonl. 0: one at the end only."""
     sample_prompt: str = "def "
-    """Text that samples go on from."""
+    """Text that samples resume from."""
     sample_tokens: int = 200
     """Length of a sample, in tokens. 0: none."""
     track: tuple[trackers.Name, ...] = ()
@@ -63,7 +63,7 @@ class Observer:
         config: what to look at.
         model: what is trained.
         tokenizer: for the samples.
-        step: where the run goes on; what the files hold of later steps is cut off.
+        step: where the run continues; what the files hold of later steps is cut off.
         settings: of the run, shown by trackers.
         report: is told, in a sentence, what the user should know.
         times: how often the run has gone back.

@@ -6,7 +6,7 @@ N counts the weights that multiply a token: those of every linear layer, the out
 tied to the embedding or not; looking an embedding up is no product, and norms are left out. 2 · N
 for the forward pass, 4 · N for both gradients. The second term is attention's two products, each
 over all L positions: that causal attention needs half of them is not deducted, nor is what
-activation checkpointing computes again added, as is the custom (PaLM, appendix B; nanoGPT), so
+activation checkpointing recomputes added, as is the custom (PaLM, appendix B; nanoGPT), so
 that figures can be compared.
 
     MFU = tokens per second · FLOPs per token / rate

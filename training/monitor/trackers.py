@@ -43,7 +43,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the W&B project "tritium", which a resumed run goes on with.
+    """A run of the W&B project "tritium", which a resumed run continues with.
 
     Project, mode and account are those of W&B's own environment variables, where they are set.
     """
@@ -86,13 +86,13 @@ def require(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of one run. One that fails is reported and left out; the run goes on.
+    """The trackers of one run. One that fails is reported and left out; the run continues.
 
     Args:
         names: of `TRACKERS`.
         run: the run folder.
         config: the run's settings, to be shown beside it.
-        step: where the run goes on.
+        step: where the run continues.
         report: is told, in a sentence, of a tracker that failed.
     """
 
@@ -133,4 +133,4 @@ class Trackers:
 
     def _drop(self, name: str, error: Exception) -> None:
         self._trackers.pop(name, None)
-        self._report(f"{name} failed ({error}); the run goes on without it.")
+        self._report(f"{name} failed ({error}); the run continues without it.")

@@ -46,7 +46,7 @@ class Snapshot(NamedTuple):
     tensors: dict[str, dict[str, Tensor]]
     """By file, by name."""
     record: dict
-    """Of state.json, but for the checksums."""
+    """Of state.json, except for the checksums."""
 
 
 def snapshot(
@@ -66,7 +66,7 @@ def snapshot(
         optimizer: its state tensors are saved, by the names of the parameters.
         state: anything else, as JSON.
         healthy: whether a run in trouble may go back to it.
-        copy: whether to copy the tensors to memory of the host, so that training may go on while
+        copy: whether to copy the tensors to memory of the host, so that training may continue while
             they are written.
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
@@ -230,7 +230,7 @@ def read_record(checkpoint: Path) -> dict:
     if record["format"] != FORMAT:
         raise CheckpointError(
             f"{path} is of format {record['format']}, this version reads format {FORMAT}; "
-            "go on with the version that wrote it"
+            "continue with the version that wrote it"
         )
     if record.pop("sha256", None) != _record_digest(record):
         raise _damaged(path, "has another checksum than when it was written")
@@ -296,7 +296,7 @@ def _check_tensors(checkpoint: Path, tensors: dict[str, Tensor], parameters: dic
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path} {what}: the checkpoint is damaged; delete or move the folder {path.parent.name} "
-        "to go on from the one before"
+        "to resume from the one before"
     )
 
 
@@ -320,7 +320,7 @@ def _publish(draft: Path, final: Path) -> None:
 def _fingerprint(path: Path) -> dict:
     with path.open("rb") as file:
         size = path.stat().st_size
-        # One call for the whole file: the interpreter's lock is given up once, not per block.
+        # One call for the whole file: the interpreter's lock is discarded once, not per block.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             digest = hashlib.sha256(content).hexdigest()
     return {"bytes": size, "sha256": digest}

@@ -17,7 +17,7 @@ SHOWN = 20  # differences in a message
 
 
 class FingerprintError(ValueError):
-    """A run is to go on with other data, settings or code than it began with."""
+    """A run is to continue with other data, settings or code than it began with."""
 
 
 @cache
@@ -47,7 +47,7 @@ def require_same(saved: dict, ours: dict, source: Path, *, anyway: bool) -> str:
 
     Args:
         saved: the fingerprint in the checkpoint.
-        ours: that of this run.
+        Tritium's: that of this run.
         source: the checkpoint, to be named.
         anyway: whether differences are allowed.
 

@@ -46,7 +46,7 @@ def claim(run: Path, *, resume: bool) -> Iterator[Path]:
         _lock(run, lock)
         if not resume and _content(run):
             raise RunFolderError(
-                f"--out {run} is not empty; pass --resume to go on with that run, or name a new "
+                f"--out {run} is not empty; pass --resume to continue with that run, or name a new "
                 "folder"
             )
         yield run
@@ -95,7 +95,7 @@ class RunLog:
 
     Args:
         path: the file. What it holds of later steps than `step` is cut off: it is done again.
-        step: where the run goes on.
+        step: where the run continues.
         report: is told, in a sentence, of lines that could not be written; they are kept, and
             written with the next.
         times: how often the run has gone back.

@@ -1,4 +1,4 @@
-"""Saving while training goes on, and which checkpoints are kept."""
+"""Saving while training continues, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Saver:
 
     An old one is deleted only when a newer is on the disk, and the last healthy one only when there
     is a newer healthy one. A save that fails is reported and leaves
-    everything as it was; training may go on and save again. To be used as a context manager, whose
+    everything as it was; training may continue and save again. To be used as a context manager, whose
     end waits for what is being written, so that nobody is given the folder before.
 
     Args:
@@ -57,7 +57,7 @@ class Saver:
     Attributes:
         on_failure: is given the step and a sentence for every save that failed, beside `report`, by
             whichever thread writes.
-        last_step: step of the checkpoint that was written last, or that a run is to go on from;
+        last_step: step of the checkpoint that was written last, or that a run is to resume from;
             None if there is none.
     """
 
@@ -92,7 +92,7 @@ class Saver:
             return newest
         last = self.last_healthy() or newest
         steps = f"step {checkpoint.step_of(newest):,}", f"step {checkpoint.step_of(last):,}"
-        self._report(f"The checkpoint of {steps[0]} is not healthy: going on from {steps[1]}.")
+        self._report(f"The checkpoint of {steps[0]} is not healthy: resuming from {steps[1]}.")
         return last
 
     def last_healthy(self, before: int | None = None) -> Path | None:

@@ -6,12 +6,12 @@ from tritium.bench.runs import throughput
 
 
 def test_the_models_have_as_many_parameters():
-    plain, ours = (
+    plain, actual = (
         sum(p.numel() for p in model.parameters())
         for model, _ in (make() for make in throughput.CONTENDERS.values())
     )
     assert plain == 804_096  # nanoGPT's count for this shape, its table of positions included
-    assert abs(ours - plain) < 0.01 * plain
+    assert abs(actual - plain) < 0.01 * plain
 
 
 def test_both_learn_a_batch_by_heart(monkeypatch):

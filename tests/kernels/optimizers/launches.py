@@ -38,7 +38,7 @@ if __name__ == "__main__":
         launch(3, tuple(now[:4]), tuple(now[4:]), num_warps=1)
         kept += launch._key is before
         fill[(3,)](*now, num_warps=1)
-        ours, theirs = StubDriver.launches
-        assert ours is theirs, now
-        kernels.add(id(ours))
+        actual, expected = StubDriver.launches
+        assert actual is expected, now
+        kernels.add(id(actual))
     print(kept, len(kernels))

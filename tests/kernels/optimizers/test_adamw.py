@@ -40,16 +40,16 @@ def test_matches_torch_at_every_size(path, device):
 
 
 def check_against_torch(shapes, steps, options, device, max_grad_norm=None):
-    ours = parameters(shapes, device)
-    theirs, exact = copy.deepcopy(ours), [nn.Parameter(p.detach().double()) for p in ours]
-    train(lambda ps: AdamW(ps, max_grad_norm=max_grad_norm, **options), ours, steps)
+    actual = parameters(shapes, device)
+    torch_result, exact = copy.deepcopy(actual), [nn.Parameter(p.detach().double()) for p in actual]
+    train(lambda ps: AdamW(ps, max_grad_norm=max_grad_norm, **options), actual, steps)
 
     def torch_adamw(ps):
         return torch.optim.AdamW(ps, **options)
 
-    train(torch_adamw, theirs, steps, clip=max_grad_norm)
+    train(torch_adamw, torch_result, steps, clip=max_grad_norm)
     train(torch_adamw, exact, steps, clip=max_grad_norm)
-    assert_no_worse(ours, theirs, exact)
+    assert_no_worse(actual, torch_result, exact)
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 50.0, 1e9])
@@ -62,12 +62,12 @@ def test_groups_keep_their_own_options(path, device):
         slow = {"params": ps[1:2], "lr": 1e-4, "betas": (0.5, 0.6), "eps": 0.1}
         return [{"params": ps[:1]}, slow, {"params": []}, {"params": ps[2:], "weight_decay": 0.9}]
 
-    ours = parameters(SMALL, device)
-    theirs, exact = copy.deepcopy(ours), [nn.Parameter(p.detach().double()) for p in ours]
-    train(lambda ps: AdamW(groups(ps)), ours, 20)
-    for ps in (theirs, exact):
+    actual = parameters(SMALL, device)
+    torch_result, exact = copy.deepcopy(actual), [nn.Parameter(p.detach().double()) for p in actual]
+    train(lambda ps: AdamW(groups(ps)), actual, 20)
+    for ps in (torch_result, exact):
         train(lambda ps: torch.optim.AdamW(groups(ps)), ps, 20)
-    assert_no_worse(ours, theirs, exact)
+    assert_no_worse(actual, torch_result, exact)
 
 
 @pytest.mark.parametrize("beta", [0.9, 0.999, 0.9999999])
@@ -151,25 +151,29 @@ def test_is_bitwise_repeatable(path, device):
 
 
 def test_learning_rate_may_be_a_tensor(path, device):
-    ours = parameters(SMALL, device)
-    theirs = copy.deepcopy(ours)
+    actual = parameters(SMALL, device)
+    torch_result = copy.deepcopy(actual)
     lr = torch.tensor(0.1, device=device)
-    a, b = AdamW(ours, lr=lr), AdamW(theirs, lr=0.1)
+    a, b = AdamW(actual, lr=lr), AdamW(torch_result, lr=0.1)
     for value in (0.1, 0.01, 0.001):
         lr.fill_(value)
         b.param_groups[0]["lr"] = lr.item()
-        train(None, ours, 1, optimizer=a, start=1)
-        train(None, theirs, 1, optimizer=b, start=1)
-    assert_equal(ours, theirs)
+        train(None, actual, 1, optimizer=a, start=1)
+        train(None, torch_result, 1, optimizer=b, start=1)
+    assert_equal(actual, torch_result)
 
 
 def test_follows_a_schedule(path, device):
-    ours = parameters(SMALL, device)
-    theirs, exact = copy.deepcopy(ours), [nn.Parameter(p.detach().double()) for p in ours]
-    for ps, make in ((ours, AdamW), (theirs, torch.optim.AdamW), (exact, torch.optim.AdamW)):
+    actual = parameters(SMALL, device)
+    torch_result, exact = copy.deepcopy(actual), [nn.Parameter(p.detach().double()) for p in actual]
+    for ps, make in (
+        (actual, AdamW),
+        (torch_result, torch.optim.AdamW),
+        (exact, torch.optim.AdamW),
+    ):
         optimizer = make(ps, lr=0.1)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
         for seed in range(5):
             train(None, ps, 1, optimizer=optimizer, start=seed)
             schedule.step()
-    assert_no_worse(ours, theirs, exact)
+    assert_no_worse(actual, torch_result, exact)

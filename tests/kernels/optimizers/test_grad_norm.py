@@ -137,8 +137,8 @@ def test_treats_what_is_not_finite_as_torch_does(bad, path, device):
     ps = parameters([torch.float32], device)
     ps[3].grad[5] = bad
     qs = [with_gradient(p.grad.clone()) for p in ps]
-    ours, theirs = clip_grad_norm_(ps, 1.0), nn.utils.clip_grad_norm_(qs, 1.0)
-    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    actual, torch_result = clip_grad_norm_(ps, 1.0), nn.utils.clip_grad_norm_(qs, 1.0)
+    torch.testing.assert_close(actual, torch_result, equal_nan=True)
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p.grad, q.grad, equal_nan=True)
 

@@ -56,17 +56,17 @@ def test_never_reads_back(monkeypatch, device):
 @pytest.mark.parametrize("first", [AdamW, torch.optim.AdamW])
 @pytest.mark.parametrize("second", [AdamW, torch.optim.AdamW])
 def test_state_dict_is_torchs(first, second, path, device):
-    ours = parameters(SMALL, device)
-    theirs, exact = copy.deepcopy(ours), [nn.Parameter(p.detach().double()) for p in ours]
-    for ps in (theirs, exact):
+    actual = parameters(SMALL, device)
+    expected, exact = copy.deepcopy(actual), [nn.Parameter(p.detach().double()) for p in actual]
+    for ps in (expected, exact):
         train(torch.optim.AdamW, ps, 12)
     file = io.BytesIO()
-    torch.save(train(first, ours, 6).state_dict(), file)
+    torch.save(train(first, actual, 6).state_dict(), file)
     file.seek(0)
-    optimizer = second(ours)
+    optimizer = second(actual)
     optimizer.load_state_dict(torch.load(file))
-    train(None, ours, 6, start=6, optimizer=optimizer)
-    assert_no_worse(ours, theirs, exact)
+    train(None, actual, 6, start=6, optimizer=optimizer)
+    assert_no_worse(actual, expected, exact)
 
 
 def test_state_loads_from_other_layouts_and_dtypes(path, device):
@@ -100,27 +100,27 @@ def test_copies_continue_alike(copied, path, device):
 
 
 def test_group_added_and_parameters_frozen_later(path, device):
-    ours = parameters(SMALL, device)
-    theirs, exact = copy.deepcopy(ours), [nn.Parameter(p.detach().double()) for p in ours]
-    for ps, make in ((ours, AdamW), (theirs, torch.optim.AdamW), (exact, torch.optim.AdamW)):
+    actual = parameters(SMALL, device)
+    expected, exact = copy.deepcopy(actual), [nn.Parameter(p.detach().double()) for p in actual]
+    for ps, make in ((actual, AdamW), (expected, torch.optim.AdamW), (exact, torch.optim.AdamW)):
         optimizer = train(make, ps[:2], 4)
         optimizer.add_param_group({"params": ps[2:], "lr": 0.1})
         ps[0].requires_grad_(False)
         ps[0].grad = None
         train(None, ps[1:], 4, start=4, optimizer=optimizer)
-    assert_no_worse(ours, theirs, exact)
+    assert_no_worse(actual, expected, exact)
 
 
 def test_follows_tensors_that_move(path, device):
-    ours = parameters(SMALL, device)
-    theirs = copy.deepcopy(ours)
-    a, b = train(AdamW, ours, 2), train(AdamW, theirs, 2)
-    for p in ours:
+    actual = parameters(SMALL, device)
+    expected = copy.deepcopy(actual)
+    a, b = train(AdamW, actual, 2), train(AdamW, expected, 2)
+    for p in actual:
         p.data = p.data.clone()
         a.state[p]["exp_avg"] = a.state[p]["exp_avg"].clone()
-    train(None, ours, 2, start=2, optimizer=a)
-    train(None, theirs, 2, start=2, optimizer=b)
-    assert_equal(ours, theirs)
+    train(None, actual, 2, start=2, optimizer=a)
+    train(None, expected, 2, start=2, optimizer=b)
+    assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize("transposed", ["parameter", "gradient", "both"])

@@ -39,18 +39,18 @@ def test_counts():
 
 @pytest.mark.parametrize(("name", "options"), SAMPLES)
 def test_steps_as_torch(name, options, path, device):
-    ours, theirs = getattr(kernels, name), getattr(torch.optim, name)
+    actual, expected = getattr(kernels, name), getattr(torch.optim, name)
     plain = {k: v for k, v in options.items() if k != "capturable"}  # a CPU's refuses it
     for i, flags in enumerate(BESIDE):
-        known = {k: v for k, v in flags.items() if k in inspect.signature(ours).parameters}
+        known = {k: v for k, v in flags.items() if k in inspect.signature(actual).parameters}
         mine = parameters([(5,), (2, 3)][: 1 + i % 2], device)
         copied, exact = copy.deepcopy(mine), [nn.Parameter(p.detach().double()) for p in mine]
-        optimizer = train(lambda ps, known=known: ours(ps, **options, **known), mine, 3)
+        optimizer = train(lambda ps, known=known: actual(ps, **options, **known), mine, 3)
         for ps in (copied, exact):
-            other = train(lambda ps: theirs(ps, **plain), ps, 3)
+            other = train(lambda ps: expected(ps, **plain), ps, 3)
         assert_no_worse(mine, copied, exact)
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        again = ours(mine, **options)
+        again = actual(mine, **options)
         again.load_state_dict(copy.deepcopy(other.state_dict()))
         train(None, mine, 1, start=3, optimizer=again)
 

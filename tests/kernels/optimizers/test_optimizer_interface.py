@@ -19,7 +19,7 @@ from tritium.kernels.optimizers._options import EXPLAINED, StepOptions
 pytestmark = pytest.mark.usefixtures("pointer_tables")
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
-TORCHS = [ours for ours in THEIRS if ours is not Lion]
+TORCHS = [actual for actual in THEIRS if actual is not Lion]
 DAMPENED = (SGD, {"momentum": 0.9, "dampening": 0.4, "lr": 0.1})
 
 
@@ -29,14 +29,14 @@ def default_dtype(request):
     torch.set_default_dtype(F32)
 
 
-@pytest.mark.parametrize("ours", THEIRS)
-def test_numbers_do_not_depend_on_the_default_dtype(ours, default_dtype, path, device):
+@pytest.mark.parametrize("actual", THEIRS)
+def test_numbers_do_not_depend_on_the_default_dtype(actual, default_dtype, path, device):
     def run(dtype):
         torch.manual_seed(0)
         ps, results = parameters([(4096,)], device), []
         torch.set_default_dtype(dtype)
         for state_dtype in (F32, U8):
-            optimizer = ours(
+            optimizer = actual(
                 ps, lr=0.01, max_grad_norm=1.0, record_norms=True, state_dtype=state_dtype
             )
             for step in range(2):
@@ -53,50 +53,52 @@ def test_numbers_do_not_depend_on_the_default_dtype(ours, default_dtype, path, d
     assert_equal(got, wanted)
 
 
-@pytest.mark.parametrize("ours", THEIRS)
+@pytest.mark.parametrize("actual", THEIRS)
 @pytest.mark.parametrize("key", [*StepOptions.__annotations__, "wieght_decay", "clip", "params2"])
-def test_a_group_takes_its_options_alone(key, ours):
+def test_a_group_takes_its_options_alone(key, actual):
     if key == "l1":
-        optimizer = ours([{"params": [nn.Parameter(torch.ones(3))], key: 0.5}])
+        optimizer = actual([{"params": [nn.Parameter(torch.ones(3))], key: 0.5}])
         assert optimizer.param_groups[0]["l1"] == 0.5
         return
-    with pytest.raises(TypeError, match=rf"{ours.__name__}: options of .* got \['{key}'\]"):
-        ours([{"params": [nn.Parameter(torch.ones(3))], key: 0.5}])
+    with pytest.raises(TypeError, match=rf"{actual.__name__}: options of .* got \['{key}'\]"):
+        actual([{"params": [nn.Parameter(torch.ones(3))], key: 0.5}])
 
 
-@pytest.mark.parametrize("ours", TORCHS)
-def test_takes_the_groups_and_defaults_of_torch(ours):
+@pytest.mark.parametrize("actual", TORCHS)
+def test_takes_the_groups_and_defaults_of_torch(actual):
     p = nn.Parameter(torch.ones(3))
-    theirs = THEIRS[ours]([p], lr=0.5)
-    theirs.add_param_group({"params": [nn.Parameter(torch.ones(2))], "name": "b", "initial_lr": 1})
-    assert ours(theirs.param_groups).param_groups[0]["lr"] == 0.5
-    ours([p], **theirs.defaults)
+    expected = THEIRS[actual]([p], lr=0.5)
+    expected.add_param_group(
+        {"params": [nn.Parameter(torch.ones(2))], "name": "b", "initial_lr": 1}
+    )
+    assert actual(expected.param_groups).param_groups[0]["lr"] == 0.5
+    actual([p], **expected.defaults)
 
 
-@pytest.mark.parametrize("ours", THEIRS)
-def test_refuses_what_it_cannot_honour(ours):
+@pytest.mark.parametrize("actual", THEIRS)
+def test_refuses_what_it_cannot_honour(actual):
     p = nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=f"{ours.__name__}: differentiable must be False"):
-        ours([p], differentiable=True)
+    with pytest.raises(ValueError, match=f"{actual.__name__}: differentiable must be False"):
+        actual([p], differentiable=True)
     with pytest.raises(RuntimeError, match="foreach and fused must not be True together"):
-        ours([p], foreach=True, fused=True)
+        actual([p], foreach=True, fused=True)
     with pytest.raises(TypeError, match=r"got torch.float64; .*\.float\(\)"):
-        ours([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+        actual([nn.Parameter(torch.ones(3, dtype=torch.float64))])
 
 
-@pytest.mark.parametrize("ours", TORCHS)
-def test_has_the_signature_of_torch(ours):
-    theirs = inspect.signature(THEIRS[ours]).parameters
-    mine = inspect.signature(ours).parameters
-    shared = [(x.name, x.kind, x.default) for name, x in mine.items() if name in theirs]
-    assert shared == [(x.name, x.kind, x.default) for x in theirs.values()]
+@pytest.mark.parametrize("actual", TORCHS)
+def test_has_the_signature_of_torch(actual):
+    expected = inspect.signature(THEIRS[actual]).parameters
+    mine = inspect.signature(actual).parameters
+    shared = [(x.name, x.kind, x.default) for name, x in mine.items() if name in expected]
+    assert shared == [(x.name, x.kind, x.default) for x in expected.values()]
 
 
 def test_clips_by_the_signature_of_torch(path, device):
-    theirs = inspect.signature(nn.utils.clip_grad_norm_).parameters
+    expected = inspect.signature(nn.utils.clip_grad_norm_).parameters
     mine = inspect.signature(clip_grad_norm_).parameters
     assert [(x.name, x.default) for x in mine.values()] == [
-        (x.name, x.default) for x in theirs.values()
+        (x.name, x.default) for x in expected.values()
     ]
     p = nn.Parameter(torch.ones(3, device=device))
     p.grad = torch.tensor([1.0, 2.0, float("inf")], device=device)
@@ -109,12 +111,12 @@ def test_clips_by_the_signature_of_torch(path, device):
     assert clip_grad_norm_([p], 1.0, error_if_nonfinite=True).item() == 5
 
 
-@pytest.mark.parametrize("ours", THEIRS)
-def test_explains_every_option(ours):
-    text = inspect.getdoc(ours)
+@pytest.mark.parametrize("actual", THEIRS)
+def test_explains_every_option(actual):
+    text = inspect.getdoc(actual)
     arguments = text.partition("\nArgs:\n")[2].partition("\nAttributes:\n")[0]
     words = " ".join(arguments.split())
-    names = [x for x in inspect.signature(ours).parameters if x != "options"]
+    names = [x for x in inspect.signature(actual).parameters if x != "options"]
     for name in [*names, *StepOptions.__annotations__]:
         assert arguments.count(f"    {name}: ") == 1, name
         if name in EXPLAINED:
@@ -122,10 +124,10 @@ def test_explains_every_option(ours):
     assert max(map(len, text.splitlines())) <= 100
 
 
-@pytest.mark.parametrize(("ours", "options"), OPTIONS, ids=str)
-def test_a_step_counts_as_a_change_of_the_parameters(ours, options, path, device):
+@pytest.mark.parametrize(("Tritium", "options"), OPTIONS, ids=str)
+def test_a_step_counts_as_a_change_of_the_parameters(actual, options, path, device):
     p = nn.Parameter(torch.ones(3, device=device))
-    optimizer = ours([p], ema_decay=0.5, **options)
+    optimizer = actual([p], ema_decay=0.5, **options)
     p.grad = torch.ones_like(p)
     optimizer.step()
     loss = (p * p * optimizer.state[p]["ema"]).sum()
@@ -137,11 +139,11 @@ def test_a_step_counts_as_a_change_of_the_parameters(ours, options, path, device
 
 
 @pytest.mark.parametrize("more", [{}, {"state_dtype": BF16, "ema_decay": 0.9}], ids=str)
-@pytest.mark.parametrize(("ours", "options"), [*OPTIONS, DAMPENED], ids=str)
-def test_flattened_state_resumes(ours, options, more, device):
+@pytest.mark.parametrize(("Tritium", "options"), [*OPTIONS, DAMPENED], ids=str)
+def test_flattened_state_resumes(actual, options, more, device):
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     nets = [nn.Linear(3, 2, device=device) for _ in range(2)]
-    first, second = (ours(net.parameters(), **options, **more) for net in nets)
+    first, second = (actual(net.parameters(), **options, **more) for net in nets)
     train(None, list(nets[0].parameters()), 3, start=1, optimizer=first)
     nets[1].load_state_dict(nets[0].state_dict())
     saved = copy.deepcopy(get_optimizer_state_dict(nets[0], first, options=flat))
@@ -151,9 +153,9 @@ def test_flattened_state_resumes(ours, options, more, device):
     assert_equal(bits(first), bits(second))
 
 
-@pytest.mark.parametrize("ours", [Adam, AdamW, RMSprop])
-def test_shared_flags_change_nothing(ours, device):
+@pytest.mark.parametrize("actual", [Adam, AdamW, RMSprop])
+def test_shared_flags_change_nothing(actual, device):
     ps = parameters([(5,)], device)
     qs = copy.deepcopy(ps)
-    a = train(lambda x: ours(x, foreach=True, capturable=True), ps, 2)
-    assert_equal(bits(a), bits(train(ours, qs, 2)))
+    a = train(lambda x: actual(x, foreach=True, capturable=True), ps, 2)
+    assert_equal(bits(a), bits(train(actual, qs, 2)))

@@ -30,52 +30,52 @@ pytestmark = pytest.mark.usefixtures("pointer_tables")
 
 SHAPES = [(0,), (1,), (8, 16), (5000,)]  # and 2301 elements; 5000 have two chunks
 BF16 = torch.bfloat16
-EVERY_RULE = pytest.mark.parametrize(("ours", "options"), dict(OPTIONS).items(), ids=str)
+EVERY_RULE = pytest.mark.parametrize(("Tritium", "options"), dict(OPTIONS).items(), ids=str)
 READS = ("item", "tolist", "cpu", "__bool__", "__float__", "__int__")
 
 
 @EVERY_RULE
-def test_adds_penalties_and_decays(ours, options, path, device):
+def test_adds_penalties_and_decays(actual, options, path, device):
     options = options | {"lr": 0.01, "weight_decay": 0.0}
     mine = parameters([(5,), (130,), (8, 16)], device)
     for p in mine:
         p.data.view(-1)[1::3] = 0  # whose sign is 0
-    theirs, exact = copy.deepcopy(mine), [nn.Parameter(p.detach().double()) for p in mine]
-    optimizer = ours(
+    expected, exact = copy.deepcopy(mine), [nn.Parameter(p.detach().double()) for p in mine]
+    optimizer = actual(
         [{"params": [p], **kind} for p, kind in zip(mine, PENALTIES, strict=True)], **options
     )
     train(None, mine, 3, optimizer=optimizer)
-    for ps in (theirs, exact):
+    for ps in (expected, exact):
         climbing = [{"params": [p], "maximize": i >= 2} for i, p in enumerate(ps)]
-        plain = THEIRS[ours](climbing, **options)
+        plain = THEIRS[actual](climbing, **options)
         for seed in range(3):
             gradients(ps, seed)
             with torch.no_grad():
                 for group, penalties in zip(plain.param_groups, PENALTIES, strict=True):
                     regularize(group, penalties)
             plain.step()
-    assert_no_worse(mine, theirs, exact)
+    assert_no_worse(mine, expected, exact)
 
 
-@pytest.mark.parametrize("ours", THEIRS)
-def test_penalties_are_options_of_a_group_that_are_saved(ours, device):
+@pytest.mark.parametrize("actual", THEIRS)
+def test_penalties_are_options_of_a_group_that_are_saved(actual, device):
     ps = parameters([(5,)], device)
     groups = [{"params": ps[:1], "l1": 0.5, "decoupled_weight_decay": False}, {"params": ps[1:]}]
-    optimizer = ours(groups, l1=0.1, decoupled_weight_decay=True)
-    other = ours([{"params": [p]} for p in ps])
+    optimizer = actual(groups, l1=0.1, decoupled_weight_decay=True)
+    other = actual([{"params": [p]} for p in ps])
     other.load_state_dict(optimizer.state_dict())
     for x in (optimizer, other):
         assert [group["l1"] for group in x.param_groups] == [0.5, 0.1]
         assert [group["decoupled_weight_decay"] for group in x.param_groups] == [False, True]
-    decoupled = ours(ps).param_groups[0]["decoupled_weight_decay"]
-    assert decoupled == (ours in (AdamW, Lion))
+    decoupled = actual(ps).param_groups[0]["decoupled_weight_decay"]
+    assert decoupled == (actual in (AdamW, Lion))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("ours", [AdamW, SGD, Lion])
-def test_keeps_a_moving_average(ours, dtype, path, device):
+@pytest.mark.parametrize("actual", [AdamW, SGD, Lion])
+def test_keeps_a_moving_average(actual, dtype, path, device):
     ps = parameters(SHAPES, device, dtype)
-    optimizer = ours(ps, lr=0.1, max_grad_norm=1e3, ema_decay=0.9)
+    optimizer = actual(ps, lr=0.1, max_grad_norm=1e3, ema_decay=0.9)
     means = [p.detach().double() for p in ps]
     for seed in range(4):
         train(None, ps, 1, optimizer=optimizer, start=seed)
@@ -94,12 +94,12 @@ def test_keeps_a_moving_average(ours, dtype, path, device):
     assert_equal(bits(optimizer), before)
 
 
-@pytest.mark.parametrize("ours", [AdamW, SGD])
-def test_a_moving_average_is_saved_and_begins_at_the_parameter(ours, path, device):
+@pytest.mark.parametrize("actual", [AdamW, SGD])
+def test_a_moving_average_is_saved_and_begins_at_the_parameter(actual, path, device):
     ps = parameters(SMALL, device)
-    first = train(lambda ps: ours(ps, lr=0.1, ema_decay=0.9), ps, 3)
+    first = train(lambda ps: actual(ps, lr=0.1, ema_decay=0.9), ps, 3)
     qs = copy.deepcopy(ps)
-    second = ours(qs, ema_decay=0.9)
+    second = actual(qs, ema_decay=0.9)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
@@ -107,8 +107,8 @@ def test_a_moving_average_is_saved_and_begins_at_the_parameter(ours, path, devic
     for x in (first, second):
         train(None, x.param_groups[0]["params"], 3, start=3, optimizer=x)
     assert_equal(bits(first), bits(second))
-    third = ours(ps, lr=0.0, weight_decay=0.0, ema_decay=0.9)
-    third.load_state_dict(train(lambda ps: THEIRS[ours](ps, lr=0.1), ps, 1, start=1).state_dict())
+    third = actual(ps, lr=0.0, weight_decay=0.0, ema_decay=0.9)
+    third.load_state_dict(train(lambda ps: THEIRS[actual](ps, lr=0.1), ps, 1, start=1).state_dict())
     third.param_groups[0] |= {"lr": 0.0, "weight_decay": 0.0}
     train(None, ps, 2, start=1, optimizer=third)
     for p in filter(lambda p: p.grad is not None, ps):
@@ -147,12 +147,12 @@ def test_zeroes_gradients(bad, grad_dtype, path, device):
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("ours", [AdamW, SGD])
-def test_records_norms(ours, dtype, max_grad_norm, path, device):
+@pytest.mark.parametrize("actual", [AdamW, SGD])
+def test_records_norms(actual, dtype, max_grad_norm, path, device):
     ps = parameters(SHAPES, device, dtype)
     qs = copy.deepcopy(ps)
     options = {"lr": 0.3, "weight_decay": 0.5, "max_grad_norm": max_grad_norm}
-    optimizer, other = ours(ps, record_norms=True, **options), ours(qs, **options)
+    optimizer, other = actual(ps, record_norms=True, **options), actual(qs, **options)
     assert optimizer.norms() is None
     for seed in (2, 1, 3):  # in the first one the last parameter has no gradient, then all have
         gradients(ps, seed + 1)
@@ -199,14 +199,14 @@ def test_norms_show_where_a_step_was_not_finite(bad, path, device):
 RULES_THAT_READ_LR = [(AdamW, {}), (SGD, {"momentum": 0.9}), (Adagrad, {"lr_decay": 0.1})]
 
 
-@pytest.mark.parametrize(("ours", "options"), RULES_THAT_READ_LR, ids=str)
-def test_a_learning_rate_on_the_device_is_read_there(ours, options, monkeypatch, device):
+@pytest.mark.parametrize(("Tritium", "options"), RULES_THAT_READ_LR, ids=str)
+def test_a_learning_rate_on_the_device_is_read_there(actual, options, monkeypatch, device):
     mine = parameters(SMALL, device)
-    theirs = copy.deepcopy(mine)
+    expected = copy.deepcopy(mine)
     lr = torch.tensor(0.1, device=device)
-    groups = [{"params": ps[:2], "weight_decay": 0.1} for ps in (mine, theirs)]
-    a = ours([groups[0], {"params": mine[2:]}], lr=lr, **options)
-    b = ours([groups[1], {"params": theirs[2:]}], lr=0.1, **options)
+    groups = [{"params": ps[:2], "weight_decay": 0.1} for ps in (mine, expected)]
+    a = actual([groups[0], {"params": mine[2:]}], lr=lr, **options)
+    b = actual([groups[1], {"params": expected[2:]}], lr=0.1, **options)
     gradients(mine, seed=1)
     a.step()
     with monkeypatch.context() as patched:
@@ -220,7 +220,7 @@ def test_a_learning_rate_on_the_device_is_read_there(ours, options, monkeypatch,
     for value in (0.1, 0.01, 0.0, 0.5):
         for group in b.param_groups:
             group["lr"] = torch.tensor(value).item()
-        train(None, theirs, 1, optimizer=b, start=1)
+        train(None, expected, 1, optimizer=b, start=1)
     assert_equal(bits(a), bits(b))
     a.param_groups[1]["lr"] = torch.tensor(0.25, device=device)  # at another address
     b.param_groups[1]["lr"] = 0.25
@@ -244,25 +244,25 @@ def test_a_learning_rate_of_float64_is_refused_by_kernels(path, device):
 
 
 @pytest.mark.parametrize(
-    ("ours", "options"),
+    ("Tritium", "options"),
     [(Adam, {}), (Adagrad, {"lr_decay": 1e-9}), (SGD, {"momentum": 0.9, "dampening": 0.5})],
     ids=str,
 )
 @pytest.mark.parametrize("count", [2**24 - 1, 2**24, 2**31, 2**33])
-def test_counts_of_any_size(count, ours, options, path, device):
+def test_counts_of_any_size(count, actual, options, path, device):
     mine = parameters(SMALL, device)
-    state = train(lambda ps: THEIRS[ours](ps, lr=0.1, **options), mine, 2, start=1).state_dict()
-    theirs, exact = copy.deepcopy(mine), [nn.Parameter(p.detach().double()) for p in mine]
-    for ps, make in ((mine, ours), (theirs, THEIRS[ours]), (exact, THEIRS[ours])):
+    state = train(lambda ps: THEIRS[actual](ps, lr=0.1, **options), mine, 2, start=1).state_dict()
+    expected, exact = copy.deepcopy(mine), [nn.Parameter(p.detach().double()) for p in mine]
+    for ps, make in ((mine, actual), (expected, THEIRS[actual]), (exact, THEIRS[actual])):
         for own in state["state"].values():
-            if ours is not SGD:
+            if actual is not SGD:
                 own["step"] = torch.tensor(float(count))
         optimizer = make(ps, lr=0.1, **options)
         optimizer.load_state_dict(copy.deepcopy(state))
         train(None, ps, 2, optimizer=optimizer, start=1)
         steps = [own["step"].item() for own in optimizer.state.values() if "step" in own]
-        assert ours is SGD or all(count <= step <= count + 2 for step in steps)
-    assert_no_worse(mine, theirs, exact)
+        assert actual is SGD or all(count <= step <= count + 2 for step in steps)
+    assert_no_worse(mine, expected, exact)
 
 
 @pytest.mark.parametrize("count", [0, 2**24, 2**31, 2**32 - 2**12])
@@ -282,16 +282,16 @@ def test_random_bits_of_counts_of_any_size(count, monkeypatch, device):
     assert results[0].double().mean().item() == pytest.approx(1 - 2**-10, abs=2e-4)
 
 
-@pytest.mark.parametrize("ours", THEIRS)
-def test_gradients_may_be_bfloat16(ours, path, device):
+@pytest.mark.parametrize("actual", THEIRS)
+def test_gradients_may_be_bfloat16(actual, path, device):
     mine = parameters(SHAPES, device)
-    theirs = copy.deepcopy(mine)
-    a, b = (ours(ps, lr=0.1, max_grad_norm=1.0) for ps in (mine, theirs))
+    expected = copy.deepcopy(mine)
+    a, b = (actual(ps, lr=0.1, max_grad_norm=1.0) for ps in (mine, expected))
     for i, p in enumerate(mine):
         p.grad_dtype = torch.float32 if i == 2 else BF16  # of one model
     for seed in (1, 2):
-        gradients(theirs, seed)
-        for p, q in zip(mine, theirs, strict=True):
+        gradients(expected, seed)
+        for p, q in zip(mine, expected, strict=True):
             p.grad = None if q.grad is None else q.grad.to(p.grad_dtype)
             q.grad = None if q.grad is None else p.grad.float()
         a.step()
@@ -335,11 +335,11 @@ def test_norms_are_paused(path, device):
 
 
 @EVERY_RULE
-def test_everything_at_once_is_never_read_back(ours, options, monkeypatch, device):
+def test_everything_at_once_is_never_read_back(actual, options, monkeypatch, device):
     ps = [*parameters(SMALL, device), *parameters(SMALL, device, BF16)]
     gradients(ps, seed=1)
     options = options | {"lr": torch.tensor(1e-3, device=device)}
-    optimizer = ours(
+    optimizer = actual(
         ps, **options, l1=0.1, max_grad_norm=1.0, master=None, state_dtype=BF16, ema_decay=0.9,
         zero_grads=True, record_norms=True,
     )  # fmt: skip
@@ -365,11 +365,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("ours", THEIRS)
+@pytest.mark.parametrize("actual", THEIRS)
 @pytest.mark.parametrize(("options", "error", "message"), BAD, ids=str)
-def test_rejects_options(options, error, message, ours):
-    with pytest.raises(error, match=f"{ours.__name__}: {message}"):
-        ours([nn.Parameter(torch.ones(4))], **options)
+def test_rejects_options(options, error, message, actual):
+    with pytest.raises(error, match=f"{actual.__name__}: {message}"):
+        actual([nn.Parameter(torch.ones(4))], **options)
 
 
 def test_rejects_a_penalty_of_a_group(device):

@@ -158,9 +158,9 @@ def test_any_model_is_updated_as_by_torch(run, monkeypatch, device):
     torch.manual_seed(run.seed)
     values = [torch.randn(s.shape).to(s.dtype).float().to(device) for s in run.specs]
     grads = gradients_of(run, device)
-    theirs = trained_by_torch(run, values, grads, torch.float32)
+    expected = trained_by_torch(run, values, grads, torch.float32)
     exact = trained_by_torch(run, values, grads, torch.float64)
-    kept = [e.isfinite() & t.isfinite() for t, e in zip(theirs, exact, strict=True)]
+    kept = [e.isfinite() & t.isfinite() for t, e in zip(expected, exact, strict=True)]
     if run.rule is Lion and run.infinite is not None and run.clip is None:
         # An infinite momentum has a sign for torch, and none here: Lion's alone stays finite.
         for i, g in enumerate(grads[run.infinite]):
@@ -169,14 +169,14 @@ def test_any_model_is_updated_as_by_torch(run, monkeypatch, device):
     def finite(xs):
         return [x[mask] for x, mask in zip(xs, kept, strict=True)]
 
-    bound = 2 * error(finite(theirs), finite(exact)) + 1
+    bound = 2 * error(finite(expected), finite(exact)) + 1
     for reference in (False, True):
         monkeypatch.setattr(runtime, "REFERENCE", reference)
-        ours = trained(run, values, grads)
-        for x, mask in zip(ours, kept, strict=True):
+        actual = trained(run, values, grads)
+        for x, mask in zip(actual, kept, strict=True):
             assert x[mask].isfinite().all()
             assert run.rule is Lion or not x[~mask].isfinite().any()
-        assert error(finite(ours), finite(exact)) <= bound
+        assert error(finite(actual), finite(exact)) <= bound
 
 
 def test_a_model_may_have_thousands_of_parameters(path, device):

@@ -25,7 +25,7 @@ from tritium.kernels.optimizers import _step_kernels
 pytestmark = pytest.mark.usefixtures("pointer_tables")
 
 SHAPES = [(5,), (8, 16)]
-BY_OPTIONS = pytest.mark.parametrize(("ours", "options"), OPTIONS, ids=str)
+BY_OPTIONS = pytest.mark.parametrize(("Tritium", "options"), OPTIONS, ids=str)
 
 
 def copies(ps):
@@ -33,28 +33,31 @@ def copies(ps):
 
 
 # With the last options of each rule, which have the most in them.
-@pytest.mark.parametrize(("ours", "options"), dict(OPTIONS).items(), ids=str)
-def test_follows_torch_for_200_steps_of_a_model(ours, options, path, device):
+@pytest.mark.parametrize(("Tritium", "options"), dict(OPTIONS).items(), ids=str)
+def test_follows_torch_for_200_steps_of_a_model(actual, options, path, device):
     # All three see the gradients of torch's model, so that differences do not feed on themselves.
     model, batch = model_and_batch(device)
-    theirs = list(model.parameters())
-    mine, exact = copies(theirs)
-    optimizers = [ours(mine, **options), *(THEIRS[ours](ps, **options) for ps in (theirs, exact))]
+    expected = list(model.parameters())
+    mine, exact = copies(expected)
+    optimizers = [
+        actual(mine, **options),
+        *(THEIRS[actual](ps, **options) for ps in (expected, exact)),
+    ]
     losses = []
     for _ in range(200):
         model.zero_grad()
         losses.append(batch())
         losses[-1].backward()
-        for p, q, e in zip(theirs, mine, exact, strict=True):
+        for p, q, e in zip(expected, mine, exact, strict=True):
             q.grad, e.grad = p.grad, p.grad.double()
         for optimizer in optimizers:
             optimizer.step()
     assert losses[-1] < losses[0]
-    assert_no_worse(mine, theirs, exact)
+    assert_no_worse(mine, expected, exact)
 
 
-@pytest.mark.parametrize(("ours", "options"), dict(OPTIONS).items(), ids=str)
-def test_losses_do_not_notice_a_reload(ours, options, path, device):
+@pytest.mark.parametrize(("Tritium", "options"), dict(OPTIONS).items(), ids=str)
+def test_losses_do_not_notice_a_reload(actual, options, path, device):
     def losses(*segments):
         torch.manual_seed(0)
         model, batch = model_and_batch(device)
@@ -71,32 +74,32 @@ def test_losses_do_not_notice_a_reload(ours, options, path, device):
             saved = optimizer.state_dict()
         return [loss.item() for loss in seen]
 
-    theirs = THEIRS[ours]
-    whole = losses((ours, 6))
+    expected = THEIRS[actual]
+    whole = losses((actual, 6))
     assert whole[-1] < whole[0]
-    assert losses((ours, 3), (theirs, 0), (ours, 3)) == whole
-    whole = pytest.approx(losses((theirs, 6)), rel=1e-5)
-    assert losses((ours, 3), (theirs, 3)) == whole
-    assert losses((theirs, 3), (ours, 3)) == whole
+    assert losses((actual, 3), (expected, 0), (actual, 3)) == whole
+    whole = pytest.approx(losses((expected, 6)), rel=1e-5)
+    assert losses((actual, 3), (expected, 3)) == whole
+    assert losses((expected, 3), (actual, 3)) == whole
 
 
 @BY_OPTIONS
-def test_clips_as_torch_does(ours, options, path, device):
+def test_clips_as_torch_does(actual, options, path, device):
     mine = parameters(SHAPES, device)
-    theirs, exact = copies(mine)
-    optimizer = train(lambda ps: ours(ps, max_grad_norm=0.01, **options), mine, 4)
-    for ps in (theirs, exact):
-        train(lambda ps: THEIRS[ours](ps, **options), ps, 4, clip=0.01)
-    assert_no_worse(mine, theirs, exact)
+    expected, exact = copies(mine)
+    optimizer = train(lambda ps: actual(ps, max_grad_norm=0.01, **options), mine, 4)
+    for ps in (expected, exact):
+        train(lambda ps: THEIRS[actual](ps, **options), ps, 4, clip=0.01)
+    assert_no_worse(mine, expected, exact)
     assert optimizer.grad_norm is not None
 
 
 @BY_OPTIONS
-def test_skips_a_step_that_is_not_finite(ours, options, path, device):
+def test_skips_a_step_that_is_not_finite(actual, options, path, device):
     # The second one as well, and even the first, with which some rules begin differently.
     ps = parameters(SHAPES, device)
     qs = copy.deepcopy(ps)
-    a, b = (ours(x, max_grad_norm=1.0, **options) for x in (ps, qs))
+    a, b = (actual(x, max_grad_norm=1.0, **options) for x in (ps, qs))
     for seed in (1, 2):
         gradients(ps, seed)
         ps[1].grad[0] = float("nan")
@@ -109,18 +112,19 @@ def test_skips_a_step_that_is_not_finite(ours, options, path, device):
 
 @BY_OPTIONS
 @pytest.mark.parametrize(
-    ("first", "second"), [("ours", "ours"), ("ours", "theirs"), ("theirs", "ours")]
+    ("first", "second"),
+    [("Tritium", "Tritium"), ("Tritium", "theirs"), ("theirs", "Tritium")],
 )
-def test_state_dict_is_torchs(first, second, ours, options, device):
+def test_state_dict_is_torchs(first, second, actual, options, device):
     def make(whose):
-        cls = ours if whose == "ours" else THEIRS[ours]
+        cls = actual if whose == "Tritium" else THEIRS[actual]
         return lambda ps: cls(ps, **options)
 
     mine = parameters(SHAPES, device)
-    theirs, exact = copies(mine)
+    expected, exact = copies(mine)
     names = [
         {n: {*s} for n, s in train(make("theirs"), ps, 6).state_dict()["state"].items()}
-        for ps in (theirs, exact)
+        for ps in (expected, exact)
     ]
     file = io.BytesIO()
     torch.save(train(make(first), mine, 3).state_dict(), file)
@@ -128,15 +132,15 @@ def test_state_dict_is_torchs(first, second, ours, options, device):
     optimizer = make(second)(mine)
     optimizer.load_state_dict(torch.load(file))
     train(None, mine, 3, start=3, optimizer=optimizer)
-    assert_no_worse(mine, theirs, exact)
+    assert_no_worse(mine, expected, exact)
     assert {n: {*s} for n, s in optimizer.state_dict()["state"].items()} == names[0]
 
 
-@pytest.mark.parametrize("ours", THEIRS)
+@pytest.mark.parametrize("actual", THEIRS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: loaded(x)], ids=["copy", "load"])
-def test_copies_continue_alike(copied, ours, path, device):
-    options = {"momentum": 0.9, "dampening": 0.4} if ours is SGD else {}
-    optimizer = train(lambda ps: ours(ps, lr=0.01, **options), parameters(SHAPES, device), 3)
+def test_copies_continue_alike(copied, actual, path, device):
+    options = {"momentum": 0.9, "dampening": 0.4} if actual is SGD else {}
+    optimizer = train(lambda ps: actual(ps, lr=0.01, **options), parameters(SHAPES, device), 3)
     twin = copied(optimizer)
     for x in (optimizer, twin):
         train(None, x.param_groups[0]["params"], 3, start=3, optimizer=x)
@@ -161,18 +165,18 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-@pytest.mark.parametrize("ours", GROUPS)
-def test_groups_keep_their_own_options(ours, max_grad_norm, path, device):
+@pytest.mark.parametrize("actual", GROUPS)
+def test_groups_keep_their_own_options(actual, max_grad_norm, path, device):
     def groups(ps):
-        own = zip(ps, GROUPS[ours], strict=True)
+        own = zip(ps, GROUPS[actual], strict=True)
         return [{"params": []}, *({"params": [p], **options} for p, options in own)]
 
     mine = parameters([(130,), (7,), (8, 16)], device)
-    theirs, exact = copies(mine)
-    train(lambda ps: ours(groups(ps), lr=0.01, max_grad_norm=max_grad_norm), mine, 6)
-    for ps in (theirs, exact):
-        train(lambda ps: THEIRS[ours](groups(ps), lr=0.01), ps, 6, clip=max_grad_norm)
-    assert_no_worse(mine, theirs, exact)
+    expected, exact = copies(mine)
+    train(lambda ps: actual(groups(ps), lr=0.01, max_grad_norm=max_grad_norm), mine, 6)
+    for ps in (expected, exact):
+        train(lambda ps: THEIRS[actual](groups(ps), lr=0.01), ps, 6, clip=max_grad_norm)
+    assert_no_worse(mine, expected, exact)
 
 
 def test_every_kind_of_state_is_updated_in_one_launch(monkeypatch, device):
@@ -192,7 +196,7 @@ def test_every_kind_of_state_is_updated_in_one_launch(monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("ours", "options", "names"),
+    ("Tritium", "options", "names"),
     [
         (SGD, {}, []),
         (SGD, {"momentum": 0.9, "dampening": 0.4}, ["momentum_buffer"]),
@@ -204,21 +208,21 @@ def test_every_kind_of_state_is_updated_in_one_launch(monkeypatch, device):
     ],
     ids=str,
 )
-def test_keeps_no_state_that_it_does_not_need(ours, options, names, path, device):
+def test_keeps_no_state_that_it_does_not_need(actual, options, names, path, device):
     ps = parameters(SHAPES, device)
-    optimizer = train(lambda ps: ours(ps, lr=0.1, **options), ps, 3)
+    optimizer = train(lambda ps: actual(ps, lr=0.1, **options), ps, 3)
     assert optimizer.state.keys() == ({*ps} if names else set())
     assert all({*state} == {*names} for state in optimizer.state.values())
 
 
 def test_momentum_may_begin_later(path, device):
     mine = parameters(SHAPES, device)
-    theirs, exact = copies(mine)
-    for ps, make in ((mine, SGD), (theirs, torch.optim.SGD), (exact, torch.optim.SGD)):
+    expected, exact = copies(mine)
+    for ps, make in ((mine, SGD), (expected, torch.optim.SGD), (exact, torch.optim.SGD)):
         optimizer = train(lambda ps, make=make: make(ps, lr=0.1, dampening=0.5), ps, 3)
         optimizer.param_groups[0]["momentum"] = 0.9
         train(None, ps, 3, start=3, optimizer=optimizer)
-    assert_no_worse(mine, theirs, exact)
+    assert_no_worse(mine, expected, exact)
 
 
 def test_momentum_that_no_step_reached_is_not_saved(path, device):
@@ -284,33 +288,33 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("ours", "options", "message"), ARGUMENTS, ids=str)
-def test_rejects_arguments(ours, options, message):
+@pytest.mark.parametrize(("Tritium", "options", "message"), ARGUMENTS, ids=str)
+def test_rejects_arguments(actual, options, message):
     with pytest.raises(ValueError, match=message):
-        ours([W], **options)
+        actual([W], **options)
 
 
 LIONS = ("foreach", "capturable", "differentiable", "fused")  # of no class of torch's
 
 
-@pytest.mark.parametrize("ours", THEIRS)
-def test_takes_the_arguments_of_torch(ours):
-    theirs = THEIRS[ours]([W]).param_groups[0]
-    mine = ours([W]).param_groups[0]
-    own = {"params", "l1", "decoupled_weight_decay", *(LIONS if ours is Lion else ())}
-    for name in mine.keys() - own - ({"fused"} if ours is RMSprop else set()):
-        assert theirs[name] == mine[name]
+@pytest.mark.parametrize("actual", THEIRS)
+def test_takes_the_arguments_of_torch(actual):
+    expected = THEIRS[actual]([W]).param_groups[0]
+    mine = actual([W]).param_groups[0]
+    own = {"params", "l1", "decoupled_weight_decay", *(LIONS if actual is Lion else ())}
+    for name in mine.keys() - own - ({"fused"} if actual is RMSprop else set()):
+        assert expected[name] == mine[name]
 
 
-@pytest.mark.parametrize("ours", THEIRS)
-def test_rejects_the_state_of_another_rule(ours, device):
+@pytest.mark.parametrize("actual", THEIRS)
+def test_rejects_the_state_of_another_rule(actual, device):
     ps = parameters(SHAPES, device)
-    options = MOMENTUM if ours is SGD else {}
-    for other in THEIRS.keys() - {ours, *({Adam, AdamW} if ours in (Adam, AdamW) else ())}:
+    options = MOMENTUM if actual is SGD else {}
+    for other in THEIRS.keys() - {actual, *({Adam, AdamW} if actual in (Adam, AdamW) else ())}:
         state = train(THEIRS[other], ps, 2).state_dict()
         with pytest.raises(ValueError, match="must hold"):
-            ours(ps, **options).load_state_dict(state)
-        state["param_groups"] = ours(ps, **options).state_dict()["param_groups"]
+            actual(ps, **options).load_state_dict(state)
+        state["param_groups"] = actual(ps, **options).state_dict()["param_groups"]
         state["state"] = {0: {"total": torch.ones(5)}}
         with pytest.raises(ValueError, match="the state of a parameter must hold"):
-            ours(ps, **options).load_state_dict(state)
+            actual(ps, **options).load_state_dict(state)

@@ -133,21 +133,21 @@ def test_trains_as_torch_does_on_one_rank(ranks, layout, reference):
 
 
 def _trains_as_torch_does_on_one_rank(layout, reference):
-    theirs = model()
-    net, rank, size = split_up(copy.deepcopy(theirs), layout)
+    expected = model()
+    net, rank, size = split_up(copy.deepcopy(expected), layout)
     clipped = AdamW(net.parameters(), lr=0.01, max_grad_norm=0.5)
-    torchs = torch.optim.AdamW(theirs.parameters(), lr=0.01)
+    torchs = torch.optim.AdamW(expected.parameters(), lr=0.01)
     for seed in range(4):
         backward(net, seed, rank, size)
-        backward(theirs, seed)
+        backward(expected, seed)
         with path(reference):
             clipped.step()
-        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        norm = nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
         assert norm > 0.5
         torchs.step()
         torch.testing.assert_close(clipped.grad_norm, norm, rtol=1e-5, atol=0)
         assert alike_on_all_ranks(clipped.grad_norm)
-        assert_close(net.parameters(), theirs.parameters())
+        assert_close(net.parameters(), expected.parameters())
 
 
 # Any placement, with gradients at will.
@@ -204,13 +204,13 @@ def _steps_as_one_rank_does(placed, reference):
         with path(reference):
             one.step()
             many.step()
-            norms, ours = one.norms(), many.norms()
+            norms, actual = one.norms(), many.norms()
         assert many.skipped.item() == (seed > 0)
         assert not any(full(q.grad).any() for q in qs)
         torch.testing.assert_close(many.grad_norm, one.grad_norm)
         assert_close(qs, ps)
         for name in ("grad", "update", "weight"):
-            x, y = getattr(ours, name), getattr(norms, name)
+            x, y = getattr(actual, name), getattr(norms, name)
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
             assert alike_on_all_ranks(x)
     for p, q in zip(ps, qs, strict=True):

@@ -1,4 +1,4 @@
-"""Codecs are their definitions bit for bit, exact on the mean, and their bits are random."""
+"""Codecs are their references bit for bit, exact on the mean, and their bits are random."""
 
 from types import SimpleNamespace
 

@@ -99,26 +99,26 @@ def test_keeps_what_it_says(dtype, options, device):
 
 @pytest.mark.parametrize("master", ["float32", "split", None])
 def test_loads_the_state_of_torch_for_bfloat16(master, path, device):
-    theirs = train(torch.optim.AdamW(parameters(BF16, device)), 2)
-    ours = load(theirs, through_a_file(theirs.state_dict()), master=master)
-    for p, q in zip(*(x.param_groups[0]["params"] for x in (ours, theirs)), strict=True):
+    torch_result = train(torch.optim.AdamW(parameters(BF16, device)), 2)
+    actual = load(torch_result, through_a_file(torch_result.state_dict()), master=master)
+    for p, q in zip(*(x.param_groups[0]["params"] for x in (actual, torch_result)), strict=True):
         for name in ("exp_avg", "exp_avg_sq"):
-            assert ours.state[p][name].dtype == F32
-            assert torch.equal(ours.state[p][name], theirs.state[q][name].float())
-        assert ours.state[p]["step"].item() == 2
-    exact = [nn.Parameter(p.detach().float()) for p in ours.param_groups[0]["params"]]
+            assert actual.state[p][name].dtype == F32
+            assert torch.equal(actual.state[p][name], torch_result.state[q][name].float())
+        assert actual.state[p]["step"].item() == 2
+    exact = [nn.Parameter(p.detach().float()) for p in actual.param_groups[0]["params"]]
     wide = AdamW(exact)
-    wide.load_state_dict(theirs.state_dict())
-    for p, e in zip(ours.param_groups[0]["params"], exact, strict=True):
+    wide.load_state_dict(torch_result.state_dict())
+    for p, e in zip(actual.param_groups[0]["params"], exact, strict=True):
         p.grad = torch.randn_like(p)
         e.grad = p.grad.float()
-    ours.step()
+    actual.step()
     wide.step()
-    for p, e in zip(ours.param_groups[0]["params"], exact, strict=True):
+    for p, e in zip(actual.param_groups[0]["params"], exact, strict=True):
         if master == "float32":
-            assert torch.equal(ours.state[p]["master"], e)
+            assert torch.equal(actual.state[p]["master"], e)
         elif master == "split":
-            assert torch.equal(_rounding.join_reference(p, ours.state[p]["remainder"]), e)
+            assert torch.equal(_rounding.join_reference(p, actual.state[p]["remainder"]), e)
         else:
             torch.testing.assert_close(p.float(), e.detach(), rtol=2**-7, atol=0)
 
@@ -226,10 +226,12 @@ def test_load_hooks_see_tensors(dtype, options, device):
     assert_equal(bits(optimizer), bits(other))
 
 
-@pytest.mark.parametrize(("ours", "options"), [(SGD, {"momentum": 0.9}), (SGD, {}), (Lion, {})])
-def test_rules_that_count_no_steps_count_them_for_random_bits(ours, options, path, device):
-    optimizer = train(ours(parameters(BF16, device), lr=0.01, master=None, **options), 2)
-    twin = ours(copy.deepcopy(optimizer.param_groups[0]["params"]), lr=0.01, master=None, **options)
+@pytest.mark.parametrize(("Tritium", "options"), [(SGD, {"momentum": 0.9}), (SGD, {}), (Lion, {})])
+def test_rules_that_count_no_steps_count_them_for_random_bits(actual, options, path, device):
+    optimizer = train(actual(parameters(BF16, device), lr=0.01, master=None, **options), 2)
+    twin = actual(
+        copy.deepcopy(optimizer.param_groups[0]["params"]), lr=0.01, master=None, **options
+    )
     twin.load_state_dict(through_a_file(optimizer.state_dict()))
     for x in (optimizer, twin):
         train(x, 2, start=2)

@@ -74,10 +74,10 @@ def widened(optimizer, p):
     return {"p": p.detach().float()} | {name: x.float() for name, x in state.items()}
 
 
-@pytest.mark.parametrize(("ours", "options"), CASES)
-def test_kernel_is_the_reference(ours, options, monkeypatch, device):
+@pytest.mark.parametrize(("Tritium", "options"), CASES)
+def test_kernel_is_the_reference(actual, options, monkeypatch, device):
     def make(ps):
-        return ours(ps, seed=5, **options)
+        return actual(ps, seed=5, **options)
 
     reference = make(mixed(device))
     monkeypatch.setattr(runtime, "REFERENCE", True)
@@ -104,7 +104,7 @@ def test_kernel_is_the_reference(ours, options, monkeypatch, device):
                 assert (~is_close).float().mean() <= 2e-3, name
             else:
                 # Lion takes the sign of what is almost zero.
-                assert (~is_close).sum() <= (ours is Lion), name
+                assert (~is_close).sum() <= (actual is Lion), name
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32 gradients", "bfloat16 gradients"])
@@ -122,7 +122,7 @@ def test_master_and_split_are_float32_rounded(dtype, path, device):
         assert torch.equal(master.state[p]["master"], e)
         assert torch.equal(p, e.bfloat16())
         assert torch.equal(_rounding.join_reference(q, split.state[q]["remainder"]), e)
-        # But for ties, which split takes away from zero.
+        # Except for ties, which split takes away from zero.
         tie = e.view(torch.int32) & 0xFFFF == 0x8000
         assert torch.equal(q[~tie], p[~tie])
         for name in ("exp_avg", "exp_avg_sq"):
@@ -161,14 +161,14 @@ def test_a_million_roundings_are_exact_on_the_mean(path, large_blocks, device):
 def test_steps_below_the_last_bit_add_up(path, large_blocks, device):
     # A thousandth of the distance to the next bfloat16 each, which rounding to nearest drops.
     p = nn.Parameter(torch.ones(LARGE, device=device, dtype=BF16))
-    theirs = nn.Parameter(p.detach().clone())
+    expected = nn.Parameter(p.detach().clone())
     steps, distance = 50, 2**-8 / 1000
-    optimizers = SGD([p], lr=distance, master=None), torch.optim.SGD([theirs], lr=distance)
+    optimizers = SGD([p], lr=distance, master=None), torch.optim.SGD([expected], lr=distance)
     for _ in range(steps):
-        p.grad, theirs.grad = torch.ones_like(p), torch.ones_like(theirs)
+        p.grad, expected.grad = torch.ones_like(p), torch.ones_like(expected)
         for optimizer in optimizers:
             optimizer.step()
-    assert theirs.eq(1).all()
+    assert expected.eq(1).all()
     moved = 1 - p.double()
     assert abs(moved.mean() - steps * distance) < 4 * moved.std() / LARGE**0.5
     assert moved.mean() > 0
@@ -177,17 +177,20 @@ def test_steps_below_the_last_bit_add_up(path, large_blocks, device):
 def test_a_mean_of_squares_in_bfloat16_decays(path, large_blocks, device):
     steps, n = 40, LARGE
     p = nn.Parameter(torch.randn(n, device=device).to(BF16))
-    theirs = nn.Parameter(p.detach().clone())
-    ours = AdamW([p], lr=0.0, master=None, state_dtype=BF16)
-    torchs = torch.optim.AdamW([theirs], lr=0.0)
+    expected = nn.Parameter(p.detach().clone())
+    actual = AdamW([p], lr=0.0, master=None, state_dtype=BF16)
+    torchs = torch.optim.AdamW([expected], lr=0.0)
     first = torch.randn(n, device=device).to(BF16)
     v = []
     for g in (first, *[torch.zeros_like(first)] * steps):
-        p.grad, theirs.grad = g.clone(), g.clone()
-        ours.step()
+        p.grad, expected.grad = g.clone(), g.clone()
+        actual.step()
         torchs.step()
         v.append(
-            [x.double() for x in (ours.state[p]["exp_avg_sq"], torchs.state[theirs]["exp_avg_sq"])]
+            [
+                x.double()
+                for x in (actual.state[p]["exp_avg_sq"], torchs.state[expected]["exp_avg_sq"])
+            ]
         )
     (our_first, their_first), (our_last, their_last) = v[0], v[-1]
     assert torch.equal(their_last, their_first)  # which is how torch's stays where it is

@@ -1,4 +1,4 @@
-"""Steps by PyTorch's kernels for CPUs are those of the definition, whatever is mixed with them."""
+"""Steps by PyTorch's kernels for CPUs are those of the reference, whatever is mixed with them."""
 
 import copy
 
@@ -62,29 +62,29 @@ def trained(kind, options, ps, *, by_definition, steps=6, dtype=torch.float32):
 )
 def test_steps_are_those_of_the_definition(kind, options, calls):
     mine = parameters()
-    theirs = copy.deepcopy(mine)
-    ours = trained(kind, options, mine, by_definition=False)
+    torch_result = copy.deepcopy(mine)
+    actual = trained(kind, options, mine, by_definition=False)
     assert calls
     calls.clear()
-    definition = trained(kind, options, theirs, by_definition=True)
+    definition = trained(kind, options, torch_result, by_definition=True)
     assert not calls
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
-    for p, q in zip(mine, theirs, strict=True):
-        assert ours.state[p].keys() == definition.state[q].keys()
-        for name, x in ours.state[p].items():
+    torch.testing.assert_close(mine, torch_result, rtol=1e-5, atol=1e-7)
+    for p, q in zip(mine, torch_result, strict=True):
+        assert actual.state[p].keys() == definition.state[q].keys()
+        for name, x in actual.state[p].items():
             torch.testing.assert_close(x, definition.state[q][name], rtol=1e-5, atol=1e-7)
     if options.get("record_norms"):
-        found, expected = ours.norms(), definition.norms()
+        found, expected = actual.norms(), definition.norms()
         for x, y in zip(found[1:], expected[1:], strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
 
 
 def test_norms_change_nothing():
     mine = parameters()
-    theirs = copy.deepcopy(mine)
+    torch_result = copy.deepcopy(mine)
     trained(AdamW, {"max_grad_norm": 1.0, "record_norms": True}, mine, by_definition=False)
-    trained(AdamW, {"max_grad_norm": 1.0}, theirs, by_definition=False)
-    assert all(map(torch.equal, mine, theirs))
+    trained(AdamW, {"max_grad_norm": 1.0}, torch_result, by_definition=False)
+    assert all(map(torch.equal, mine, torch_result))
 
 
 def test_gradients_stay_as_they_are():
@@ -100,19 +100,19 @@ def test_gradients_stay_as_they_are():
 )
 def test_what_pytorch_does_not_know_is_left_to_the_definition(options, calls):
     mine = parameters()
-    theirs = copy.deepcopy(mine)
+    torch_result = copy.deepcopy(mine)
     trained(AdamW, options, mine, by_definition=False)
     assert not calls
-    trained(AdamW, options, theirs, by_definition=True)
-    assert all(map(torch.equal, mine, theirs))
+    trained(AdamW, options, torch_result, by_definition=True)
+    assert all(map(torch.equal, mine, torch_result))
 
 
 def test_bfloat16_parameters_are_left_to_the_definition():
     mine = [*parameters()[:5], *parameters(torch.bfloat16)[5:]]
-    theirs = copy.deepcopy(mine)
+    torch_result = copy.deepcopy(mine)
     trained(AdamW, {"max_grad_norm": 1.0}, mine, by_definition=False)
-    trained(AdamW, {"max_grad_norm": 1.0}, theirs, by_definition=True)
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    trained(AdamW, {"max_grad_norm": 1.0}, torch_result, by_definition=True)
+    torch.testing.assert_close(mine, torch_result, rtol=1e-5, atol=1e-7)
 
 
 def test_a_norm_that_is_not_finite_leaves_everything():

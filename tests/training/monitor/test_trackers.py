@@ -92,12 +92,12 @@ def test_a_tracker_that_fails_is_left_out(tensorboard, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.setattr(stub, "init", lambda **_: 1 / 0)
     told = follow(("wandb", "tensorboard"), tmp_path)
-    assert told == ["wandb failed (division by zero); the run goes on without it."]
+    assert told == ["wandb failed (division by zero); the run continues without it."]
     assert tensorboard[-1] == "close"
     writer = vars(sys.modules["torch.utils.tensorboard"])["SummaryWriter"]
     monkeypatch.setattr(writer, "add_scalar", lambda *_: 1 / 0)
     told = follow(("tensorboard",), tmp_path)
-    assert told == ["tensorboard failed (division by zero); the run goes on without it."]
+    assert told == ["tensorboard failed (division by zero); the run continues without it."]
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):

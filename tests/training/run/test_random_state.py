@@ -1,4 +1,4 @@
-"""Prove that every random number generator goes on where it was, through JSON."""
+"""Prove that every random number generator continues where it was, through JSON."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Prove which checkpoints are kept, that a full disk costs none, and that training may go on."""
+"""Prove which checkpoints are kept, that a full disk costs none, and that training may continue."""
 
 import errno
 import os
@@ -161,7 +161,7 @@ def test_goes_on_from_the_last_healthy_one(trained, tmp_path):
     for step, healthy in ((2, True), (3, True), (4, False)):
         saver.save(step, *trained, {}, healthy=healthy)
     assert saver.to_resume() == tmp_path / "step-00000003"
-    assert told[-1] == "The checkpoint of step 4 is not healthy: going on from step 3."
+    assert told[-1] == "The checkpoint of step 4 is not healthy: resuming from step 3."
     assert saver.last_healthy() == saver.last_healthy(before=2) == tmp_path / "step-00000003"
     assert saver.last_healthy(before=3) == tmp_path / "step-00000002"
     (tmp_path / "step-00000003" / "state.json").write_text("{")
