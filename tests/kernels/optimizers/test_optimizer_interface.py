@@ -124,7 +124,7 @@ def test_explains_every_option(actual):
     assert max(map(len, text.splitlines())) <= 100
 
 
-@pytest.mark.parametrize(("Tritium", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(("actual", "options"), OPTIONS, ids=str)
 def test_a_step_counts_as_a_change_of_the_parameters(actual, options, path, device):
     p = nn.Parameter(torch.ones(3, device=device))
     optimizer = actual([p], ema_decay=0.5, **options)
@@ -139,7 +139,7 @@ def test_a_step_counts_as_a_change_of_the_parameters(actual, options, path, devi
 
 
 @pytest.mark.parametrize("more", [{}, {"state_dtype": BF16, "ema_decay": 0.9}], ids=str)
-@pytest.mark.parametrize(("Tritium", "options"), [*OPTIONS, DAMPENED], ids=str)
+@pytest.mark.parametrize(("actual", "options"), [*OPTIONS, DAMPENED], ids=str)
 def test_flattened_state_resumes(actual, options, more, device):
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     nets = [nn.Linear(3, 2, device=device) for _ in range(2)]

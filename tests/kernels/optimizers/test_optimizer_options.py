@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("pointer_tables")
 
 SHAPES = [(0,), (1,), (8, 16), (5000,)]  # and 2301 elements; 5000 have two chunks
 BF16 = torch.bfloat16
-EVERY_RULE = pytest.mark.parametrize(("Tritium", "options"), dict(OPTIONS).items(), ids=str)
+EVERY_RULE = pytest.mark.parametrize(("actual", "options"), dict(OPTIONS).items(), ids=str)
 READS = ("item", "tolist", "cpu", "__bool__", "__float__", "__int__")
 
 
@@ -199,7 +199,7 @@ def test_norms_show_where_a_step_was_not_finite(bad, path, device):
 RULES_THAT_READ_LR = [(AdamW, {}), (SGD, {"momentum": 0.9}), (Adagrad, {"lr_decay": 0.1})]
 
 
-@pytest.mark.parametrize(("Tritium", "options"), RULES_THAT_READ_LR, ids=str)
+@pytest.mark.parametrize(("actual", "options"), RULES_THAT_READ_LR, ids=str)
 def test_a_learning_rate_on_the_device_is_read_there(actual, options, monkeypatch, device):
     mine = parameters(SMALL, device)
     expected = copy.deepcopy(mine)
@@ -244,7 +244,7 @@ def test_a_learning_rate_of_float64_is_refused_by_kernels(path, device):
 
 
 @pytest.mark.parametrize(
-    ("Tritium", "options"),
+    ("actual", "options"),
     [(Adam, {}), (Adagrad, {"lr_decay": 1e-9}), (SGD, {"momentum": 0.9, "dampening": 0.5})],
     ids=str,
 )

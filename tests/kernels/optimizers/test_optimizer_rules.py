@@ -25,7 +25,7 @@ from tritium.kernels.optimizers import _step_kernels
 pytestmark = pytest.mark.usefixtures("pointer_tables")
 
 SHAPES = [(5,), (8, 16)]
-BY_OPTIONS = pytest.mark.parametrize(("Tritium", "options"), OPTIONS, ids=str)
+BY_OPTIONS = pytest.mark.parametrize(("actual", "options"), OPTIONS, ids=str)
 
 
 def copies(ps):
@@ -33,7 +33,7 @@ def copies(ps):
 
 
 # With the last options of each rule, which have the most in them.
-@pytest.mark.parametrize(("Tritium", "options"), dict(OPTIONS).items(), ids=str)
+@pytest.mark.parametrize(("actual", "options"), dict(OPTIONS).items(), ids=str)
 def test_follows_torch_for_200_steps_of_a_model(actual, options, path, device):
     # All three see the gradients of torch's model, so that differences do not feed on themselves.
     model, batch = model_and_batch(device)
@@ -56,7 +56,7 @@ def test_follows_torch_for_200_steps_of_a_model(actual, options, path, device):
     assert_no_worse(mine, expected, exact)
 
 
-@pytest.mark.parametrize(("Tritium", "options"), dict(OPTIONS).items(), ids=str)
+@pytest.mark.parametrize(("actual", "options"), dict(OPTIONS).items(), ids=str)
 def test_losses_do_not_notice_a_reload(actual, options, path, device):
     def losses(*segments):
         torch.manual_seed(0)
@@ -113,17 +113,17 @@ def test_skips_a_step_that_is_not_finite(actual, options, path, device):
 @BY_OPTIONS
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("Tritium", "Tritium"), ("Tritium", "theirs"), ("theirs", "Tritium")],
+    [("tritium", "tritium"), ("tritium", "torch"), ("torch", "tritium")],
 )
 def test_state_dict_is_torchs(first, second, actual, options, device):
     def make(whose):
-        cls = actual if whose == "Tritium" else THEIRS[actual]
+        cls = actual if whose == "tritium" else THEIRS[actual]
         return lambda ps: cls(ps, **options)
 
     mine = parameters(SHAPES, device)
     expected, exact = copies(mine)
     names = [
-        {n: {*s} for n, s in train(make("theirs"), ps, 6).state_dict()["state"].items()}
+        {n: {*s} for n, s in train(make("torch"), ps, 6).state_dict()["state"].items()}
         for ps in (expected, exact)
     ]
     file = io.BytesIO()
@@ -196,7 +196,7 @@ def test_every_kind_of_state_is_updated_in_one_launch(monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("Tritium", "options", "names"),
+    ("actual", "options", "names"),
     [
         (SGD, {}, []),
         (SGD, {"momentum": 0.9, "dampening": 0.4}, ["momentum_buffer"]),
@@ -288,7 +288,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("Tritium", "options", "message"), ARGUMENTS, ids=str)
+@pytest.mark.parametrize(("actual", "options", "message"), ARGUMENTS, ids=str)
 def test_rejects_arguments(actual, options, message):
     with pytest.raises(ValueError, match=message):
         actual([W], **options)

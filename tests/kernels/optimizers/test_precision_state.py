@@ -226,7 +226,7 @@ def test_load_hooks_see_tensors(dtype, options, device):
     assert_equal(bits(optimizer), bits(other))
 
 
-@pytest.mark.parametrize(("Tritium", "options"), [(SGD, {"momentum": 0.9}), (SGD, {}), (Lion, {})])
+@pytest.mark.parametrize(("actual", "options"), [(SGD, {"momentum": 0.9}), (SGD, {}), (Lion, {})])
 def test_rules_that_count_no_steps_count_them_for_random_bits(actual, options, path, device):
     optimizer = train(actual(parameters(BF16, device), lr=0.01, master=None, **options), 2)
     twin = actual(

@@ -74,7 +74,7 @@ def widened(optimizer, p):
     return {"p": p.detach().float()} | {name: x.float() for name, x in state.items()}
 
 
-@pytest.mark.parametrize(("Tritium", "options"), CASES)
+@pytest.mark.parametrize(("actual", "options"), CASES)
 def test_kernel_is_the_reference(actual, options, monkeypatch, device):
     def make(ps):
         return actual(ps, seed=5, **options)
