@@ -86,6 +86,14 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def _qk_norm_rope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.chunk(3, -2)
+    q, k = _rms_norm(q, q_weight), _rms_norm(k, k_weight)
+    return _rope(q, cos, sin), _rope(k, cos, sin), v
+
+
 def _info_nce(query: Tensor, key: Tensor) -> Tensor:
     similarity = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
     return F.cross_entropy(similarity / 0.07, torch.arange(len(query), device=query.device))
@@ -101,6 +109,7 @@ EAGER: dict[str, Callable] = {
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
     "rope": _rope,
+    "qk_norm_rope": _qk_norm_rope,
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "relu_squared": lambda x: F.relu(x).square(),

@@ -137,6 +137,11 @@ def _rope_inputs(make: Make, T: int, H: int, K: int) -> tuple[Tensor, ...]:
     return make(T // L, L, H, K), *make.angles(L, K)
 
 
+def _qk_norm_rope_inputs(make: Make, T: int, H: int, G: int, K: int) -> tuple[Tensor, ...]:
+    L = min(T, 4096)
+    return make(T // L, L, H + 2 * G, K), *make.angles(L, K), make(K), make(K)
+
+
 OPERATIONS: dict[str, Operation] = {
     "softmax": _softmax("softmax", {"liger": liger("softmax"), "quack": quack("softmax")}),
     "log_softmax": _softmax("log_softmax", {}),
@@ -177,6 +182,10 @@ OPERATIONS: dict[str, Operation] = {
     "rope": Operation(
         HEADS, "H", {"T": 64, "H": 4, "K": 64}, _rope_inputs,
         {"Tritium": own("rope")}, EAGER["rope"], rows=TOKENS,
+    ),
+    "qk_norm_rope": Operation(
+        {"GPT-2 124M": {"H": 12, "G": 12, "K": 64}}, "K", {"T": 64, "H": 4, "G": 4, "K": 64},
+        _qk_norm_rope_inputs, {"ours": ours("qk_norm_rope")}, EAGER["qk_norm_rope"], rows=TOKENS,
     ),
     "swiglu": _activation("swiglu", 2, {"liger": liger("swiglu")}),
     "geglu": _activation("geglu", 2, {"liger": liger("geglu")}, approximate="tanh"),

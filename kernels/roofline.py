@@ -192,6 +192,14 @@ def _info_nce(s: int, B: int, D: int) -> Passes:
     return (forward,), (backward,), (forward, backward)
 
 
+def _qk_norm_rope(s: int, T: int, H: int, G: int, K: int) -> Passes:
+    """With the norm; the values are a view forward, and backward a copy."""
+    turned, values = T * (H + G) * K, T * G * K
+    forward = Work(2 * turned * s, 7 * turned)
+    backward = Work((3 * turned + 2 * values) * s, 16 * turned)
+    return (forward,), (backward,), (forward, backward)
+
+
 def _embedding(s: int, T: int, D: int, V: int) -> Passes:
     """Rows read at most once each; the gradient is dense."""
     forward = Work((min(T, V) + T) * D * s)
@@ -238,6 +246,7 @@ OTHERS: dict[str, tuple[str, Callable[..., Passes]]] = {
     "linear_cross_entropy": ("TDV", _linear_cross_entropy),
     "mse_loss": ("N", _mse_loss),
     "info_nce": ("BD", _info_nce),
+    "qk_norm_rope": ("THGK", _qk_norm_rope),
     "embedding": ("TDV", _embedding),
     "grad_norm": ("N", _grad_norm),
 }
@@ -256,6 +265,7 @@ def explain(
     N: int | None = None,
     D: int | None = None,
     F: int | None = None,
+    G: int | None = None,
     V: int | None = None,
     H: int | None = None,
     K: int | None = None,
@@ -275,8 +285,9 @@ def explain(
         N: columns of a softmax; elements of a loss; parameters of an optimizer.
         D: width.
         F: features of a feed-forward block.
+        G: heads of keys, and as many of values.
         V: vocabulary.
-        H: heads.
+        H: heads; of queries, where there are G of keys.
         K: width of a head.
         dtype: of the tensors; for an optimizer of weights and gradients.
         master: what an optimizer keeps of 2-byte weights: a "float32" copy, 16 more bits ("split"),
@@ -293,7 +304,7 @@ def explain(
         ValueError: an unknown operation, device, master or state_dtype, or dimensions other than
             the operation's own.
     """
-    given = {"B": B, "T": T, "M": M, "N": N, "D": D, "F": F, "V": V, "H": H, "K": K}
+    given = {"B": B, "T": T, "M": M, "N": N, "D": D, "F": F, "G": G, "V": V, "H": H, "K": K}
     dims = {letter: size for letter, size in given.items() if size is not None}
     if op not in OPERATIONS:
         raise ValueError(f"explain: op must be one of {', '.join(OPERATIONS)}; got {op!r}")

@@ -287,35 +287,46 @@ def _validate(x: Tensor, offset: int | Tensor, **tables: Tensor) -> None:
             f"rope: x must be floating point [..., L, H, K] with K even, "
             f"got {x.dtype} {list(x.shape)}"
         )
-    rows = _validate_offset(x, offset)
+    validate_tables("rope", x, offset, least=x.shape[-1] // 2, **tables)
+
+
+def validate_tables(
+    op: str, x: Tensor, offset: int | Tensor, *, least: int = 1, **tables: Tensor
+) -> None:
+    """Raise a ValueError in the name of `op` unless the tables turn at least `least` pairs."""
+    rows, most = _validate_offset(op, x, offset), x.shape[-1] // 2
+    pairs = str(most) if least == most else f"{least} to {most}"
     for name, table in tables.items():
-        if table.ndim != 2 or table.shape[1] != x.shape[-1] // 2 or table.shape[0] < rows:
+        if (
+            table.ndim != 2 or table.shape[0] < rows
+            or table.shape[1] < least or table.shape[1] > most
+        ):  # fmt: skip
             raise ValueError(
-                f"rope: {name} must be [{rows} or more, {x.shape[-1] // 2}], "
-                f"got {list(table.shape)}"
+                f"{op}: {name} must be [{rows} or more, {pairs}], got {list(table.shape)}"
             )
         if table.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"rope: {name} must be float32, got {table.dtype}; keep angles wide")
+            raise ValueError(f"{op}: {name} must be float32, got {table.dtype}; keep angles wide")
         if table.device != x.device:
-            raise ValueError(f"rope: {name} must be on {x.device}, got {table.device}")
+            raise ValueError(f"{op}: {name} must be on {x.device}, got {table.device}")
         if table.requires_grad:
-            raise ValueError(f"rope: {name} has no gradient, got requires_grad; detach it")
-    if tables["cos"].shape[0] != tables["sin"].shape[0]:  # sizes that are symbols have no hash
-        shapes = " and ".join(str(list(table.shape)) for table in tables.values())
-        raise ValueError(f"rope: cos and sin must have one shape, got {shapes}")
+            raise ValueError(f"{op}: {name} has no gradient, got requires_grad; detach it")
+    cos, sin = tables.values()
+    if cos.shape[0] != sin.shape[0] or cos.shape[1] != sin.shape[1]:  # symbols have no hash
+        shapes = f"{list(cos.shape)} and {list(sin.shape)}"
+        raise ValueError(f"{op}: cos and sin must have one shape, got {shapes}")
 
 
-def _validate_offset(x: Tensor, offset: int | Tensor) -> int:
+def _validate_offset(op: str, x: Tensor, offset: int | Tensor) -> int:
     """Return how many rows the tables need at least."""
     if not isinstance(offset, Tensor):
         if offset < 0:
-            raise ValueError(f"rope: offset must be at least 0, got {offset}")
+            raise ValueError(f"{op}: offset must be at least 0, got {offset}")
         return offset + x.shape[-3]
     kind = "integer" if not (offset.is_floating_point() or offset.is_complex()) else offset.dtype
     expected = (x.shape[:-3], x.device, "integer")
     if (offset.shape, offset.device, kind) != expected or offset.dtype == torch.bool:
         raise ValueError(
-            f"rope: offset must be integers {list(x.shape[:-3])} on {x.device}, "
+            f"{op}: offset must be integers {list(x.shape[:-3])} on {x.device}, "
             f"got {offset.dtype} {list(offset.shape)} on {offset.device}"
         )
     return 0

@@ -25,9 +25,9 @@ REFERENCE = os.environ.get("TRITIUM_REFERENCE") == "1"
 
 OPERATIONS = frozenset({
     "softmax", "log_softmax", "cross_entropy", "mse_loss", "rms_norm", "add_rms_norm",
-    "layer_norm", "add_layer_norm", "rope", "swiglu", "geglu", "relu_squared", "dropout_add",
-    "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD", "RMSprop",
-    "Adagrad", "Lion",
+    "layer_norm", "add_layer_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu_squared",
+    "dropout_add", "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD",
+    "RMSprop", "Adagrad", "Lion",
 })  # fmt: skip
 """What has a kernel to choose."""
 SHARED = {"linear_cross_entropy": "cross_entropy", "info_nce": "cross_entropy"}

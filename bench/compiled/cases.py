@@ -27,6 +27,7 @@ from tritium.kernels.optimizers.grad_norm import clip_grad_norm_, clip_grad_norm
 from tritium.kernels.optimizers.lion import Lion
 from tritium.kernels.optimizers.rmsprop import RMSprop
 from tritium.kernels.optimizers.sgd import SGD
+from tritium.kernels.qk_norm_rope import qk_norm_rope
 from tritium.kernels.relu_squared import relu_squared
 from tritium.kernels.rms_norm import add_rms_norm, rms_norm
 from tritium.kernels.rope import rope
@@ -115,6 +116,27 @@ def _rope(dtype: torch.dtype, H: int, K: int, packed: int, **options) -> Case:
     # Cosines and sines of a position serve all its heads.
     limit = Limit(bytes=2 * x.element_size() + 0.25, instructions=15)
     return Case(label, lambda: _train(rotate, x), limits={"_rope_kernel": limit})
+
+
+def _qk_norm_rope(dtype: torch.dtype, H: int, G: int, K: int, norm: bool = True, **options) -> Case:
+    J = options.pop("J", K // 2)
+    cos, sin = torch.empty(2, T, J)
+    qkv = torch.empty(2, T, H + 2 * G, K, dtype=dtype)
+    weights = [torch.empty(K, dtype=dtype) for _ in range(2 * norm)]
+
+    def turn(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        q_weight, k_weight = weights or (None, None)
+        return qk_norm_rope(qkv, cos, sin, q_weight, k_weight, kv_heads=G, **options)
+
+    label = f"{_label(dtype, 2, T, H, K)}, {G} of keys" + ("" if norm else ", no norm")
+    label += f", {2 * J} turned" if 2 * J < K else ""
+    label += "".join(", offsets" if key == "offset" else f", {key}" for key in options)
+    s, angles = qkv.element_size(), 8 * J / K / 4  # four heads share a program's cosines and sines
+    limits = {
+        "_qk_norm_rope_forward_kernel": Limit(2 * s + angles, instructions=24),
+        "_qk_norm_rope_backward_kernel": Limit((3 if norm else 2) * s + angles, instructions=36),
+    }
+    return Case(label, lambda: _train(turn, qkv, *weights), limits=limits)
 
 
 def _gated(dtype: torch.dtype, F: int, packed: int, function=swiglu, **options) -> Case:
@@ -286,6 +308,15 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         ),
         _rope(BF16, 32, 128, 2, inplace=True),
         _rope(BF16, 32, 128, 1, offset=torch.zeros(2, dtype=torch.int64)),
+    ],
+    "qk_norm_rope": lambda: [
+        *(_qk_norm_rope(dtype, 12, 12, 64) for dtype in (F32, BF16)),
+        *(_qk_norm_rope(dtype, 32, 8, 128) for dtype in (F32, BF16)),
+        _qk_norm_rope(BF16, 32, 8, 128, interleaved=True),
+        _qk_norm_rope(BF16, 32, 8, 128, offset=torch.zeros(2, dtype=torch.int64)),
+        _qk_norm_rope(BF16, 12, 12, 64, J=16),
+        _qk_norm_rope(BF16, 32, 8, 128, J=32),
+        *(_qk_norm_rope(BF16, H, G, K, norm=False) for H, G, K in ((12, 12, 64), (32, 8, 128))),
     ],
     "swiglu": lambda: [
         _gated(dtype, F, packed)

@@ -35,6 +35,7 @@ CALLS = {
     "layer_norm": lambda f, x: f(x, 4, torch.ones(4)),
     "add_layer_norm": lambda f, x: f(x, x, torch.ones(4)),
     "rope": lambda f, x: f(x[:, None], *angles()),
+    "qk_norm_rope": lambda f, x: f(x[:, None].expand(3, 3, 4), *angles()),
     "swiglu": lambda f, x: f(x, x),
     "geglu": lambda f, x: f(x, x),
     "relu_squared": lambda f, x: f(x),

@@ -49,6 +49,8 @@ def test_reproduces_the_published_table(op, dims, pass_name, microseconds):
         ("add_rms_norm", {"T": 3, "D": 5}, 4 * 15, 4 * 15, 8 * 15),
         ("add_layer_norm", {"T": 3, "D": 5}, 4 * 15, 4 * 15, 8 * 15),
         ("rope", {"T": 3, "H": 5, "K": 2}, 2 * 30, 2 * 30, 4 * 30),
+        # four heads of queries and keys; backward moves the gradient of one head of values, too
+        ("qk_norm_rope", {"T": 3, "H": 3, "G": 1, "K": 2}, 48, 72 + 12, 48 + 84),
         ("swiglu", {"T": 3, "F": 5}, 3 * 15, 5 * 15, 8 * 15),
         ("geglu", {"T": 3, "F": 5}, 3 * 15, 5 * 15, 8 * 15),
         ("relu_squared", {"T": 3, "F": 5}, 2 * 15, 3 * 15, 5 * 15),

@@ -1,0 +1,394 @@
+"""Normalised queries and keys at rotary positions, from one packed projection.
+
+    x_N  = the heads of the projection: H queries, G keys, G values, each of K features
+    r_N  = 1 / sqrt(mean_K(x_N²) + eps)           queries and keys; without weights r = w = 1
+    z_N  = x_N · r_N · w                          w = q_weight or k_weight
+    y1_N = z1_N · cos - z2_N · sin                the first J pairs of features, as in `rope`;
+    y2_N = z2_N · cos + z1_N · sin                behind them y = z
+
+Values stay as they are: a view of the projection. Backward turns dy back to g, and writes the
+gradient of the whole projection into one tensor, the values' part copied by the same kernel:
+
+    dx_N = r_N · (g_N · w - x_N · r_N² · mean_K(g_N · w · x_N))
+    dw   = sum over all heads that w scales of (g_N · x_N · r_N)
+
+r_N is computed again from the projection, which backward reads anyway.
+
+B batch (every axis before L, flattened), L sequence, N = H + 2G heads, K head width, J pairs,
+R = K - 2J features behind them, S rows of the tables, P programs that share the heads in backward.
+
+Henry et al., "Query-Key Normalization for Transformers", 2020. https://arxiv.org/abs/2010.04245
+Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+https://arxiv.org/abs/2104.09864
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from tritium.kernels._cpu_backward import differentiate, is_written_out
+from tritium.kernels._qk_norm_rope_kernels import (
+    _qk_norm_rope_backward_kernel,
+    _qk_norm_rope_forward_kernel,
+    _qk_norm_rope_weights_kernel,
+)
+from tritium.kernels.rms_norm import rms_norm_reference
+from tritium.kernels.rope import _heads, _rows, rope_reference, validate_tables
+from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton, widen
+
+FORWARD_TILE = 4096  # elements per program
+BACKWARD_TILE = 2048  # beside them it keeps as many sums
+BLOCK_N = 4  # heads of a position that share a program's cosines and sines
+P_MAX = 2048  # not the number of multiprocessors: weight gradients are the same on every GPU
+
+Packed = tuple[Tensor, Tensor, Tensor]
+
+
+def qk_norm_rope_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    kv_heads: int | None = None,
+    offset: int | Tensor = 0,
+    interleaved: bool = False,
+) -> Packed:
+    """The reference of `qk_norm_rope` in plain PyTorch, in float32 or the wider dtype of `qkv`."""
+
+    def turned(x: Tensor, weight: Tensor | None) -> Tensor:
+        x = widen(x)
+        z = x if weight is None else rms_norm_reference(x, weight, eps)
+        z, rest = z.tensor_split([2 * cos.shape[1]], dim=-1)
+        y = rope_reference(z, cos, sin, offset=offset, interleaved=interleaved)
+        return torch.cat([y, rest], -1).to(qkv.dtype)
+
+    G = _kv_heads(qkv, kv_heads)
+    q, k, v = qkv.split([qkv.shape[-2] - 2 * G, G, G], dim=-2)
+    return turned(q, q_weight), turned(k, k_weight), v
+
+
+def _kv_heads(qkv: Tensor, kv_heads: int | None) -> int:
+    return qkv.shape[-2] // 3 if kv_heads is None else kv_heads
+
+
+class _HandWritten(torch.autograd.Function):
+    """Queries and keys go through every operator side by side, their gradients in one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor,
+        sin: Tensor, eps: float, G: int, offset: int | Tensor, interleaved: bool,
+    ) -> Packed:  # fmt: skip
+        H, z, r = qkv.shape[-2] - 2 * G, widen(qkv[..., :-G, :]), None
+        w_NK = _scales(q_weight, k_weight, H, G, z.dtype)
+        if w_NK is not None:
+            r = z.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            z = (z * r).mul_(w_NK)
+        angles = _wide_angles(cos, sin, z, offset, interleaved)
+        y = _turn(z, *angles, interleaved, z.new_empty(z.shape)).to(qkv.dtype)
+        ctx.save_for_backward(qkv, q_weight, k_weight, r, *angles)
+        ctx.heads, ctx.interleaved = (H, G), interleaved
+        ctx.define = partial(
+            _of_three, cos=cos, sin=sin, eps=eps, kv_heads=G, offset=offset, interleaved=interleaved
+        )
+        return y[..., :H, :], y[..., H:, :], qkv[..., -G:, :]
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        qkv, *weights, r, cos, sin = ctx.saved_tensors
+        wanted, nothing = ctx.needs_input_grad[:3], (None,) * 6
+        if torch.is_grad_enabled():
+            inputs = (qkv, *weights)
+            return *differentiate(ctx.define, inputs, wanted, (dq, dk, dv)), *nothing
+        H, G = ctx.heads
+        dqkv = qkv.new_empty(qkv.shape)
+        dqkv[..., -G:, :] = dv
+        x = widen(qkv[..., :-G, :])
+        g = dqkv[..., :-G, :] if qkv.dtype == x.dtype else x.new_empty(x.shape)
+        _turn(widen(dq), cos, -sin, ctx.interleaved, g[..., :H, :])
+        _turn(widen(dk), cos, -sin, ctx.interleaved, g[..., H:, :])
+        sums = [None, None]
+        w_NK = _scales(*weights, H, G, x.dtype)
+        if w_NK is not None:
+            normed = x * r
+            gz = g * normed
+            dw_NK = gz.flatten(0, -3).sum(0)
+            sums = [dw_NK[:H].sum(0).to(w_NK.dtype), dw_NK[H:].sum(0).to(w_NK.dtype)]
+            mean = gz.mul_(w_NK).mean(-1, keepdim=True)
+            g.mul_(w_NK).addcmul_(normed, mean, value=-1).mul_(r)
+        if qkv.dtype != x.dtype:
+            dqkv[..., :-G, :] = g
+        return dqkv, *sums, *nothing
+
+
+def _of_three(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, **how) -> Packed:
+    return qk_norm_rope_reference(qkv, how.pop("cos"), how.pop("sin"), q_weight, k_weight, **how)
+
+
+def _scales(
+    q_weight: Tensor | None, k_weight: Tensor | None, H: int, G: int, dtype: torch.dtype
+) -> Tensor | None:
+    """What scales each head of the queries and keys, `[H + G, K]`."""
+    if q_weight is None or k_weight is None:
+        return None
+    return torch.cat([w.to(dtype).expand(n, -1) for w, n in ((q_weight, H), (k_weight, G))])
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, y: Tensor) -> Tensor:
+    """Write `x`, its pairs turned, into `y`, and return that; `cos` is 1 behind the pairs."""
+    J = sin.shape[-1]
+    (x1, x2), (y1, y2) = (
+        (z[..., : 2 * J : 2], z[..., 1 : 2 * J : 2])
+        if interleaved
+        else z[..., : 2 * J].chunk(2, -1)
+        for z in (x, y)
+    )
+    torch.mul(x, cos, out=y)
+    y1.addcmul_(x2, sin, value=-1)
+    y2.addcmul_(x1, sin)
+    return y
+
+
+def _wide_angles(
+    cos: Tensor, sin: Tensor, x: Tensor, offset: int | Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """What `_turn` turns `x` by: `[..., L, 1, K]` and `[..., L, 1, J]`, in the dtype of `x`."""
+    cos, sin = (_rows(table.to(x.dtype), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
+    cos = cos.repeat_interleave(2, -1) if interleaved else torch.cat([cos, cos], -1)
+    return F.pad(cos, (0, x.shape[-1] - cos.shape[-1]), value=1.0), sin
+
+
+def _tile(elements: int, K: int, J: int, dtype: torch.dtype) -> dict[str, Any]:
+    block_J = triton.next_power_of_2(J)
+    rest = K - 2 * J
+    block_R = triton.next_power_of_2(rest) if rest else 0
+    return {
+        "BLOCK_L": max(1, elements // (BLOCK_N * triton.next_power_of_2(K))), "BLOCK_N": BLOCK_N,
+        "BLOCK_J": block_J, "BLOCK_R": block_R, "ACC": accumulator(dtype),
+    }  # fmt: skip
+
+
+def _launch_forward(
+    qkv_BLNK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None,
+    q_weight_K: Tensor | None, k_weight_K: Tensor | None, eps: float, G: int, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, L, N, K = qkv_BLNK.shape
+    H, (S, J) = N - 2 * G, cos_SJ.shape
+    q_BLHK, k_BLGK = (qkv_BLNK.new_empty(B, L, heads, K) for heads in (H, G))
+    tile = _tile(FORWARD_TILE, K, J, qkv_BLNK.dtype)
+    tiles = triton.cdiv(H, BLOCK_N) + triton.cdiv(G, BLOCK_N)
+    _qk_norm_rope_forward_kernel[(tiles * B * triton.cdiv(L, tile["BLOCK_L"]),)](
+        qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K, q_BLHK, k_BLGK,
+        L, H, G, J, K, S, *qkv_BLNK.stride()[:3], eps, interleaved, **tile,
+    )  # fmt: skip
+    return q_BLHK, k_BLGK
+
+
+def _launch_backward(
+    dq_BLHK: Tensor, dk_BLGK: Tensor, dv_BLGK: Tensor, qkv_BLNK: Tensor | None, cos_SJ: Tensor,
+    sin_SJ: Tensor, offset_B: Tensor | None, q_weight_K: Tensor | None, k_weight_K: Tensor | None,
+    eps: float, interleaved: bool,
+) -> Packed:  # fmt: skip
+    inputs = dq_BLHK, dk_BLGK, dv_BLGK, qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K
+    dqkv_BLNK, dq_weight_K, dk_weight_K = _fake_backward(*inputs, eps, interleaved)
+    (B, L, H, K), G, (S, J) = dq_BLHK.shape, dk_BLGK.shape[2], cos_SJ.shape
+    tile = _tile(BACKWARD_TILE, K, J, dq_BLHK.dtype)
+    q_tiles, k_tiles = (triton.cdiv(heads, BLOCK_N) for heads in (H, G))
+    tiles, shares = q_tiles + 2 * k_tiles, B * triton.cdiv(L, tile["BLOCK_L"])
+    blocks, partials_PK = shares, None
+    if q_weight_K is not None:
+        shares = max(1, min(blocks, P_MAX // tiles))
+        dtype = torch.promote_types(dq_BLHK.dtype, torch.float32)
+        partials_PK = dq_BLHK.new_empty(tiles * shares, K, dtype=dtype)
+    strides = [x.stride()[:3] for x in (dq_BLHK, dk_BLGK, dv_BLGK)]
+    strides.append((0, 0, 0) if qkv_BLNK is None else qkv_BLNK.stride()[:3])
+    _qk_norm_rope_backward_kernel[(tiles * shares,)](
+        *inputs, dqkv_BLNK, partials_PK, blocks, L, H, G, J, K, S, *sum(strides, ()),
+        eps, interleaved, **tile, BLOCK_K=triton.next_power_of_2(K),
+    )  # fmt: skip
+    if partials_PK is not None:
+        block: dict[str, Any] = {"BLOCK_P": 512, "BLOCK_K": 16, "num_warps": 8}
+        _qk_norm_rope_weights_kernel[(triton.cdiv(K, block["BLOCK_K"]), 2)](
+            partials_PK, dq_weight_K, dk_weight_K, tiles * shares, K, q_tiles, k_tiles, **block
+        )
+    return dqkv_BLNK, dq_weight_K, dk_weight_K
+
+
+def _fake_forward(qkv: Tensor, *args) -> tuple[Tensor, Tensor]:
+    *_, G, _ = args
+    B, L, N, K = qkv.shape
+    return qkv.new_empty(B, L, N - 2 * G, K), qkv.new_empty(B, L, G, K)
+
+
+# An operator returns a fixed number of tensors: those that are not needed come back empty.
+def _fake_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
+    offset: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
+    eps: float, interleaved: bool,
+) -> Packed:  # fmt: skip
+    B, L, H, K = dq.shape
+    dqkv = dq.new_empty(B, L, H + 2 * dk.shape[2], K)
+    dq_weight, dk_weight = (
+        dq.new_empty(0) if w is None else w.new_empty(K) for w in (q_weight, k_weight)
+    )
+    return dqkv, dq_weight, dk_weight
+
+
+_forward = operator(
+    "qk_norm_rope_forward(Tensor qkv, Tensor cos, Tensor sin, Tensor? offset, Tensor? q_weight,"
+    " Tensor? k_weight, float eps, int kv_heads, bool interleaved) -> (Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
+)
+_backward = operator(
+    "qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv, Tensor cos, Tensor sin,"
+    " Tensor? offset, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved)"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+class _QkNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, qkv: Tensor, q_weight_K: Tensor | None, k_weight_K: Tensor | None, cos_SJ: Tensor,
+        sin_SJ: Tensor, offset_B: Tensor | None, eps: float, G: int, interleaved: bool,
+    ) -> Packed:  # fmt: skip
+        angles, weights = (cos_SJ, sin_SJ, offset_B), (q_weight_K, k_weight_K)
+        q_BLHK, k_BLGK = _forward(_heads(qkv), *angles, *weights, eps, G, interleaved)
+        ctx.save_for_backward(None if q_weight_K is None else qkv, *angles, *weights)
+        ctx.shape, ctx.options = qkv.shape, (eps, interleaved)
+        batch = qkv.shape[:-2]
+        q, k = (x.view(*batch, *x.shape[2:]) for x in (q_BLHK, k_BLGK))
+        return q, k, qkv[..., -G:, :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        qkv, *arguments = ctx.saved_tensors
+        qkv_BLNK = None if qkv is None else _heads(qkv)
+        dqkv_BLNK, *sums_K = _backward(*map(_heads, grads), qkv_BLNK, *arguments, *ctx.options)
+        sums_K = [
+            x if needs else None for needs, x in zip(ctx.needs_input_grad[1:3], sums_K, strict=True)
+        ]
+        return dqkv_BLNK.view(ctx.shape), *sums_K, *[None] * 6
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    kv_heads: int | None = None,
+    offset: int | Tensor = 0,
+    interleaved: bool = False,
+) -> Packed:
+    """Normalise and rotate the queries and keys of a packed projection, head by head.
+
+    Equal to `rms_norm`, then `rope`, of queries and of keys, without rounding in between. The
+    gradient of the projection comes in one tensor, that of the values included. Gradients of the
+    weights are summed in a fixed order: bitwise the same on every run.
+
+    Args:
+        qkv: `[..., L, H + 2G, K]`: H query heads, then G key heads, then G value heads; float32,
+            float16, bfloat16 or float64. Read where it is: copied only if its last axis is not
+            contiguous or the axes before L do not flatten into one. So are the gradients of the
+            results.
+        cos: `[S, J]`, float32 or float64, 1 <= J <= K/2, S >= offset + L: cosines of the angles,
+            row s for position s. The 2J first features of a head are rotated; those behind them
+            are normalised alone. Takes no gradient.
+        sin: as `cos`, the sines.
+        q_weight: `[K]`, scales the normalised queries; any of the same dtypes. None: neither
+            queries nor keys are normalised.
+        k_weight: as `q_weight`, in its dtype, of the keys.
+        eps: added to the mean square before the root, in units of `qkv`².
+        kv_heads: G. None: as many as query heads, a third of all.
+        offset: position of the first of the L elements: one number, or an integer tensor of the
+            axes before L, on the device of `qkv`, for sequences that begin at different positions.
+            The tensor is not read on the host: a position outside the tables gives NaN.
+        interleaved: rotate the pairs (2k, 2k + 1) instead of (k, k + J).
+
+    Returns:
+        Queries `[..., L, H, K]`, keys and values `[..., L, G, K]`, in the dtype of `qkv`, also
+        under autocast. Computed in float32 (float64 for float64) and rounded once. The values are
+        a view of `qkv`.
+
+    Raises:
+        ValueError: `qkv` has fewer than 3 axes or is not floating point; `kv_heads` leaves no
+            query heads; one weight is None alone, or is not `[K]`, not floating point, of another
+            dtype than the other's or on another device; `cos` or `sin` is not `[S, J]`, too short,
+            of another dtype, on another device, or requires a gradient; `offset` is negative, or
+            not an integer tensor of the axes before L on the device of `qkv`.
+    """
+    _validate(qkv, q_weight, k_weight, kv_heads)
+    validate_tables("qk_norm_rope", qkv, offset, cos=cos, sin=sin)
+    weights = [w for w in (q_weight, k_weight) if w is not None]
+    G = _kv_heads(qkv, kv_heads)
+    if not uses_triton(qkv, "qk_norm_rope"):
+        if is_written_out(qkv, *weights):
+            return _HandWritten.apply(
+                qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved
+            )
+        return qk_norm_rope_reference(
+            qkv, cos, sin, q_weight, k_weight, eps,
+            kv_heads=G, offset=offset, interleaved=interleaved,
+        )  # fmt: skip
+    if isinstance(offset, int):
+        cos, sin, offset_B = *(_rows(table, qkv.shape[-3], offset) for table in (cos, sin)), None
+    else:
+        offset_B = offset.reshape(-1).contiguous()
+    q_weight_K, k_weight_K = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
+    angles = cos.contiguous(), sin.contiguous(), offset_B
+    return _QkNormRope.apply(qkv, q_weight_K, k_weight_K, *angles, eps, G, interleaved)
+
+
+def _validate(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, kv_heads: int | None
+) -> None:
+    if qkv.ndim < 3 or not qkv.is_floating_point():
+        raise ValueError(
+            f"qk_norm_rope: qkv must be floating point [..., L, H + 2G, K], "
+            f"got {qkv.dtype} {list(qkv.shape)}"
+        )
+    *_, N, K = qkv.shape
+    if kv_heads is None and (N % 3 or not N):
+        raise ValueError(
+            f"qk_norm_rope: without kv_heads a third of the heads are queries, got {N} heads; "
+            "pass kv_heads"
+        )
+    if kv_heads is not None and not 1 <= kv_heads <= (N - 1) // 2:
+        raise ValueError(
+            f"qk_norm_rope: kv_heads must lie in [1, {(N - 1) // 2}], as qkv has {N} heads of "
+            f"queries, keys and values; got {kv_heads}"
+        )
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("qk_norm_rope: q_weight and k_weight must both be given, or both be None")
+    for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if w is None or q_weight is None:
+            continue
+        if w.shape != (K,):
+            raise ValueError(f"qk_norm_rope: {name} must have shape [{K}], got {list(w.shape)}")
+        if w.device != qkv.device:
+            raise ValueError(
+                f"qk_norm_rope: {name} must be on {qkv.device}, got {w.device}; move it"
+            )
+        if not w.is_floating_point():
+            raise ValueError(
+                f"qk_norm_rope: {name} must be floating point, got {w.dtype}; convert it"
+            )
+        if w.dtype != q_weight.dtype:
+            raise ValueError(
+                f"qk_norm_rope: q_weight and k_weight must have one dtype, got {q_weight.dtype} "
+                f"and {w.dtype}; convert one"
+            )
