@@ -14,6 +14,7 @@ T tokens (every leading axis, flattened), F features.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -74,7 +75,7 @@ def _named(direction: str):
 
 @triton.jit(repr=_named("forward"))
 def _activation_forward_kernel(
-    x_ptr, up_ptr, h_ptr, T, F, stride_xT, stride_upT,
+    x_ptr, up_ptr, h_ptr, T, F, stride_xT, stride_upT, stride_hT,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     offs_T, offs_F, mask_TF = _tile(T, F, BLOCK_T, BLOCK_F)
@@ -82,12 +83,12 @@ def _activation_forward_kernel(
     h_TF, _ = _value_and_slope(x_TF, ACTIVATION)
     if up_ptr is not None:
         h_TF *= tl.load(up_ptr + offs_T * stride_upT + offs_F, mask=mask_TF, other=0.0).to(ACC)
-    tl.store(h_ptr + offs_T * F + offs_F, h_TF, mask=mask_TF)
+    tl.store(h_ptr + offs_T * stride_hT + offs_F, h_TF, mask=mask_TF)
 
 
 @triton.jit(repr=_named("backward"))
 def _activation_backward_kernel(
-    dh_ptr, x_ptr, up_ptr, dx_ptr, dup_ptr, T, F, stride_dhT, stride_xT, stride_upT,
+    dh_ptr, x_ptr, up_ptr, dx_ptr, dup_ptr, T, F, stride_dhT, stride_xT, stride_upT, stride_dxT,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     offs_T, offs_F, mask_TF = _tile(T, F, BLOCK_T, BLOCK_F)
@@ -97,25 +98,26 @@ def _activation_backward_kernel(
     dx_TF = dh_TF * slope_TF
     if up_ptr is not None:
         dx_TF *= tl.load(up_ptr + offs_T * stride_upT + offs_F, mask=mask_TF, other=0.0).to(ACC)
-        tl.store(dup_ptr + offs_T * F + offs_F, dh_TF * value_TF, mask=mask_TF)
-    tl.store(dx_ptr + offs_T * F + offs_F, dx_TF, mask=mask_TF)
+        tl.store(dup_ptr + offs_T * stride_dxT + offs_F, dh_TF * value_TF, mask=mask_TF)
+    tl.store(dx_ptr + offs_T * stride_dxT + offs_F, dx_TF, mask=mask_TF)
 
 
 def _launch(
-    kernel, x_TF: Tensor, inputs: list[Tensor | None], outputs: list[Tensor | None], activation: str
+    kernel, inputs: list[Tensor | None], outputs: list[Tensor | None], activation: str
 ) -> None:
+    x_TF: Any = outputs[0]  # all outputs have its strides
     T, F = x_TF.shape
     block_F = min(triton.next_power_of_2(max(F, 1)), TILE)
     block_T = TILE // block_F
     kernel[(triton.cdiv(T, block_T) * triton.cdiv(F, block_F),)](
-        *inputs, *outputs, T, F, *(0 if x is None else x.stride(0) for x in inputs),
+        *inputs, *outputs, T, F, *(0 if x is None else x.stride(0) for x in (*inputs, x_TF)),
         ACTIVATION=activation, BLOCK_T=block_T, BLOCK_F=block_F, ACC=accumulator(x_TF.dtype),
     )  # fmt: skip
 
 
 def _launch_forward(x_TF: Tensor, up_TF: Tensor | None, activation: str) -> Tensor:
     h_TF = x_TF.new_empty(x_TF.shape)
-    _launch(_activation_forward_kernel, x_TF, [x_TF, up_TF], [h_TF], activation)
+    _launch(_activation_forward_kernel, [x_TF, up_TF], [h_TF], activation)
     return h_TF
 
 
@@ -124,9 +126,15 @@ def _launch_backward(
 ) -> list[Tensor]:
     dx_TF = x_TF.new_empty(x_TF.shape)
     dup_TF = None if up_TF is None else x_TF.new_empty(x_TF.shape)
-    inputs, outputs = [dh_TF, x_TF, up_TF], [dx_TF, dup_TF]
-    _launch(_activation_backward_kernel, x_TF, inputs, outputs, activation)
+    _launch(_activation_backward_kernel, [dh_TF, x_TF, up_TF], [dx_TF, dup_TF], activation)
     return [dx_TF] if dup_TF is None else [dx_TF, dup_TF]
+
+
+def _launch_packed_backward(dh_TF: Tensor, packed_TF: Tensor, activation: str) -> Tensor:
+    dpacked_TF = packed_TF.new_empty(packed_TF.shape)
+    inputs, outputs = [dh_TF, *packed_TF.chunk(2, 1)], [*dpacked_TF.chunk(2, 1)]
+    _launch(_activation_backward_kernel, inputs, outputs, activation)
+    return dpacked_TF
 
 
 _forward = operator(
@@ -138,6 +146,11 @@ _backward = operator(
     "activation_backward(Tensor dh, Tensor x, Tensor? up, str activation) -> Tensor[]",
     _launch_backward,
     lambda dh, x, up, activation: [x.new_empty(x.shape) for _ in range(1 if up is None else 2)],
+)
+_packed_backward = operator(
+    "activation_packed_backward(Tensor dh, Tensor packed, str activation) -> Tensor",
+    _launch_packed_backward,
+    lambda dh, packed, activation: packed.new_empty(packed.shape),
 )
 
 
@@ -156,6 +169,19 @@ class _Activation(torch.autograd.Function):
         return dx_TF, dup_TF[0] if dup_TF else None, None
 
 
+class _PackedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed_TF: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(packed_TF)
+        ctx.activation = activation
+        return _forward(*packed_TF.chunk(2, 1), activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh_TF: Tensor):
+        return _packed_backward(unit_stride(dh_TF), *ctx.saved_tensors, ctx.activation), None
+
+
 def _matrix(x: Tensor, T: int, F: int) -> Tensor:
     return unit_stride(x.reshape(T, F))
 
@@ -167,6 +193,25 @@ def activate(activation: str, x: Tensor, up: Tensor | None = None) -> Tensor:
     T, F = (1, x.numel()) if flat or not x.ndim else (math.prod(x.shape[:-1]), x.shape[-1])
     up_TF = None if up is None else _matrix(up, T, F)
     return _Activation.apply(_matrix(x, T, F), up_TF, activation).view(x.shape)
+
+
+def activate_packed(activation: str, packed: Tensor) -> Tensor:
+    """f of the first half of the last axis of `packed`, times the second half, by the kernels.
+
+    The gradient of `packed` comes in one tensor.
+    """
+    packed_TF = _matrix(packed, math.prod(packed.shape[:-1]), packed.shape[-1])
+    h_TF = _PackedActivation.apply(packed_TF, activation)
+    return h_TF.view(*packed.shape[:-1], packed.shape[-1] // 2)
+
+
+def validate_packed(op: str, packed: Tensor) -> None:
+    """Raise unless the last axis of `packed` holds a gate and what it multiplies."""
+    if not packed.ndim or packed.shape[-1] % 2 or not packed.is_floating_point():
+        raise ValueError(
+            f"{op}: without up, gate must be floating point [..., 2F], gate and up packed, "
+            f"got {packed.dtype} {list(packed.shape)}"
+        )
 
 
 def validate_pair(op: str, gate: Tensor, up: Tensor) -> None:

@@ -21,26 +21,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from tritium.kernels._activation import activate, validate_pair
+from tritium.kernels._activation import (
+    activate,
+    activate_packed,
+    validate_packed,
+    validate_pair,
+)
 from tritium.kernels.runtime import uses_triton
 
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # by the names of torch.nn.functional.gelu
 
 
-def geglu_reference(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
+def geglu_reference(gate: Tensor, up: Tensor | None = None, *, approximate: str = "none") -> Tensor:
     """The reference of `geglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     wide = torch.promote_types(gate.dtype, torch.float32)
     return (gelu(gate.to(wide), approximate=approximate) * up.to(wide)).to(gate.dtype)
 
 
-def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "none") -> Tensor:
     """Multiply `up` by the GELU of `gate`, element by element.
 
     Args:
         gate: `[..., F]`; float32, float16, bfloat16 or float64. The two halves of a packed
             projection are read where they are; a tensor is copied only if its last axis is not
             contiguous or the others do not flatten into one.
-        up: the shape, dtype and device of `gate`.
+        up: the shape, dtype and device of `gate`. None: `gate` is a packed projection `[..., 2F]`,
+            the gate first; its gradient comes in one tensor.
         approximate: "none" for the error function, "tanh" for its approximation, as in
             `torch.nn.functional.gelu`.
 
@@ -50,11 +58,16 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
 
     Raises:
         ValueError: `gate` and `up` differ in shape, dtype or device, or are not floating point;
-            `approximate` is neither "none" nor "tanh".
+            `approximate` is neither "none" nor "tanh"; without `up` the last axis is odd.
     """
-    validate_pair("geglu", gate, up)
+    if up is None:
+        validate_packed("geglu", gate)
+    else:
+        validate_pair("geglu", gate, up)
     if approximate not in ACTIVATIONS:
         raise ValueError(f'geglu: approximate must be "none" or "tanh", got {approximate!r}')
     if not uses_triton(gate, "geglu"):
         return geglu_reference(gate, up, approximate=approximate)
+    if up is None:
+        return activate_packed(ACTIVATIONS[approximate], gate)
     return activate(ACTIVATIONS[approximate], gate, up)

@@ -7,6 +7,7 @@ everything to the references, `fall_back` single operations.
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -170,14 +171,36 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
         with torch.cuda.device(x.device):
             return launch(x, *args)
 
+    def fake_for_inductor(*args):
+        _register_lowering(bound)
+        return fake(*args)
+
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, launch_on_its_device, "CUDA")
     _library.impl(
         name, launch, "CPU"
     )  # reached under the interpreter and by tritium.bench.compiled.static only
-    torch.library.register_fake(f"tritium::{name}", fake, lib=_library)
-    return getattr(torch.ops.tritium, name).default
+    torch.library.register_fake(f"tritium::{name}", fake_for_inductor, lib=_library)
+    bound = getattr(torch.ops.tritium, name).default
+    return bound
+
+
+def _register_lowering(op: Any) -> None:
+    """Tell Inductor, where it is at work, to call `op` as it is.
+
+    Inductor of torch 2.11 does so by itself, but formats the arguments for a log line first,
+    whether anybody logs or not. Where operators return pairs that feed the next one that text
+    doubles with each, and no model of twelve layers was ever compiled. Later versions format it
+    only if it is logged.
+    """
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or op in lowering.lowerings:
+        return
+    from torch._library.utils import get_layout_constraint_tag
+
+    tag = get_layout_constraint_tag(op, with_default=True)
+    lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag))
 
 
 def once_differentiable(backward: Callable) -> Callable:

@@ -16,49 +16,72 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tritium.kernels._activation import activate, validate_pair
+from tritium.kernels._activation import (
+    activate,
+    activate_packed,
+    validate_packed,
+    validate_pair,
+)
 from tritium.kernels._cpu_backward import differentiate, is_written_out
 from tritium.kernels.runtime import uses_triton, widen
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """The reference of `swiglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     return (silu(widen(gate)) * widen(up)).to(gate.dtype)
 
 
 class _WrittenOut(torch.autograd.Function):
+    """Of gate and up, or of both packed, whose gradients come as they do."""
+
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        gate, up = _pair(parts)
         return silu(widen(gate)).mul_(up).to(gate.dtype)
 
     @staticmethod
     def backward(ctx, dh: Tensor):
-        gate, up = ctx.saved_tensors
+        parts = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*differentiate(swiglu_reference, (gate, up), ctx.needs_input_grad, dh),)
+            return (*differentiate(swiglu_reference, parts, ctx.needs_input_grad, dh),)
+        dparts = tuple(map(torch.empty_like, parts))
+        (gate, up), (dgate, dup) = _pair(parts), _pair(dparts)
         wide = widen(gate)
-        dup = silu(wide).mul_(dh)
-        dgate = torch.ops.aten.silu_backward(torch.mul(widen(dh), up), wide)
-        return dgate.to(gate.dtype), dup.to(up.dtype)
+        torch.mul(silu(wide), dh, out=dup)
+        dgate.copy_(torch.ops.aten.silu_backward(torch.mul(widen(dh), up), wide))
+        return dparts
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _pair(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return parts[0].chunk(2, -1) if len(parts) == 1 else parts
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """Multiply `up` by the SiLU of `gate`, element by element.
 
     Args:
         gate: `[..., F]`; float32, float16, bfloat16 or float64. The two halves of a packed
             projection are read where they are; a tensor is copied only if its last axis is not
             contiguous or the others do not flatten into one.
-        up: the shape, dtype and device of `gate`.
+        up: the shape, dtype and device of `gate`. None: `gate` is a packed projection `[..., 2F]`,
+            the gate first; its gradient comes in one tensor.
 
     Returns:
         `[..., F]`, contiguous, in the dtype of `gate`, also under autocast. Computed in float32
         (float64 for float64) and rounded once.
 
     Raises:
-        ValueError: `gate` and `up` differ in shape, dtype or device, or are not floating point.
+        ValueError: `gate` and `up` differ in shape, dtype or device, or are not floating point; or
+            without `up` the last axis of `gate` is odd.
     """
+    if up is None:
+        validate_packed("swiglu", gate)
+        if uses_triton(gate, "swiglu"):
+            return activate_packed("silu", gate)
+        return (_WrittenOut.apply if is_written_out(gate) else swiglu_reference)(gate)
     validate_pair("swiglu", gate, up)
     if not uses_triton(gate, "swiglu"):
         define = _WrittenOut.apply if is_written_out(gate, up) else swiglu_reference

@@ -15,7 +15,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tritium.kernels import add_rms_norm, dropout_add, linear_cross_entropy, rms_norm, rope, swiglu
+from tritium.kernels import (
+    add_rms_norm,
+    dropout_add,
+    linear_cross_entropy,
+    qk_norm_rope,
+    rms_norm,
+    swiglu,
+)
 from tritium.model import activation_checkpointing as checkpointing
 from tritium.model import sampling
 from tritium.model.attention import attend, document_mask, document_numbers, widen
@@ -290,24 +297,24 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
-        self.query = Linear(D, H * K)
-        self.key = Linear(D, G * K)
-        self.value = Linear(D, G * K)
+        self.query_key_value = Linear(D, (H + 2 * G) * K)
         self.output = Linear(H * K, D)
         self.query_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
-        self.head_width = K
+        self.head_width, self.kv_heads, self.norm_eps = K, G, config.norm_eps
 
     def forward(self, x_BLD, places, cache=None):
         """Return the attention's output `[B, L, D]`; `places` are cos, sin and `attend`'s mask."""
         cos_LK, sin_LK, mask = places
-        q_BLHK, k_BLGK, v_BLGK = (
-            rearrange(widen(layer(x_BLD)), "B L (N K) -> B L N K", K=self.head_width)
-            for layer in (self.query, self.key, self.value)
+        packed_BLNK = rearrange(
+            widen(self.query_key_value(x_BLD)), "B L (N K) -> B L N K", K=self.head_width
         )
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
-        q_BLHK, k_BLGK = rope(q_BLHK, cos_LK, sin_LK), rope(k_BLGK, cos_LK, sin_LK)
+        weights = [
+            None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)
+        ]
+        q_BLHK, k_BLGK, v_BLGK = qk_norm_rope(
+            packed_BLNK, cos_LK, sin_LK, *weights, self.norm_eps, kv_heads=self.kv_heads
+        )
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
         q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
@@ -320,13 +327,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden_width: int):
         super().__init__()
-        self.gate = Linear(width, hidden_width)
-        self.up = Linear(width, hidden_width)
+        self.gate_up = Linear(width, 2 * hidden_width)
         self.down = Linear(hidden_width, width)
 
     def forward(self, x_BLD):
         """Return the layer's output, `[B, L, D]`."""
-        return self.down(swiglu(self.gate(x_BLD), self.up(x_BLD)))
+        return self.down(swiglu(self.gate_up(x_BLD)))
 
 
 class RMSNorm(nn.Module):

@@ -16,8 +16,8 @@ MUTANTS = [
     ),
     _adam(
         what="eps inside the correction",
-        original="tl.sqrt(v) * rsqrt + eps)",
-        replacement="(tl.sqrt(v) + eps) * rsqrt)",
+        original="tl.sqrt(square) * rsqrt + eps)",
+        replacement="(tl.sqrt(square) + eps) * rsqrt)",
     ),
     _adam(
         what="bias correction in float32",
@@ -26,8 +26,8 @@ MUTANTS = [
     ),
     _adam(
         what="moment not stored",
-        original="rsqrt + eps), (m, v)",
-        replacement="rsqrt + eps), (0 * m, v)",
+        original="rsqrt + eps), (m, v, largest)",
+        replacement="rsqrt + eps), (0 * m, v, largest)",
     ),
     _update(
         what="weight decay with the wrong sign",

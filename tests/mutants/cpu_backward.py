@@ -37,8 +37,8 @@ MUTANTS = [
     ),
     _swiglu(
         what="gradients exchanged",
-        original="return dgate.to(gate.dtype), dup.to(up.dtype)",
-        replacement="return dup.to(gate.dtype), dgate.to(up.dtype)",
+        original="        return dparts\n",
+        replacement="        return dparts[::-1]\n",
     ),
     _swiglu(
         what="the incoming gradient overwritten",

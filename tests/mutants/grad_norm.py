@@ -34,13 +34,13 @@ MUTANTS = [
     ),
     _mutant(
         what="the change not counted",
-        original="    torch.autograd.graph.increment_version(grads)\n    return norm\n",
+        original="    torch.autograd.graph.increment_version(held)\n    return norm\n",
         replacement="    return norm\n",
     ),
     _mutant(
         what="a layer's change not counted",
-        original="    torch.autograd.graph.increment_version(grads)\n    return norms_G\n",
-        replacement="    return norms_G\n",
+        original="    torch.autograd.graph.increment_version(held)\n    return norm_G\n",
+        replacement="    return norm_G\n",
     ),
     _mutant(
         what="float16 scaled as bfloat16",

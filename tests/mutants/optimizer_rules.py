@@ -47,8 +47,8 @@ MUTANTS = [
     ),
     _sgd(
         what="momentum that no step reached saved",
-        original='state.get("momentum_buffer") if state.get("step") else None',
-        replacement='state.get("momentum_buffer")',
+        original="(count is not None and not count)",
+        replacement="False",
     ),
     _sgd(
         what="a loaded momentum begun anew",
@@ -57,8 +57,8 @@ MUTANTS = [
     ),
     _sgd(
         what="momentum kept where none is wanted",
-        original='if group["momentum"] else ()',
-        replacement='if group["momentum"] >= 0 else ()',
+        original='if not group["momentum"]:',
+        replacement='if group["momentum"] < 0:',
     ),
     _rmsprop(
         what="eps under the root",
