@@ -117,8 +117,8 @@ MUTANTS = [
     ),
     _lion(
         what="decay inside the gradient",
-        original="    decoupled = True\n",
-        replacement="",
+        original="decoupled_weight_decay: bool = True",
+        replacement="decoupled_weight_decay: bool = False",
     ),
     _update(
         what="maximize ignored",
