@@ -147,7 +147,7 @@ MUTANTS = [
     ),
     _sgd(
         what="momentum saved that there is not",
-        original='if names or "momentum_buffer" in state:',
-        replacement="if True:",
+        original=" is None or not self._names(group):",
+        replacement=" is None:",
     ),
 ]
