@@ -13,7 +13,6 @@ from tokenizers import processors
 from tritium.data import Tokenizer
 from tritium.model import Transformer
 from tritium.model.saved import read_model
-from tritium.model.transformer import Transformer
 from tritium.training.generate import load_tokenizer, main
 from tritium.training.run import checkpoint
 

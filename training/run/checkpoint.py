@@ -25,15 +25,36 @@ from tritium.model.saved import (
     FILES,
     FORMAT,
     RECORD,
+    CheckpointError,
     check_tensors,
+    checkpoints,
     file_digest,
+    newest,
     of_another,
     read_record,
     read_tensors,
     record_digest,
+    step_of,
 )
 from tritium.model.transformer import ModelConfig, Transformer
 from tritium.training.run.fingerprint import differences
+
+__all__ = [
+    "FILES",
+    "RECORD",
+    "CheckpointError",
+    "Snapshot",
+    "checkpoints",
+    "is_healthy",
+    "load",
+    "newest",
+    "read_record",
+    "remove",
+    "snapshot",
+    "step_of",
+    "tidy",
+    "write",
+]
 
 
 class Snapshot(NamedTuple):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from tritium.kernels import AdamW
 from tritium.model import ModelConfig, Transformer
 from tritium.model.saved import read_model
-from tritium.model.transformer import Transformer
 from tritium.training.optim import OPTIMIZERS, OptimizerConfig, parameter_groups
 from tritium.training.run import checkpoint
 from tritium.training.run.checkpoint import CheckpointError

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tritium.model import ModelConfig, Transformer
 from tritium.model.saved import read_model
-from tritium.model.transformer import Transformer
 from tritium.training.optim import OptimizerConfig
 from tritium.training.run import checkpoint
 from tritium.training.run.saver import SaveConfig, SaveError, Saver
