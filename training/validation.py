@@ -177,7 +177,7 @@ def _settings(owner: type, path: tuple[str, ...], prefix: str) -> Iterator[Setti
             given = [x.name for x in hint.__metadata__]  # tyro.conf.arg(name=...)
             hint, name = hint.__origin__, given[0] if given else name
         where = (*path, field.name)
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _settings(hint, where, f"{name}." if name else "")
         else:
             kinds, choices = _kinds(hint)

@@ -90,7 +90,8 @@ def test_the_help_fits_two_screens_and_leaves_no_flag_out(capsys):
 
 
 def test_messages_name_flags_that_exist():
-    known = {*settings(), *(f"no-{flag}" for flag in settings()), "help", "help-all", "flag"}
+    known = {*settings(), *(f"no-{flag}" for flag in settings()), "help", "help-all", "flag", "no"}
+    known |= {"logdir"}  # of TensorBoard
     for file in [ROOT / "train.py", *(ROOT / "model").glob("*.py")]:
         if file.name == "generate.py":  # which has flags of its own
             continue
