@@ -164,9 +164,11 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
         return recovery.guard(memory_plan.attempt(model, of_batch))
 
+    redraws = config.dropout > 0 and config.memory.activation_checkpointing != "none"
     take_step = training_step(
-        gradients, optimizer, graph=config.compute.cuda_graph, report=console.print
-    )
+        gradients, optimizer, graph=config.compute.cuda_graph and device.type == "cuda",
+        redraws=redraws, report=console.print,
+    )  # fmt: skip
     unread: list[dict] = []  # steps whose loss is still on the device
     used_before = state.seconds
 
@@ -259,8 +261,10 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     """Make the model of a shape, on the host."""
     return Transformer(
-        shape, dropout=config.dropout, label_smoothing=config.label_smoothing, z_loss=config.z_loss
-    )
+        shape, dropout=config.dropout, label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        residual_dtype=torch.float32 if config.compute.residual == "float32" else None,
+    )  # fmt: skip
 
 
 def make_planner(config: TrainConfig, device: torch.device) -> Planner:
@@ -279,17 +283,18 @@ def accumulate_gradients(
     """Add the gradient of one whole batch; return its mean loss in nats per token, on the device.
 
     Each micro-batch counts by its share of the targets, so the means are those of the whole batch
-    however it is cut.
+    however it is cut. Autocast converts each weight once, for all of them.
     """
     device = model.embedding.weight.device
     n_targets = (batch[1] >= 0).sum().clamp(min=1)  # on the host, but in a CUDA graph
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for inputs in zip(*(x.split(micro_batch) for x in batch), strict=True):
-        share = (inputs[1] >= 0).sum() / n_targets
-        with cast:
+    with cast:
+        for inputs in zip(*(x.split(micro_batch) for x in batch), strict=True):
+            share = (inputs[1] >= 0).sum() / n_targets
             loss = model(*(x.to(device, non_blocking=True) for x in inputs)) * share
-        loss.backward()
-        total += loss.detach()
+            with torch.autocast(device.type, enabled=False):
+                loss.backward()
+            total += loss.detach()
     return total
 
 

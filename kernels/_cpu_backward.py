@@ -35,7 +35,7 @@ def differentiate(
     The gradient ends at views of `xs`, each its own: where one of `xs` was computed from another,
     or is the other, what reaches one by way of the other is left to autograd, which adds it.
     """
-    ends = [x.view_as(x) for x in xs]
+    ends = [None if x is None else x.view_as(x) for x in xs]
     inputs = [x for x, wants in zip(ends, wanted, strict=True) if wants]
     found = iter(torch.autograd.grad(definition(*ends), inputs, dy, create_graph=True))
     return [next(found) if wants else None for wants in wanted]

@@ -21,6 +21,13 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
+def as_multiplied(x: Tensor) -> Tensor:
+    """Return `x` on a GPU in the dtype that autocast multiplies in, elsewhere as it is."""
+    if x.device.type in ("cpu", "meta") or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def attend(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | None) -> Tensor:
     """Return softmax(q · kᵀ / √K) · v, `[B, H, L, K]`, over the keys where the mask is True.
 

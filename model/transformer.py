@@ -25,7 +25,7 @@ from tritium.kernels import (
 )
 from tritium.model import activation_checkpointing as checkpointing
 from tritium.model import sampling
-from tritium.model.attention import attend, document_mask, document_numbers, widen
+from tritium.model.attention import as_multiplied, attend, document_mask, document_numbers, widen
 from tritium.model.config import ModelConfig, check_share
 from tritium.model.cpu_linear import Linear
 from tritium.model.kv_cache import Cache
@@ -44,6 +44,8 @@ class Transformer(nn.Module):
         label_smoothing: share of the target's probability that is spread over the vocabulary, in
             the loss of training mode.
         z_loss: weight of the squared logarithm of the softmax's denominator in that loss.
+        residual_dtype: of the residual stream. None: that of the matrix products on a GPU, where
+            each norm moves half the bytes in bfloat16; that of the weights on a CPU.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        residual_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.config = config
@@ -63,7 +66,8 @@ class Transformer(nn.Module):
             raise ValueError(f"z_loss must be at least 0, got {z_loss}")
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.residual_dtype = residual_dtype
+        self.blocks = nn.ModuleList(Block(config, residual_dtype) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -71,6 +75,7 @@ class Transformer(nn.Module):
         self.dropout = dropout
         self._cos_LK, self._sin_LK = self._make_tables(self.device)
         self.register_load_state_dict_post_hook(_keep_tables)
+        self.register_load_state_dict_pre_hook(_pack_projections)
         self.initialise()
 
     @classmethod
@@ -232,6 +237,8 @@ class Transformer(nn.Module):
             mask = None
         # Angles run on through a row's documents: attention sees their differences alone.
         x_BLD, residual_BLD = self.embedding(tokens), None
+        if self.residual_dtype is None:
+            x_BLD = as_multiplied(x_BLD)
         cos_LK, sin_LK = self._tables(x_BLD.device)
         places = cos_LK[start:end], sin_LK[start:end], mask
         for i, block in enumerate(self.blocks):
@@ -275,8 +282,9 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """One residual block; the addition of its input is fused with its normalisation."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, residual_dtype: torch.dtype | None = None):
         super().__init__()
+        self.residual_dtype = residual_dtype
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -284,7 +292,10 @@ class Block(nn.Module):
 
     def forward(self, x_BLD, residual_BLD, places, cache=None):
         """Add `x` to the residual stream; return what is to be added next, and the stream."""
+        begins = residual_BLD is None
         h_BLD, residual_BLD = self.attention_norm.add(x_BLD, residual_BLD)
+        if begins and self.residual_dtype is not None:
+            residual_BLD = residual_BLD.to(self.residual_dtype)
         h_BLD = self.attention(h_BLD, places, cache)
         h_BLD, residual_BLD = self.feed_forward_norm.add(h_BLD, residual_BLD)
         return self.feed_forward(h_BLD), residual_BLD
@@ -379,3 +390,19 @@ def rotary_tables(
 
 def _keep_tables(model: Transformer, *_) -> None:
     model._keep_tables()
+
+
+PACKED = {
+    "attention.query_key_value": ("attention.query", "attention.key", "attention.value"),
+    "feed_forward.gate_up": ("feed_forward.gate", "feed_forward.up"),
+}
+"""Projections that one product makes, by the names they had when each had its own."""
+
+
+def _pack_projections(model: Transformer, state: dict[str, Tensor], *_) -> None:
+    """Join weights saved before the projections were packed: `load_state_dict` takes both."""
+    for i in range(model.config.n_layers):
+        for packed, parts in PACKED.items():
+            names = [f"blocks.{i}.{part}.weight" for part in parts]
+            if all(name in state for name in names):
+                state[f"blocks.{i}.{packed}.weight"] = torch.cat([state.pop(n) for n in names])

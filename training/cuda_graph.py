@@ -22,6 +22,7 @@ def training_step(
     optimizer: Optimizer,
     *,
     graph: bool,
+    redraws: bool = False,
     report: Callable[[str], object],
 ) -> Step:
     """Make the step of a run: from a batch to its loss and gradient norm, on the device.
@@ -32,6 +33,8 @@ def training_step(
         optimizer: takes the step; clips, so that it knows the norm.
         graph: take it as a CUDA graph. Where references run, which may wait for the device, there
             is none.
+        redraws: whether activations are recomputed with the random numbers of before, which a graph
+            cannot draw twice: then there is none either.
         report: is told so.
     """
 
@@ -43,10 +46,21 @@ def training_step(
             raise ValueError("training_step: the optimizer must clip; give it a max_grad_norm")
         return loss, optimizer.grad_norm
 
+    if not graph:
+        return take
+    if reason := _obstacle(redraws):
+        report(f"No CUDA graph is captured: {reason}")
+        return take
+    report(f"The whole step is captured in a CUDA graph after {WARM_UP} steps")
+    return GraphedStep(take, optimizer)
+
+
+def _obstacle(redraws: bool) -> str:
+    """Return why no graph can be captured, or nothing."""
     fallen = "every operation" if runtime.REFERENCE else ", ".join(sorted(fallen_back()))
-    if graph and fallen:
-        report(f"No CUDA graph is captured: {fallen} runs on the reference")
-    return GraphedStep(take, optimizer) if graph and not fallen else take
+    if fallen:
+        return f"{fallen} runs on the reference"
+    return "dropout is recomputed with --activation-checkpointing" if redraws else ""
 
 
 class GraphedStep:
@@ -78,6 +92,7 @@ class GraphedStep:
             results = self._on_a_side_stream(static)
         else:
             if self._graph is None:
+                torch.cuda.empty_cache()  # the graph has a pool of its own
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graph):
                     self._results = self._take(static)

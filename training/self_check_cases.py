@@ -18,8 +18,8 @@ from tritium.kernels import (
     add_rms_norm,
     dropout_add,
     linear_cross_entropy,
+    qk_norm_rope,
     rms_norm,
-    rope,
     softmax,
     swiglu,
 )
@@ -72,6 +72,11 @@ def cases(
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, residual, weight, config.norm_eps)
 
+    def turn(heads: Tensor, *tables_and_weights: Tensor) -> tuple[Tensor, ...]:
+        return qk_norm_rope(
+            heads, *tables_and_weights, eps=config.norm_eps, kv_heads=config.kv_heads
+        )
+
     def drop(x: Tensor, residual: Tensor) -> Tensor:
         return dropout_add(x, residual, model.dropout, seed=1)
 
@@ -86,18 +91,20 @@ def cases(
         return call
 
     scale_D, scale_K = (1 + 0.1 * random((n,), weights) for n in (D, K))
-    yield Case("rms_norm", norm, (tensor(D, dtype=weights), scale_D), (0, 1))
-    for heads in sorted({config.n_heads, config.kv_heads}, reverse=True):
-        head = widen(tensor(heads, K))
-        if config.qk_norm:
-            yield Case("rms_norm", norm, (head, scale_K), (0, 1))
-        yield Case("rope", rope, (head, model.cos_LK, model.sin_LK), (0,))
-    added = tensor(D), tensor(D, dtype=weights), scale_D
+    stream = model.residual_dtype
+    if stream is None:
+        stream = weights if model.device.type == "cpu" else products
+    yield Case("rms_norm", norm, (tensor(D, dtype=stream), scale_D), (0, 1))
+    heads = widen(tensor(config.n_heads + 2 * config.kv_heads, K))
+    scales = (scale_K, scale_K.clone()) if config.qk_norm else ()
+    places = (0, 3, 4) if config.qk_norm else (0,)
+    yield Case("qk_norm_rope", turn, (heads, model.cos_LK, model.sin_LK, *scales), places)
+    added = tensor(D), tensor(D, dtype=stream), scale_D
     yield Case("add_rms_norm", add_norm, added, (0, 1, 2))
     if model.dropout:
         yield Case("dropout_add", drop, added[:2], (0, 1))
     F = config.feed_forward_width
-    yield Case("swiglu", swiglu, (tensor(F), tensor(F)), (0, 1))
+    yield Case("swiglu", swiglu, (tensor(2 * F),), (0,))
     T = max(1, min(batch * L, room // (BYTES * V)))
     layer = random((T, D), products), random((V, D), weights) * D**-0.5, random.ids(V, T)
     training = loss(model.label_smoothing, model.z_loss)

@@ -156,13 +156,12 @@ def check(config: TrainConfig, usual: TrainConfig) -> None:
         value = setting.of(config)
         if problem := setting.problem(value):
             raise setting.wrong(problem, value, setting.of(usual))
-    redraws = config.dropout > 0 and config.memory.activation_checkpointing != "none"
     try:
         config.length.check()
         config.memory.check(config.model.n_layers)
         config.optimizer.check()
         trackers.require(config.observing.track)
-        config.compute.check(choose_device(config.device), config.optimizer, redraws=redraws)
+        config.compute.check(choose_device(config.device), config.optimizer)
     except ConfigError:
         raise
     except ValueError as error:

@@ -55,9 +55,10 @@ def test_grouped_heads_share_keys_and_values(device):
     grouped, full = build(device), build(device, n_kv_heads=4)
     state = grouped.state_dict()
     for name in state:
-        if name.endswith(("key.weight", "value.weight")):
-            heads = state[name].view(2, 8, -1)
-            state[name] = heads.repeat_interleave(2, dim=0).view(32, -1)
+        if name.endswith("query_key_value.weight"):
+            query, *shared = state[name].view(8, 8, -1).split([4, 2, 2])
+            heads = [x.repeat_interleave(2, dim=0) for x in shared]
+            state[name] = torch.cat([query, *heads]).flatten(0, 1)
     full.load_state_dict(state)
     tokens = ids(device, 2, 10)
     torch.testing.assert_close(grouped(tokens), full(tokens))

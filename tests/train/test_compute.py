@@ -142,11 +142,15 @@ def test_a_run_goes_on_without_the_kernels_that_are_wrong(run, tmp_path, monkeyp
         raise RuntimeError("PTX was compiled with an unsupported toolchain")
 
     with path(False):
-        activate = import_module("tritium.kernels.swiglu").activate
+        activate = import_module("tritium.kernels.swiglu").activate_packed
         monkeypatch.setattr(
-            import_module("tritium.kernels.swiglu"), "activate", lambda *args: 2 * activate(*args)
+            import_module("tritium.kernels.swiglu"),
+            "activate_packed",
+            lambda *args: 2 * activate(*args),
         )
-        monkeypatch.setattr(import_module("tritium.kernels.rope"), "_forward", does_not_launch)
+        monkeypatch.setattr(
+            import_module("tritium.kernels.qk_norm_rope"), "_forward", does_not_launch
+        )
         assert run(tmp_path / "run", *small) == 0
     out = run.output()
     assert re.search("swiglu falls back to its reference: its (output|gradient) . errs by", out)

@@ -154,13 +154,24 @@ def unlaunchable(module, name, patch):
     patch.setattr(import_module(module), name, out_of_memory_on_the_chip)
 
 
+def wrong_heads(patch):
+    module = import_module("tritium.kernels.qk_norm_rope")
+    launch = module._backward
+
+    def larger(*args):
+        dqkv, *dweights = launch(*args)
+        return 1.00001 * dqkv, *dweights
+
+    patch.setattr(module, "_backward", larger)
+
+
 DOES_NOT_RUN = r"it does not run \(RuntimeError: out of resource: shared memory\)"
 FAULTS = {
     "swiglu": (
-        partial(scaled, "tritium.kernels.swiglu", "activate", 1.00001),
+        partial(scaled, "tritium.kernels.swiglu", "activate_packed", 1.00001),
         r"its (output 0|gradient \d) errs by \d",
     ),
-    "rope": (partial(scaled, "tritium.kernels.rope", "_backward", 1.00001), r"its gradient 0 errs by \d"),
+    "qk_norm_rope": (wrong_heads, r"its gradient 0 errs by \d"),
     "add_rms_norm": (partial(unlaunchable, "tritium.kernels.rms_norm", "add_norm"), DOES_NOT_RUN),
     "linear_cross_entropy": (
         partial(unlaunchable, "tritium.kernels._cross_entropy_rows", "launch_rows"), DOES_NOT_RUN,
@@ -185,7 +196,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch, device):
     def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(import_module("tritium.kernels.swiglu"), "activate", full)
+    monkeypatch.setattr(import_module("tritium.kernels.swiglu"), "activate_packed", full)
     with pytest.raises(torch.OutOfMemoryError):
         trial(device, monkeypatch)
     assert not fallen_back()
