@@ -39,7 +39,7 @@ def _value_and_slope(a, ACTIVATION: tl.constexpr):
     else:
         s, ds = a, 1.0
         if ACTIVATION == "gelu_tanh":
-            # Below -9.5 f and f' are 0 except for 1e-30, and above 100 exp(-s) is 0, in float64 too:
+            # Below -9.5 f and f' are less than 1e-30, and above 100 exp(-s) is 0, in float64 too:
             # no power of a overflows, nor 1 - σ = exp(-s) · σ, which keeps its digits where σ ≈ 1.
             a = tl.maximum(a, -9.5, propagate_nan=tl.PropagateNan.ALL)
             square = tl.minimum(a * a, 1e4)

@@ -28,7 +28,7 @@ LOWEST_GAP = -1e4  # exp of it is 0; bounds a difference of logits that would ot
 Results = tuple[Tensor, Tensor, Tensor]  # loss_T, the statistics values_RT, argmax_T or nothing
 
 
-class Options(NamedTuple):
+class LossOptions(NamedTuple):
     """What a loss over classes is told besides its tensors."""
 
     ignore_index: int
@@ -107,7 +107,7 @@ def mean_scale(w_T: Tensor) -> Tensor:
     return torch.where(total == 0, torch.nan, 1 / total)
 
 
-def loss_of(values_RT: Tensor, w_T: Tensor, options: Options, soft: bool) -> Tensor:
+def loss_of(values_RT: Tensor, w_T: Tensor, options: LossOptions, soft: bool) -> Tensor:
     """The loss of each row from its statistics, all of them; `w_T` as of `token_weights`."""
     log_s_T = values_RT[Row.SUM].log()
     lse_T = values_RT[Row.MAXIMUM] + log_s_T
@@ -148,7 +148,7 @@ def all_reduce(x: Tensor, group: str, how: str) -> Tensor:
 
 
 def shard(group: dist.ProcessGroup | None, V: int) -> tuple[int, int, str]:
-    """`first_class`, `n_classes` and `group` of `Options`, where this rank holds V classes."""
+    """`first_class`, `n_classes` and `group` of `LossOptions`, where this rank holds V classes."""
     if group is None:
         return 0, 0, ""
     return dist.get_rank(group) * V, dist.get_world_size(group) * V, group.group_name
@@ -192,8 +192,8 @@ def stats_reference(z_TV: Tensor, target_T: Tensor, ignore_index: int) -> TokenS
 
 
 def rows_reference(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, options: Options,
-    gradient: bool,
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None,
+    options: LossOptions, gradient: bool,
 ) -> Results:  # fmt: skip
     """The reference of the rows' results; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
     soft = target_T.is_floating_point()
@@ -246,7 +246,7 @@ def rows_reference(
 
 
 def _masses_reference(
-    z_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options
+    z_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions
 ) -> tuple[Tensor | None, Tensor | float]:
     """a_V of every row, or of all rows, `[1, V]`, or None; and its sum.
 
@@ -266,7 +266,7 @@ def _masses_reference(
     return a_V[None, mine], a_V.sum()
 
 
-def _owned_reference(target_T: Tensor, V: int, options: Options) -> tuple[Tensor, Tensor]:
+def _owned_reference(target_T: Tensor, V: int, options: LossOptions) -> tuple[Tensor, Tensor]:
     """The targets as local classes, `[T, 1]`, and which of them count and are this rank's."""
     n_classes = options.n_classes or V
     if target_T.is_floating_point():
@@ -280,7 +280,7 @@ def _owned_reference(target_T: Tensor, V: int, options: Options) -> tuple[Tensor
     return torch.where(owned_T, local_T, 0)[:, None], owned_T
 
 
-def clear_ignored(results: Results, target_T: Tensor, options: Options) -> Results:
+def clear_ignored(results: Results, target_T: Tensor, options: LossOptions) -> Results:
     """Give the rows of ignored targets what the kernel gives them, whatever their logits."""
     if target_T.is_floating_point():
         return results

@@ -14,7 +14,7 @@ from torch import Tensor
 from tritium.kernels._cross_entropy_options import (
     LOWEST,
     LOWEST_GAP,
-    Options,
+    LossOptions,
     Results,
     Row,
     clear_ignored,
@@ -298,7 +298,7 @@ def _cross_entropy_kernel(
 
 
 def launch_rows(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options, *,
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
     values_RT: Tensor | None = None, dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
 ) -> Results:  # fmt: skip
     """Compute loss and statistics, unless `values_RT` brings these, and dx_TV where it is given."""
@@ -334,7 +334,7 @@ def launch_rows(
     return results
 
 
-def empty_results(x_TV: Tensor, soft: bool, options: Options) -> Results:
+def empty_results(x_TV: Tensor, soft: bool, options: LossOptions) -> Results:
     """What `rows` will fill: only the statistics that the options call for."""
     acc, T = torch.promote_types(x_TV.dtype, torch.float32), x_TV.shape[0]
     rows = len(Row) if options.stats or options.group else Row.MASS + soft
@@ -346,8 +346,8 @@ def empty_results(x_TV: Tensor, soft: bool, options: Options) -> Results:
 
 
 def rows(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, options: Options,
-    gradient: bool,
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None,
+    options: LossOptions, gradient: bool,
 ) -> Results:  # fmt: skip
     """Loss and statistics of every row; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
     if not uses_triton(x_TV, "cross_entropy"):

@@ -33,7 +33,7 @@ from torch.distributed import ProcessGroup
 
 from tritium.kernels._cross_entropy_options import (
     SCHEMA,
-    Options,
+    LossOptions,
     Results,
     TokenStats,
     check_class_weight,
@@ -109,7 +109,7 @@ def _cross_entropy_scale_kernel(dx_ptr, scale_ptr, V, stride_dxT, BLOCK_V: tl.co
 
 
 def _launch_forward(x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, *options) -> Results:
-    return rows(x_TV, target_T, w_V, None, Options(*options), gradient=False)
+    return rows(x_TV, target_T, w_V, None, LossOptions(*options), gradient=False)
 
 
 def _launch_backward(
@@ -117,13 +117,13 @@ def _launch_backward(
     *options,
 ) -> Tensor:  # fmt: skip
     dx_TV = torch.empty(x_TV.shape, dtype=x_TV.dtype, device=x_TV.device)
-    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, Options(*options))
+    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, LossOptions(*options))
     return dx_TV
 
 
 def _write_gradient(
     dx_TV: Tensor, dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None,
-    values_RT: Tensor, options: Options,
+    values_RT: Tensor, options: LossOptions,
 ) -> None:  # fmt: skip
     """Write dloss_T · dx_TV, which may be over `x_TV` itself."""
     if uses_triton(x_TV, "cross_entropy"):
@@ -137,7 +137,7 @@ def _write_gradient(
 def _launch_inplace(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, *options
 ) -> Results:
-    return rows(x_TV, target_T, w_V, dloss_T, Options(*options), gradient=True)
+    return rows(x_TV, target_T, w_V, dloss_T, LossOptions(*options), gradient=True)
 
 
 def _launch_scale(dx_TV: Tensor, scale: Tensor) -> None:
@@ -149,7 +149,7 @@ def _launch_scale(dx_TV: Tensor, scale: Tensor) -> None:
 
 
 def _fake_forward(x, target, weight, *options) -> Results:
-    return empty_results(x, target.is_floating_point(), Options(*options))
+    return empty_results(x, target.is_floating_point(), LossOptions(*options))
 
 
 _forward = operator(
@@ -180,8 +180,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options, overwrite: bool
-    ):
+        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions,
+        overwrite: bool,
+    ):  # fmt: skip
         loss_T, values_RT, argmax_T = _forward(x_TV, target_T, w_V, *options)
         ctx.save_for_backward(x_TV, target_T, w_V, values_RT)
         ctx.mark_non_differentiable(values_RT, argmax_T)
@@ -210,7 +211,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, scale: Tensor, options: Options
+        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, scale: Tensor, options: LossOptions
     ):
         dloss_T = scale.expand(x_TV.shape[0])
         loss_T, values_RT, argmax_T = _inplace(x_TV, target_T, w_V, dloss_T, *options)
@@ -319,7 +320,7 @@ def cross_entropy(
         )
     first_class, n_classes, name = shard(group, x_TV.shape[1])
     w_V = check_class_weight(op, "weight", weight, n_classes or x_TV.shape[1], input)
-    options = Options(
+    options = LossOptions(
         ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats,
         first_class, n_classes, name,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels._cross_entropy_options import Options, check_options
+from tritium.kernels._cross_entropy_options import LossOptions, check_options
 from tritium.kernels._linear_cross_entropy import linear_loss
 
 
@@ -114,7 +114,7 @@ def info_nce(
     if negatives is not None:
         excluded_BB = ~negatives
         excluded_BB.fill_diagonal_(False)
-    options = Options(-100, 0.0, 0.0, 0.0, 1.0, stats=return_accuracy)
+    options = LossOptions(-100, 0.0, 0.0, 0.0, 1.0, stats=return_accuracy)
     pairs = [(q_BD, k_BD, excluded_BB)]
     if symmetric:
         pairs.append((k_BD, q_BD, None if excluded_BB is None else excluded_BB.mT))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tritium.kernels._cross_entropy_options import Options, TokenStats, check_options
+from tritium.kernels._cross_entropy_options import LossOptions, TokenStats, check_options
 from tritium.kernels._linear_cross_entropy import chunk_rows as chunk_rows
 from tritium.kernels._linear_cross_entropy import linear_loss
 from tritium.kernels.cross_entropy import cross_entropy_reference
@@ -143,7 +143,7 @@ def linear_cross_entropy(
             f"{op}: ignore_index is for class indices, got {ignore_index} with probabilities; "
             "leave it out"
         )
-    chosen = Options(
+    chosen = LossOptions(
         -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap or 0.0,
         logit_scale, return_stats,
     )  # fmt: skip

@@ -9,8 +9,8 @@ Backward keeps the output alone:
     softmax:      dx_MN = scale · y_MN · (dy_MN - sum_N(dy_MN · y_MN) / sum_N(y_MN))
     log_softmax:  dx_MN = scale · (dy_MN - exp(y_MN) · sum_N(dy_MN))
 
-sum_N(y_MN) would be 1 except for the rounding of y: dividing by it keeps the gradient of a row whose
-mass sits on one element, where bfloat16 stores 0.999 as 1 and `dy - sum(dy · y)` cancels to noise.
+Without rounding of y, sum_N(y_MN) would be 1: dividing by it keeps the gradient of a row whose mass
+is on one element, where bfloat16 stores 0.999 as 1 and `dy - sum(dy · y)` cancels to noise.
 
 With softmax comes, on request, lse_M = log(sum_N(exp(z_MN))), whose gradient joins at no cost:
 

@@ -32,8 +32,8 @@ from tritium.kernels.optimizers._step_kernels import (
     PENALTY2,
     SUMS,
     UPDATES,
-    Options,
     Rule,
+    StepFlags,
     launch_norms,
     launch_update,
 )
@@ -76,7 +76,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self.skipped = torch.zeros((), dtype=torch.int64)
         self.records_norms: bool = every["record_norms"]
         self._forget()
-        super().__init__(params, _OFF | defaults | {"l1": every["l1"]})
+        super().__init__(params, KEYS_TORCH_ADDS | defaults | {"l1": every["l1"]})
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
         """The rule's own columns of the table of groups."""
@@ -147,7 +147,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._op = type(self).__name__
         self._forget()
         for group in self.param_groups:
-            for name in sorted(_OPTIONAL & self.defaults.keys()):
+            for name in sorted(OPTIONAL_GROUP_KEYS & self.defaults.keys()):
                 group.setdefault(name, self.defaults[name])
             self._check_group(group)
             for p in filter(self.state.get, group["params"]):
@@ -178,7 +178,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         names = list(map(self._names, self.param_groups))
         rates = list(map(self._rate_address, self.param_groups))
         found = self._tensors
-        if found.find(self.param_groups, names, rates, self._states, self._start):
+        if found.collect(self.param_groups, names, rates, self._states, self._start):
             self.skipped = self.skipped.to(found.device)
             zero = self._options["zero_grads"]
             if uses_triton(found.items[0].p, self._op):
@@ -292,7 +292,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         launch_update(
             self.rule, tables, formats, self._hyper_table(rows, found.device), partials_P, norm,
             self.skipped, self.max_grad_norm or 0.0, sums,
-            Options(
+            StepFlags(
                 l1=any(row[PENALTY1.value] for row in rows),
                 l2=any(row[PENALTY2.value] for row in rows),
                 zero=options["zero_grads"], ema_weight=1 - (options["ema_decay"] or 0.0),
@@ -369,7 +369,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _before_load(self, _optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         for group in saved["param_groups"]:
-            if missing := self.defaults.keys() - _OPTIONAL - group.keys():
+            if missing := self.defaults.keys() - OPTIONAL_GROUP_KEYS - group.keys():
                 raise ValueError(
                     f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
                     "load what the same rule saved"
@@ -381,9 +381,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return saved | {"state": state}
 
 
-_OFF = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
+KEYS_TORCH_ADDS = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
 """Flags of torch.optim, where a class of torch's has them, by their defaults."""
-_OPTIONAL = {*_OFF, "capturable", "amsgrad", "l1", "decoupled_weight_decay"}
+OPTIONAL_GROUP_KEYS = {*KEYS_TORCH_ADDS, "capturable", "amsgrad", "l1", "decoupled_weight_decay"}
 """Keys of groups that a state may lack."""
 
 

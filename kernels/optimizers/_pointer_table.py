@@ -26,7 +26,7 @@ SIZE = tl.constexpr(0)  # elements
 DTYPE = tl.constexpr(1)  # of the gradient: its number in DTYPES
 REPLICAS = tl.constexpr(2)  # how many ranks hold these elements
 GROUP = tl.constexpr(3)  # parameter group, or layer
-FORMAT = tl.constexpr(4)  # how the tensors are stored, among the formats of a launch
+FORMAT_COLUMN = tl.constexpr(4)  # code of the storage format
 KEY = tl.constexpr(5)  # what its random bits are seeded with
 LR = tl.constexpr(6)  # address of a learning rate that lives on the device, or 0
 STEP = tl.constexpr(7)  # address of the step count, or 0
@@ -71,10 +71,10 @@ def _tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device)
         raise ValueError(
             "multi-tensor: tensors must lie apart, got two at one address; pass each tensor once"
         )
-    about, places = torch.tensor(rows).tensor_split((FIRST.value,), dim=1)
-    aligned = (places % 16 == 0).all(dim=1, keepdim=True)
+    about, addresses = torch.tensor(rows).tensor_split((FIRST.value,), dim=1)
+    aligned = (addresses % 16 == 0).all(dim=1, keepdim=True)
     first_N, chunks = _chunks(tuple(row[SIZE.value] for row in rows), chunk, device)
-    tensors = torch.cat([about, first_N[:, None], aligned, places], dim=1)
+    tensors = torch.cat([about, first_N[:, None], aligned, addresses], dim=1)
     return Tables(upload(tensors, device), chunks)
 
 

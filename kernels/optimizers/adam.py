@@ -26,7 +26,7 @@ from tritium.kernels.optimizers._base import MultiTensorOptimizer
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._step_kernels import HYPER, Rule, divide
 from tritium.kernels.optimizers._step_reference import Move
-from tritium.kernels.optimizers._storage import held
+from tritium.kernels.optimizers._storage import has_state
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -77,7 +77,7 @@ def _adam_update(g, state, coefs, FORMAT: tl.constexpr):
     v = beta2 * v + weight2 * g * g
     square = v
     # In the order of `Adam.states`: the largest v is held with amsgrad.
-    if held(FORMAT, 2):
+    if has_state(FORMAT, 2):
         largest = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)
         square = largest
     return divide(step_size * m, tl.sqrt(square) * rsqrt + eps), (m, v, largest)

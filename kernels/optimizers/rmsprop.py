@@ -27,7 +27,7 @@ from tritium.kernels.optimizers._base import MultiTensorOptimizer
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._step_kernels import HYPER, Rule, divide
 from tritium.kernels.optimizers._step_reference import Move
-from tritium.kernels.optimizers._storage import held
+from tritium.kernels.optimizers._storage import has_state
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -74,12 +74,12 @@ def _rmsprop_update(g, state, coefs, FORMAT: tl.constexpr):
     v = alpha * v + weight * g * g
     variance = v
     # In the order of `RMSprop.states`: a is held if centered, b with momentum.
-    if held(FORMAT, 1):
+    if has_state(FORMAT, 1):
         a += weight * (g - a)
         variance = v - a * a
         variance = tl.where(variance < 0, 0.0, variance)
     u = divide(g, tl.sqrt(variance) + eps)
-    if held(FORMAT, 2):
+    if has_state(FORMAT, 2):
         b = momentum * b + u
         u = b
     return lr * u, (v, a, b)

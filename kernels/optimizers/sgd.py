@@ -20,7 +20,7 @@ from tritium.kernels.optimizers._base import MultiTensorOptimizer
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._step_kernels import HYPER, Rule
 from tritium.kernels.optimizers._step_reference import Move
-from tritium.kernels.optimizers._storage import held
+from tritium.kernels.optimizers._storage import has_state
 
 # Columns of the table of parameter groups.
 MOMENTUM = tl.constexpr(HYPER.value)
@@ -57,7 +57,7 @@ def _sgd_prepare(lr_N, hyper_ptr_N, t_N):
 def _sgd_update(g, state, coefs, FORMAT: tl.constexpr):
     momentum, weight, nesterov, ahead, lr = coefs
     b = state[0]
-    if held(FORMAT, 0):
+    if has_state(FORMAT, 0):
         b = momentum * b + weight * g
         g = nesterov * g + ahead * b
     return lr * g, (b,)
