@@ -1,6 +1,6 @@
-"""The linear loss in chunks: its operator, its gradients, and what linear_cross_entropy shares.
+"""Linear cross-entropy in chunks: operator and gradients, shared with info_nce.
 
-The formulas stand in linear_cross_entropy.py; info_nce.py calls `linear_loss`, too.
+The formulas are in linear_cross_entropy.py.
 """
 
 import math
@@ -34,7 +34,7 @@ from tritium.kernels.runtime import once_differentiable, operator, sees_through
 
 # A chunk's rows must outnumber what the float32 sum of dweight costs (about 230 rows' worth on an
 # H200, computed), so the budget is large; on a CPU a chunk should stay in the cache: 95 ms against
-# 129 ms for whole logits at T = 2048, D = 256, V = 4096 on 2 cores.
+# 129 ms for all logits at once at T = 2048, D = 256, V = 4096 on 2 cores.
 CHUNK_BYTES_CUDA = 1 << 30
 CHUNK_BYTES_CPU = 1 << 22
 
@@ -65,7 +65,7 @@ def chunk_rows(
     if budget < 1:
         raise ValueError(f"{op}: chunk_bytes must be positive, got {chunk_bytes}")
     rows = max(1, budget // (V * dtype.itemsize))
-    rows = rows // 128 * 128 if rows > 128 else rows  # whole tiles of the matrix products
+    rows = rows // 128 * 128 if rows > 128 else rows  # complete tiles of the matrix products
     single = chunk_bytes is None and single_chunk_saves_memory and max(rows, D) + D >= T
     return max(rows, T) if single else rows
 
@@ -86,7 +86,7 @@ def _launch(
     dbias_V.zero_()
     options, gradient = LossOptions(*options), want_hidden or want_weight or want_bias
     T, V = hidden_TD.shape[0], weight_VD.shape[0]
-    stride = -(-V // 64) * 64  # rows that start on 128 bytes, so that every V has wide accesses
+    stride = -(-V // 64) * 64  # rows start on 128 bytes: 16-byte accesses for every V
     padded_CV = hidden_TD.new_empty(min(chunk_rows, T), stride)
     padded_CV[:, V:] = 0  # a product may read what it multiplies by 0: oneDNN does, on AMX
     buffer_CV = padded_CV[:, :V]
@@ -123,7 +123,7 @@ def _launch(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a · b to `out`, whose dtype may be wider, without rounding the product in between."""
+    """Add a · b to `out`, perhaps of a more precise dtype, without rounding the product before."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif out.is_cuda:
@@ -170,7 +170,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     target: Tensor
     class_weight: Tensor | None
-    excluded: Tensor | None  # True: this class is none for this token
+    excluded: Tensor | None  # True: this class does not count for this token
 
 
 def _call(inputs: Inputs, dloss_T, plan: ChunkPlan, wants, options: LossOptions):
@@ -235,7 +235,7 @@ def _row_scale(inputs: Inputs, plan: ChunkPlan, options: LossOptions) -> Tensor:
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
-    """The loss of each row; the backward pass computes the logits again."""
+    """The loss of each row; the backward pass recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -264,7 +264,7 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
 
 def _hand_over(ctx, grads, dtypes, factor: Tensor) -> list[Tensor | None]:
-    """The gradients times `factor` for autograd; the weight's goes to its own buffer, if any."""
+    """Return the gradients times `factor`; add the weight's to its own buffer, if there is one."""
     wants = list(ctx.wants)
     if ctx.weight_grad_VD is not None:
         ctx.weight_grad_VD.addcmul_(grads[1], factor)
@@ -281,7 +281,7 @@ def linear_loss(
     class_weight: Tensor | None, excluded: Tensor | None, options: LossOptions, reduction: str,
     chunk_bytes: int | None, weight_grad: Tensor | None, group: ProcessGroup | None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """`linear_cross_entropy` in the name of `op`, without the classes that `excluded` says."""
+    """Compute `linear_cross_entropy`; `op` names the caller in errors, `excluded` masks classes."""
     check_layer(op, hidden, weight, bias, weight_grad)
     V, D = weight.shape
     shape = hidden.shape[:-1]
@@ -332,7 +332,7 @@ def _products_dtype(hidden: Tensor) -> torch.dtype:
 def _whole(
     inputs: Inputs, dtype: torch.dtype, options: LossOptions, reduction: str, shape: torch.Size
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """The loss from whole logits in plain PyTorch, which can be transformed as one likes."""
+    """Compute the loss from all logits in plain PyTorch, which every transform supports."""
     h, w, b = (None if x is None else x.to(dtype) for x in inputs[:3])
     device = inputs.hidden.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):

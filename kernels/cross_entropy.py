@@ -7,14 +7,14 @@ class weights w_V (ones if absent) and ε the label smoothing:
     loss_T = (1 - ε) · w_t · (lse - z_t) + ε/V · sum_V(w_V · (lse - z_V)) + z_loss · w_t · lse²
 
 and 0 where the target is `ignore_index`. "mean" divides the sum of loss_T by the sum of w_t over
-the targets that count. Of soft targets q_TV the first term is (1 - ε) · sum_V(q_V · w_V · (lse -
-z_V)), and w_t is 1. Backward, with p_TV = exp(z_TV - lse_T) and with hit_T and a_TV the target's
-mass as _token_loss.py divides it:
+the targets that count. For soft targets q_TV the first term is (1 - ε) · sum_V(q_V · w_V · (lse -
+z_V)), and w_t is 1. Backward, with p_TV = exp(z_TV - lse_T) and with hit_T and a_TV the weights of
+_cross_entropy_options.py:
 
     dz_TV = p_TV · (hit_T + sum_V(a_TV) + 2 · z_loss · w_t · lse_T) - a_TV - [V = t] · hit_T
     dlogits_TV = dloss_T · logit_scale · dz_TV · (1 - (z_TV / softcap)²)
 
-T tokens, V classes. The kernel stands in _loss_rows.py.
+T tokens, V classes. The kernel is in _cross_entropy_rows.py.
 
 Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018.
 https://arxiv.org/abs/1805.02867; the z-loss: de Brébisson & Vincent, "The Z-loss", 2016,
@@ -76,7 +76,7 @@ def cross_entropy_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The reference of `cross_entropy` on `[T, V]`, in float32 or the wider dtype of `input`."""
+    """Compute `cross_entropy` on `[T, V]` in plain PyTorch, in float32 (float64 for float64)."""
     z_TV = final_logits(input, softcap, logit_scale)
     target = target.to(z_TV) if target.is_floating_point() else target
     w_V = None if weight is None else weight.to(z_TV)
@@ -91,7 +91,7 @@ def cross_entropy_reference(
 
 
 def final_logits(x_TV: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """The logits scaled and capped, in float32 or their wider dtype."""
+    """Return the logits scaled and capped, in float32 or their wider dtype."""
     z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32)) * logit_scale
     return softcap * torch.tanh(z_TV / softcap) if softcap else z_TV
 
@@ -284,8 +284,8 @@ def cross_entropy(
             the shape of `input`, floating point, each row of which should sum to 1.
         weight: `[V]`, the weight of each class, or None for ones. It gets no gradient.
         size_average, reduce: deprecated in PyTorch, refused here: `reduction` says it.
-        ignore_index: targets of this value count neither in the loss nor in the mean. Of
-            probabilities none can be ignored: a value of 0 or more is refused.
+        ignore_index: targets of this value count neither in the loss nor in the mean. With
+            probabilities no class can be ignored: a value of 0 or more raises.
         reduction: "mean" (by class weight; per token for probabilities), "sum" or "none".
         label_smoothing: ε in [0, 1].
         z_loss: factor of lse², at least 0.
@@ -307,7 +307,7 @@ def cross_entropy(
         (float64 for float64 logits). With `return_stats` a pair.
 
     Raises:
-        ValueError: a shape, dtype or option is outside what stands above.
+        ValueError: an argument has another shape, dtype or range than documented above.
     """
     op = "cross_entropy"
     check_reduction(op, reduction, size_average, reduce)

@@ -48,7 +48,7 @@ def adam_reference(
     betas: tuple[float, float],
     eps: float,
 ) -> Move:
-    """The update rule in plain PyTorch; `m`, `v` and with amsgrad `largest` change in place."""
+    """Apply the update rule in plain PyTorch; `m`, `v` and `largest` change in place."""
     beta1, beta2 = betas
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -76,7 +76,7 @@ def _adam_update(g, state, coefs, FORMAT: tl.constexpr):
     m += weight1 * (g - m)
     v = beta2 * v + weight2 * g * g
     square = v
-    # In the order of `Adam.states`: the largest v is held with amsgrad.
+    # In the order of `Adam.states`: the largest v is a state with amsgrad.
     if has_state(FORMAT, 2):
         largest = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)
         square = largest
@@ -100,7 +100,7 @@ class Adam(MultiTensorOptimizer):
     """Update every parameter by Adam in one launch, clipping the global gradient norm on the way.
 
     Arguments, groups and state are those of `torch.optim.Adam`, and each loads the other's
-    `state_dict`; what `AdamW` says of launches, clipping and skipped steps holds here too.
+    `state_dict`; what `AdamW` says of launches, clipping and skipped steps applies here too.
 
     Args:
         params: parameters or groups, as for `AdamW`.

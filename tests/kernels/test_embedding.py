@@ -286,8 +286,8 @@ TOKEN, WEIGHT = torch.zeros(2, dtype=torch.long), torch.ones(3, 4)
         (TOKEN.byte(), WEIGHT, None, "input must be int64 or int32, got torch.uint8"),
         (TOKEN.float(), WEIGHT, None, "input must be int64 or int32, got torch.float32"),
         (TOKEN, WEIGHT.to("meta"), None, "input is on cpu; move it to meta"),
-        (TOKEN, WEIGHT, 3, r"padding_idx must lie in \[-3, 3\), got 3"),
-        (TOKEN, WEIGHT, -4, r"padding_idx must lie in \[-3, 3\), got -4"),
+        (TOKEN, WEIGHT, 3, r"padding_idx must be in \[-3, 3\), got 3"),
+        (TOKEN, WEIGHT, -4, r"padding_idx must be in \[-3, 3\), got -4"),
     ],
     ids=str,
 )

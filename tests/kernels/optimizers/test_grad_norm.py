@@ -221,7 +221,7 @@ def grads_on_two_devices():
 
 ERRORS = [
     (lambda: with_gradient(torch.ones(2).double()), TypeError, "must be float32, float16 or bf"),
-    (grads_on_two_devices, ValueError, "must lie on one device, got cpu and meta"),
+    (grads_on_two_devices, ValueError, "must be on one device, got cpu and meta"),
     (lambda: with_gradient(torch.ones(8)[::2]), ValueError, "must be dense"),
     (
         lambda: with_gradient(torch.ones(2).to_sparse()),
@@ -243,7 +243,7 @@ def test_rejects_shared_memory(device):
     p = with_gradient(torch.ones(2, device=device))
     q = nn.Parameter(torch.ones(2, device=device))
     q.grad = p.grad
-    with pytest.raises(ValueError, match="must lie apart"):
+    with pytest.raises(ValueError, match="must not share an address"):
         clip_grad_norm_([p, q], 1.0)
-    with pytest.raises(ValueError, match="must lie apart"):
+    with pytest.raises(ValueError, match="must not share an address"):
         clip_grad_norms_([p, q], 1.0)

@@ -354,9 +354,9 @@ def test_everything_at_once_is_never_read_back(actual, options, monkeypatch, dev
 
 BAD = [
     ({"nesterow": True}, TypeError, r"options must be among \[.*\], got \['nesterow'\]"),
-    ({"ema_decay": 1.0}, ValueError, r"ema_decay must lie in \[0, 1\), got 1.0"),
-    ({"ema_decay": nan}, ValueError, r"ema_decay must lie in \[0, 1\)"),
-    ({"seed": -1}, ValueError, r"seed must lie in \[0, 2\^32\)"),
+    ({"ema_decay": 1.0}, ValueError, r"ema_decay must be in \[0, 1\), got 1.0"),
+    ({"ema_decay": nan}, ValueError, r"ema_decay must be in \[0, 1\)"),
+    ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^32\)"),
     ({"master": "half"}, ValueError, "master must be one of"),
     ({"state_dtype": torch.float16}, ValueError, "state_dtype must be one of"),
     ({"l1": -0.1}, ValueError, "l1 must be at least 0"),
