@@ -189,7 +189,7 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
 def _register_lowering(op: Any) -> None:
     """Tell Inductor, where it is at work, to call `op` as it is.
 
-    Inductor of torch 2.11 does so by itself, but formats the arguments for a log line first,
+    Inductor of torch 2.11 already does so, but formats the arguments for a log line first,
     whether anybody logs or not. Where operators return pairs that feed the next one that text
     doubles with each, and no model of twelve layers was ever compiled. Later versions format it
     only if it is logged.

@@ -30,7 +30,7 @@ def random_probabilities(T, V, dtype):
 
 
 def check_both(logits, target, weight, options, unit):
-    """Hold the plain and the in-place kernel against the reference; `unit` is that of a loss."""
+    """Compare the plain and the in-place kernel with the reference; `unit` is that of a loss."""
 
     def reference(x):
         return cross_entropy_reference(x, target, weight=weight, **options)

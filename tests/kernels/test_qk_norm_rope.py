@@ -352,7 +352,7 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     qkv, _, _, q_weight, k_weight = drawn(device, dtype=dtype)
     angles = tables(9, 4, device)
     offset = torch.tensor([0, 3], device=device)

@@ -1,4 +1,4 @@
-"""Faults of gradients that are hand-written beside their references."""
+"""Faults of hand-written CPU gradients."""
 
 from functools import partial
 

@@ -57,7 +57,7 @@ MUTANTS = [
         replacement="bits = element_bits(offs - first, key)",
     ),
     _formats(
-        what="what lies beyond a tensor in the scale of its last block",
+        what="memory after a tensor in the scale of its last block",
         original="            x = tl.where(offs < end, x, 0.0)\n",
         replacement="            x = x\n",
     ),

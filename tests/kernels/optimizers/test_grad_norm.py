@@ -1,4 +1,4 @@
-"""clip_grad_norm_ is torch's with norm 2, summed in float32 whatever the gradients are kept in.
+"""clip_grad_norm_ is torch's with norm 2, summed in float32 for gradients of any dtype.
 
 clip_grad_norms_ is that of one layer after another.
 """
@@ -133,7 +133,7 @@ def test_leaves_small_gradients_alone(max_norm, dtype, path, device):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_treats_what_is_not_finite_as_torch_does(bad, path, device):
+def test_treats_nonfinite_gradients_as_torch_does(bad, path, device):
     ps = parameters([torch.float32], device)
     ps[3].grad[5] = bad
     qs = [with_gradient(p.grad.clone()) for p in ps]

@@ -1,4 +1,4 @@
-"""Optimizers keep torch's manners: state, groups, layouts, launches; and say what they refuse."""
+"""Optimizers follow torch.optim's interface: state, groups, layouts, launches, errors."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def test_launches_do_not_depend_on_the_model(max_grad_norm, launches, shapes, mo
     assert len(grids) == launches
 
 
-def test_uploads_nothing_while_addresses_stand(monkeypatch, device):
+def test_uploads_nothing_while_addresses_stay(monkeypatch, device):
     ps = parameters(SMALL, device)
     gradients(ps, seed=1)
     optimizer = AdamW(ps, max_grad_norm=1.0)

@@ -1,4 +1,4 @@
-"""What every optimizer takes beyond torch.optim's arguments does what it says, and nothing else."""
+"""Options beyond torch.optim's arguments do what they document, and nothing else."""
 
 import copy
 import gc
@@ -306,7 +306,7 @@ def test_gradients_of_float16_are_refused(path, device):
         AdamW([p]).step()
 
 
-def test_lets_go_of_gradients(path, device):
+def test_step_releases_gradients(path, device):
     p = nn.Parameter(torch.ones(4, device=device))
     optimizer = AdamW([p], max_grad_norm=1.0, record_norms=True)
     p.grad = torch.ones_like(p)
