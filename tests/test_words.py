@@ -92,7 +92,7 @@ def test_every_room_has_words(room):
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    ("text", "words"),
     [
         ("# the Definition of ours", ["Definition", "ours"]),
         ("It goes on, but for one.", ["goes on", "but for"]),
