@@ -8,7 +8,7 @@
     relu_squared   f(a) = max(a, 0)²
 
 The tanh approximation of GELU is written in the logistic function: (1 + tanh(u)) / 2 = σ(2u).
-Backward keeps the inputs alone and computes f and f' again.
+Backward saves only the inputs and computes f and f' again.
 
 T tokens (every leading axis, flattened), F features.
 """
@@ -28,7 +28,7 @@ TILE = 2048  # elements per program: 16 a thread
 
 @triton.jit
 def _value_and_slope(a, ACTIVATION: tl.constexpr):
-    """f(a) and f'(a); what a kernel does not use of them is not compiled."""
+    """Return f(a) and f'(a); an unused one is not compiled."""
     if ACTIVATION == "relu_squared":
         relu = tl.where(a < 0, 0.0, a)  # a NaN stays one
         return relu * relu, 2 * relu
@@ -39,7 +39,7 @@ def _value_and_slope(a, ACTIVATION: tl.constexpr):
     else:
         s, ds = a, 1.0
         if ACTIVATION == "gelu_tanh":
-            # Below -9.5 f and f' are 0 except for 1e-30, and above 100 exp(-s) is 0, in float64 too:
+            # Below -9.5 f and f' are less than 1e-30, and above 100 exp(-s) is 0, in float64 too:
             # no power of a overflows, nor 1 - σ = exp(-s) · σ, which keeps its digits where σ ≈ 1.
             a = tl.maximum(a, -9.5, propagate_nan=tl.PropagateNan.ALL)
             square = tl.minimum(a * a, 1e4)
@@ -54,7 +54,7 @@ def _value_and_slope(a, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tile(T, F, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
-    # Neighbouring programs walk along F first.
+    # Neighbouring programs are neighbours along F.
     n_F = tl.cdiv(F, BLOCK_F)
     tile = tl.program_id(0).to(tl.int64)
     offs_T = tile // n_F * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
@@ -187,7 +187,7 @@ def _matrix(x: Tensor, T: int, F: int) -> Tensor:
 
 
 def activate(activation: str, x: Tensor, up: Tensor | None = None) -> Tensor:
-    """f(`x`), times `up` where there is one, by the kernels. Shape, dtype and device are theirs."""
+    """f(`x`), times `up` where there is one, by the kernels. Same shape, dtype and device."""
     # One long row where memory allows: its accesses stay 16 bytes wide whatever F is.
     flat = x.is_contiguous() and (up is None or up.is_contiguous())
     T, F = (1, x.numel()) if flat or not x.ndim else (math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,9 +1,9 @@
-"""References with their gradients hand-written, for CPUs.
+"""Hand-written CPU backward passes: fewer saved tensors than autograd.
 
-What autograd makes of a reference keeps more tensors than its gradient needs and reads them more
-often, and on a CPU that is most of the time of everything between two matrix products. There, where
-operators run one by one and a gradient is wanted, the formulas of the kernels are computed instead.
-A second derivative is that of the reference.
+Autograd of a reference saves more tensors than the gradient needs and reads them more often; on a
+CPU that is most of the time spent between two matrix products. Where operators run one by one on a
+CPU and a gradient is wanted, the formulas of the kernels are computed instead. A second derivative
+is that of the reference.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch import Tensor
 from tritium.kernels import runtime
 
 
-def is_written_out(*xs: Tensor) -> bool:
-    """Whether the gradient with respect to some of `xs` is computed as it is hand-written."""
+def uses_cpu_backward(*xs: Tensor) -> bool:
+    """Return whether the hand-written backward applies: on a CPU, for a gradient of some `xs`."""
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in xs)
@@ -30,7 +30,7 @@ def is_written_out(*xs: Tensor) -> bool:
 def differentiate(
     definition: Callable[..., Tensor], xs: tuple[Tensor, ...], wanted: tuple[bool, ...], dy: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients of `reference(*xs)`, None where not wanted, with a graph of theirs.
+    """Return the gradients of `reference(*xs)`, None where not wanted, with a graph of their own.
 
     The gradient ends at views of `xs`, each its own: where one of `xs` was computed from another,
     or is the other, what reaches one by way of the other is left to autograd, which adds it.

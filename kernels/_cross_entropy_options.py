@@ -1,4 +1,4 @@
-"""What the losses over classes share: options, checks, row statistics, the reduction.
+"""Options, checks, row statistics and reduction shared by the losses over classes.
 
 A row's loss is a function of a few numbers, the `Statistics` of its logits z_V. With class weights
 w_V (ones if absent), target class t or soft targets q_V, and ε the label smoothing:
@@ -7,7 +7,7 @@ w_V (ones if absent), target class t or soft targets q_V, and ε the label smoot
     loss = hit · (lse - z_t) + sum(a_V) · lse - sum(a_V · z_V) + z_loss · w_t · lse²
 
 where w_t is 1 for soft targets. Where the classes are split over a process group, each rank
-computes the numbers of its own classes, and two all-reduces make them those of the whole row.
+computes the numbers of its own classes, and two all-reduces combine them.
 """
 
 import math
@@ -28,15 +28,15 @@ LOWEST_GAP = -1e4  # exp of it is 0; bounds a difference of logits that would ot
 Results = tuple[Tensor, Tensor, Tensor]  # loss_T, the statistics values_RT, argmax_T or nothing
 
 
-class Options(NamedTuple):
-    """What a loss over classes is told besides its tensors."""
+class LossOptions(NamedTuple):
+    """Non-tensor options of a classification loss."""
 
     ignore_index: int
     label_smoothing: float
     z_loss: float
     softcap: float  # 0: none
     logit_scale: float
-    stats: bool = False  # whether entropy and argmax are wanted
+    stats: bool = False  # compute entropy and argmax
     first_class: int = 0  # of this rank
     n_classes: int = 0  # of all ranks; 0: as many as there are logits
     group: str = ""  # name of the process group over which the classes are split
@@ -52,7 +52,7 @@ class Row(IntEnum):
     """The rows of `Statistics.values`. The first two are always there, MASS with soft targets."""
 
     MAXIMUM = 0  # of z_V
-    SUM = 1  # of exp(z_V - maximum); kept beside it, for lse itself would round p away
+    SUM = 1  # of exp(z_V - maximum); stored apart: lse itself would round p away
     MASS = 2  # sum(a_V)
     DOT = 3  # sum(a_V · z_V)
     TARGET = 4  # z_t
@@ -77,7 +77,7 @@ class TokenStats(NamedTuple):
 def token_weights(
     target_T: Tensor, w_V: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight of each token's loss: that of its class, or 0 where the target is ignored.
+    """Return the weight of each token's loss: that of its class, or 0 where the target is ignored.
 
     Soft targets, which are floating point, weigh 1 each.
     """
@@ -93,7 +93,7 @@ def token_weights(
 def reduce_loss(
     loss_T: Tensor, target_T: Tensor, w_V: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
-    """`loss_T` itself, its sum, or its mean by `token_weights` (nan where no target counts)."""
+    """Return `loss_T`, its sum, or its mean by `token_weights` (nan where no target counts)."""
     if reduction == "none":
         return loss_T
     if reduction == "sum":
@@ -102,13 +102,13 @@ def reduce_loss(
 
 
 def mean_scale(w_T: Tensor) -> Tensor:
-    """What a sum is multiplied by to make it a mean; nan where all weights are 0, as in PyTorch."""
+    """Return the factor from sum to mean; nan where all weights are 0, as in PyTorch."""
     total = w_T.sum()
     return torch.where(total == 0, torch.nan, 1 / total)
 
 
-def loss_of(values_RT: Tensor, w_T: Tensor, options: Options, soft: bool) -> Tensor:
-    """The loss of each row from its statistics, all of them; `w_T` as of `token_weights`."""
+def loss_of(values_RT: Tensor, w_T: Tensor, options: LossOptions, soft: bool) -> Tensor:
+    """Return the loss of each row from its statistics, all of them; `w_T` as of `token_weights`."""
     log_s_T = values_RT[Row.SUM].log()
     lse_T = values_RT[Row.MAXIMUM] + log_s_T
     loss_T = values_RT[Row.MASS] * lse_T - values_RT[Row.DOT] + options.z_loss * w_T * lse_T**2
@@ -119,7 +119,7 @@ def loss_of(values_RT: Tensor, w_T: Tensor, options: Options, soft: bool) -> Ten
 
 
 def combine(values_RT: Tensor, argmax_T: Tensor, group: str, soft: bool) -> tuple[Tensor, Tensor]:
-    """Make statistics of each rank's classes those of whole rows.
+    """Combine the statistics of each rank's classes into those of complete rows.
 
     Two all-reduces, and a third where an argmax is wanted.
     """
@@ -140,7 +140,7 @@ def combine(values_RT: Tensor, argmax_T: Tensor, group: str, soft: bool) -> tupl
 
 
 def all_reduce(x: Tensor, group: str, how: str) -> Tensor:
-    """The maximum ("max"), minimum ("min") or sum ("sum") of `x` over the ranks of `group`."""
+    """Reduce `x` over the ranks of `group`: "max", "min" or "sum"."""
     x = x.clone()
     op = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "sum": dist.ReduceOp.SUM}[how]
     dist.all_reduce(x, op, _resolve_process_group(group))
@@ -148,7 +148,7 @@ def all_reduce(x: Tensor, group: str, how: str) -> Tensor:
 
 
 def shard(group: dist.ProcessGroup | None, V: int) -> tuple[int, int, str]:
-    """`first_class`, `n_classes` and `group` of `Options`, where this rank holds V classes."""
+    """Return `first_class`, `n_classes` and `group` for `LossOptions`; this rank has V classes."""
     if group is None:
         return 0, 0, ""
     return dist.get_rank(group) * V, dist.get_world_size(group) * V, group.group_name
@@ -170,13 +170,13 @@ def token_stats(
 
 
 def shape_stats(stats: TokenStats, shape: torch.Size) -> TokenStats:
-    """`stats`, one number per token, in the `shape` of the targets."""
+    """Return `stats`, one number per token, in the `shape` of the targets."""
     *rows, accuracy = stats
     return TokenStats(*(None if x is None else x.view(shape) for x in rows), accuracy)
 
 
 def stats_reference(z_TV: Tensor, target_T: Tensor, ignore_index: int) -> TokenStats:
-    """`TokenStats` of the final logits, without a gradient, in plain PyTorch."""
+    """Return `TokenStats` of the final logits, without a gradient, in plain PyTorch."""
     z_TV = z_TV.detach()
     log_p_TV = z_TV.log_softmax(-1)
     lse_T, argmax_T = z_TV.logsumexp(-1), z_TV.argmax(-1)
@@ -192,10 +192,10 @@ def stats_reference(z_TV: Tensor, target_T: Tensor, ignore_index: int) -> TokenS
 
 
 def rows_reference(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, options: Options,
-    gradient: bool,
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None,
+    options: LossOptions, gradient: bool,
 ) -> Results:  # fmt: skip
-    """The reference of the rows' results; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
+    """Compute `rows` in plain PyTorch; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
     soft = target_T.is_floating_point()
     z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32), copy=not gradient)
     if options.logit_scale != 1:
@@ -246,9 +246,9 @@ def rows_reference(
 
 
 def _masses_reference(
-    z_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options
+    z_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions
 ) -> tuple[Tensor | None, Tensor | float]:
-    """a_V of every row, or of all rows, `[1, V]`, or None; and its sum.
+    """Return a_V of every row, or of all rows, `[1, V]`, or None; and its sum.
 
     With hard targets that is the sum over all ranks' classes, which every rank knows.
     """
@@ -266,22 +266,22 @@ def _masses_reference(
     return a_V[None, mine], a_V.sum()
 
 
-def _owned_reference(target_T: Tensor, V: int, options: Options) -> tuple[Tensor, Tensor]:
-    """The targets as local classes, `[T, 1]`, and which of them count and are this rank's."""
+def _owned_reference(target_T: Tensor, V: int, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Return the targets as local classes, `[T, 1]`, and which count and belong to this rank."""
     n_classes = options.n_classes or V
     if target_T.is_floating_point():
         nothing_T = target_T.new_zeros(target_T.shape[0], dtype=torch.int64)
         return nothing_T[:, None], nothing_T > 0
     counts_T = target_T != options.ignore_index
     if (counts_T & ((target_T < 0) | (target_T >= n_classes))).any():
-        raise IndexError(f"cross_entropy: a target lies outside [0, {n_classes})")
+        raise IndexError(f"cross_entropy: a target is outside [0, {n_classes})")
     local_T = target_T - options.first_class
     owned_T = counts_T & (local_T >= 0) & (local_T < V)
     return torch.where(owned_T, local_T, 0)[:, None], owned_T
 
 
-def clear_ignored(results: Results, target_T: Tensor, options: Options) -> Results:
-    """Give the rows of ignored targets what the kernel gives them, whatever their logits."""
+def clear_ignored(results: Results, target_T: Tensor, options: LossOptions) -> Results:
+    """Set the rows of ignored targets to the kernel's values for them, whatever their logits."""
     if target_T.is_floating_point():
         return results
     loss_T, values_RT, argmax_T = results
@@ -306,12 +306,12 @@ def check_options(
     for name, number in (numbers | {"logit_scale": logit_scale}).items():
         check_number(op, name, number)
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing}")
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"{op}: z_loss must be at least 0, got {z_loss}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be above 0, or None for no cap, got {softcap}")
-    if not -math.inf < logit_scale < math.inf:  # math.isfinite is closed to torch.compile
+    if not -math.inf < logit_scale < math.inf:  # torch.compile does not trace math.isfinite
         raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
 
 

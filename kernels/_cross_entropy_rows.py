@@ -1,9 +1,20 @@
-"""Loss, statistics and gradient of rows of logits: what cross_entropy and linear_cross_entropy run.
+"""Loss, statistics and gradient of rows of logits, for cross_entropy and linear_cross_entropy.
 
-The formulas stand in cross_entropy.py, the statistics in _token_loss.py. One program serves one
-row of T: a first pass over its V classes keeps a running maximum and sums for every few lanes of a
-thread, so that its loop holds no barrier; a second pass writes the gradient, over the logits
-themselves if asked. What a call does not ask for is not compiled into it.
+The formulas are in cross_entropy.py, the statistics in _cross_entropy_options.py. One program
+processes one row of T: a first pass over its V classes keeps a running maximum and sums for every
+few lanes of a thread, so that its loop has no barrier; a second pass writes the gradient, over the
+logits themselves if asked. Options that a call does not use are not compiled into its kernel.
+
+Names in the kernel, with m the running maximum and s the sum of exp(z_V - m):
+
+    hit      weight of the target class: (1 - label_smoothing) · w_t; 1 - label_smoothing if SOFT
+    uniform  label_smoothing / n_classes
+    mass     sum of a_V, the weight that every class has apart from `hit`
+    dot      sum of a_V · z_V
+    spread   sum of exp(z_V - m) · (z_V - m), from which the entropy follows
+    best     index of the first maximum
+    total    mass + hit + 2 · z_loss · w_t · lse: the factor of p_V in the gradient
+    give     incoming gradient · logit_scale
 """
 
 import torch
@@ -14,7 +25,7 @@ from torch import Tensor
 from tritium.kernels._cross_entropy_options import (
     LOWEST,
     LOWEST_GAP,
-    Options,
+    LossOptions,
     Results,
     Row,
     clear_ignored,
@@ -72,7 +83,7 @@ def _masses(
     q_ptr, w_ptr, offs_V, V, hit, uniform,
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # What each class gets of the target's mass besides the hit of a hard target; 0 on padding.
+    # a_V: the weight of each class, except `hit` of a hard target; 0 on padding.
     a_V = tl.where(offs_V < V, uniform, 0.0) if MASKED else tl.zeros(offs_V.shape, ACC) + uniform
     if SOFT:
         if MASKED:
@@ -172,7 +183,7 @@ def _cross_entropy_kernel(
         mass = tl.full((), 0.0, ACC)
         if not SOFT:
             # A target outside [0, n_classes) makes the row's loss and gradient nan; one of another
-            # rank's classes has its logit there.
+            # rank's classes has its logit on that rank.
             known = (target >= 0) & (target < n_classes)
             local = target - first
             owned = (local >= 0) & (local < V) & known
@@ -189,6 +200,7 @@ def _cross_entropy_kernel(
         w_ptr += first
 
         if LOSS:
+            # Pass 1: running maximum and sums of every lane.
             m = tl.full((BLOCK_V // LANES,), LOWEST, ACC)
             s = tl.zeros((BLOCK_V // LANES,), ACC)
             dot = tl.zeros((BLOCK_V // LANES,), ACC)
@@ -208,9 +220,11 @@ def _cross_entropy_kernel(
                     offs_V, V - v, v, hit, uniform, logit_scale, softcap,
                     False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
                 )  # fmt: skip
+            # Merge the lanes.
             row_m = tl.max(m, axis=0)
             row_s = tl.sum(s * tl.exp2((m - row_m) * LOG2_E), axis=0)
             row_dot = tl.sum(dot, axis=0)
+            # Loss of the row.
             log_s = tl.log2(row_s) * LN_2
             lse = row_m + log_s
             loss = z_loss * w_t * lse * lse
@@ -246,6 +260,7 @@ def _cross_entropy_kernel(
                 mass = tl.load(values_ptr + MASS * stride_valuesR)
 
         if GRADIENT:
+            # Pass 2: gradient, p_V · total - a_V, times `give`.
             lse = row_m + tl.log2(row_s) * LN_2
             total = mass + 2 * z_loss * w_t * lse
             if not SOFT:
@@ -270,8 +285,8 @@ def _cross_entropy_kernel(
                     True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
                 )  # fmt: skip
             if not SOFT:
-                # The target's element once more, from float32: p - 1 in bfloat16 would lose all of
-                # it where p is near 1. One store, not a comparison per element.
+                # The target's element, in float32: p - 1 in bfloat16 would lose all of it where p
+                # is near 1. One store, not a comparison per element.
                 tl.debug_barrier()
                 p_t = tl.exp2((z_t - row_m) * LOG2_E) / row_s
                 dz_t = hit * (p_t - 1) + (total - hit) * p_t
@@ -281,6 +296,7 @@ def _cross_entropy_kernel(
                     dz_t *= 1 - (z_t / softcap) * (z_t / softcap)
                 tl.store(dx_ptr + local, (give * dz_t).to(dx_ptr.dtype.element_ty), mask=owned)
     else:
+        # Ignored row.
         if LOSS:
             tl.store(loss_ptr + t, 0.0)
             tl.store(values_ptr + MAXIMUM * stride_valuesR, 0.0)
@@ -298,10 +314,10 @@ def _cross_entropy_kernel(
 
 
 def launch_rows(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options, *,
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
     values_RT: Tensor | None = None, dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
 ) -> Results:  # fmt: skip
-    """Compute loss and statistics, unless `values_RT` brings these, and dx_TV where it is given."""
+    """Compute loss and statistics, unless `values_RT` has these, and dx_TV where it is given."""
     T, V = x_TV.shape
     acc = torch.promote_types(x_TV.dtype, torch.float32)
     soft, loss = target_T.is_floating_point(), values_RT is None
@@ -311,8 +327,8 @@ def launch_rows(
     loss_T, _, argmax_T = results
     values_RT = results[1] if values_RT is None else values_RT
     smoothing = options.label_smoothing > 0
-    # Where both passes run, few wide programs: the rows in flight then stay in the L2 cache, and
-    # the second pass reads them there (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
+    # If both passes run, few programs of many warps: the rows in flight stay in the L2 cache for
+    # the second pass (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
     # The entropy's sums need more registers than 32 warps leave to a thread.
     warps = (16 if options.stats else 32) if loss and dx_TV is not None else 8
     block = max(64, min(512 * warps, triton.next_power_of_2(V)))
@@ -334,8 +350,8 @@ def launch_rows(
     return results
 
 
-def empty_results(x_TV: Tensor, soft: bool, options: Options) -> Results:
-    """What `rows` will fill: only the statistics that the options call for."""
+def empty_results(x_TV: Tensor, soft: bool, options: LossOptions) -> Results:
+    """Return empty results for `rows`, with the statistics that the options need."""
     acc, T = torch.promote_types(x_TV.dtype, torch.float32), x_TV.shape[0]
     rows = len(Row) if options.stats or options.group else Row.MASS + soft
     return (
@@ -346,10 +362,10 @@ def empty_results(x_TV: Tensor, soft: bool, options: Options) -> Results:
 
 
 def rows(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, options: Options,
-    gradient: bool,
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None,
+    options: LossOptions, gradient: bool,
 ) -> Results:  # fmt: skip
-    """Loss and statistics of every row; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
+    """Compute loss and statistics of rows; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
     if not uses_triton(x_TV, "cross_entropy"):
         return rows_reference(x_TV, target_T, w_V, dloss_T, options, gradient)
     dx_TV = x_TV if gradient else None

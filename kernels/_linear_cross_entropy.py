@@ -1,6 +1,6 @@
-"""The linear loss in chunks: its operator, its gradients, and what linear_cross_entropy shares.
+"""Linear cross-entropy in chunks: operator and gradients, shared with info_nce.
 
-The formulas stand in linear_cross_entropy.py; info_nce.py calls `linear_loss`, too.
+The formulas are in linear_cross_entropy.py.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from tritium.kernels import runtime
 from tritium.kernels._cross_entropy_options import (
     SCHEMA,
-    Options,
+    LossOptions,
     TokenStats,
     all_reduce,
     check_class_weight,
@@ -34,28 +34,30 @@ from tritium.kernels.runtime import once_differentiable, operator, sees_through
 
 # A chunk's rows must outnumber what the float32 sum of dweight costs (about 230 rows' worth on an
 # H200, computed), so the budget is large; on a CPU a chunk should stay in the cache: 95 ms against
-# 129 ms for whole logits at T = 2048, D = 256, V = 4096 on 2 cores.
+# 129 ms for all logits at once at T = 2048, D = 256, V = 4096 on 2 cores.
 CHUNK_BYTES_CUDA = 1 << 30
 CHUNK_BYTES_CPU = 1 << 22
 
 
-class Plan(NamedTuple):
-    """How the products are done."""
+class ChunkPlan(NamedTuple):
+    """Chunk size and dtypes of the products."""
 
     dtype: torch.dtype
     chunk_rows: int
-    narrow: bool  # one chunk: dweight in the weight's dtype, gradients those of the reduced loss
+    # dweight in the weight's dtype, and gradients of the reduced loss
+    single_bf16_chunk: bool
 
 
 def chunk_rows(
-    op: str, hidden_TD: Tensor, V: int, dtype: torch.dtype, narrow: bool, chunk_bytes: int | None
-) -> int:
-    """The rows of a chunk: those that `chunk_bytes` of logits hold, or by default all where that
-    costs no more memory.
+    op: str, hidden_TD: Tensor, V: int, dtype: torch.dtype, single_chunk_saves_memory: bool,
+    chunk_bytes: int | None,
+) -> int:  # fmt: skip
+    """Return the rows of a chunk: as many as `chunk_bytes` of logits hold.
 
-    Where the weight is bfloat16 (`narrow`), one chunk needs no float32 sum of dweight, only the
-    product itself. The sum takes 4·V·D bytes, beside 2·V·D when it is rounded: the logits of D more
-    rows than a chunk has, or of 2·D rows in all.
+    By default all rows are one chunk where that costs no more memory. `single_chunk_saves_memory`
+    where the weight is bfloat16: one chunk then needs no float32 sum of dweight, only the product
+    itself. The sum takes 4·V·D bytes, and 2·V·D more when it is rounded: as much as the logits of D
+    more rows than a chunk has, or of 2·D rows in all.
     """
     T, D = hidden_TD.shape
     budget = CHUNK_BYTES_CUDA if hidden_TD.is_cuda else CHUNK_BYTES_CPU
@@ -63,26 +65,28 @@ def chunk_rows(
     if budget < 1:
         raise ValueError(f"{op}: chunk_bytes must be positive, got {chunk_bytes}")
     rows = max(1, budget // (V * dtype.itemsize))
-    rows = rows // 128 * 128 if rows > 128 else rows  # whole tiles of the matrix products
-    return max(rows, T) if chunk_bytes is None and narrow and max(rows, D) + D >= T else rows
+    rows = rows // 128 * 128 if rows > 128 else rows  # complete tiles of the matrix products
+    single = chunk_bytes is None and single_chunk_saves_memory and max(rows, D) + D >= T
+    return max(rows, T) if single else rows
 
 
 def _launch(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor,
     class_weight_V: Tensor | None, excluded_TV: Tensor | None, dloss_T: Tensor | None,
-    chunk_rows: int, narrow: bool, want_hidden: bool, want_weight: bool, want_bias: bool, *options,
+    chunk_rows: int, single_bf16_chunk: bool, want_hidden: bool, want_weight: bool,
+    want_bias: bool, *options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return loss_T, its statistics and the gradients asked for (empty in place of the others)."""
     outputs = _fake(
         hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV, dloss_T, chunk_rows,
-        narrow, want_hidden, want_weight, want_bias, *options,
+        single_bf16_chunk, want_hidden, want_weight, want_bias, *options,
     )  # fmt: skip
     loss_T, values_RT, argmax_T, dhidden_TD, dweight_VD, dbias_V = outputs
     dweight_VD.zero_()
     dbias_V.zero_()
-    options, gradient = Options(*options), want_hidden or want_weight or want_bias
+    options, gradient = LossOptions(*options), want_hidden or want_weight or want_bias
     T, V = hidden_TD.shape[0], weight_VD.shape[0]
-    stride = -(-V // 64) * 64  # rows that start on 128 bytes, so that every V has wide accesses
+    stride = -(-V // 64) * 64  # rows start on 128 bytes: 16-byte accesses for every V
     padded_CV = hidden_TD.new_empty(min(chunk_rows, T), stride)
     padded_CV[:, V:] = 0  # a product may read what it multiplies by 0: oneDNN does, on AMX
     buffer_CV = padded_CV[:, :V]
@@ -107,7 +111,7 @@ def _launch(
             torch.mm(x_CV, weight_VD, out=dhidden_TD[chunk])
         elif want_hidden:
             _add_product(dhidden_TD[chunk].zero_(), x_CV, weight_VD)
-        if want_weight and narrow:
+        if want_weight and single_bf16_chunk:
             torch.mm(x_CV.T, h_CD, out=dweight_VD)
         elif want_weight:
             _add_product(dweight_VD, x_CV.T, h_CD)
@@ -119,7 +123,7 @@ def _launch(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a · b to `out`, whose dtype may be wider, without rounding the product in between."""
+    """Add a · b to `out`, perhaps of a more precise dtype, without rounding the product before."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif out.is_cuda:
@@ -129,18 +133,19 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _fake(
-    hidden, weight, bias, target, class_weight, excluded, dloss, chunk_rows, narrow,
-    want_hidden, want_weight, want_bias, *options,
+    hidden, weight, bias, target, class_weight, excluded, dloss, chunk_rows,
+    single_bf16_chunk, want_hidden, want_weight, want_bias, *options,
 ):  # fmt: skip
-    loss, values, argmax = empty_results(hidden, target.is_floating_point(), Options(*options))
+    loss, values, argmax = empty_results(hidden, target.is_floating_point(), LossOptions(*options))
     half = hidden.dtype == torch.float16  # see `_row_scale`
     return (
         loss,
-        values if Options(*options).stats else values.new_empty(0),
+        values if LossOptions(*options).stats else values.new_empty(0),
         argmax,
         hidden.new_empty(hidden.shape if want_hidden else 0, dtype=loss.dtype if half else None),
         weight.new_empty(
-            weight.shape if want_weight else 0, dtype=weight.dtype if narrow else loss.dtype
+            weight.shape if want_weight else 0,
+            dtype=weight.dtype if single_bf16_chunk else loss.dtype,
         ),
         weight.new_empty(weight.shape[0] if want_bias else 0, dtype=loss.dtype),
     )
@@ -148,8 +153,9 @@ def _fake(
 
 _operator = operator(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target,"
-    " Tensor? class_weight, Tensor? excluded, Tensor? dloss, SymInt chunk_rows, bool narrow,"
-    f" bool want_hidden, bool want_weight, bool want_bias, {SCHEMA})"
+    " Tensor? class_weight, Tensor? excluded, Tensor? dloss, SymInt chunk_rows,"
+    " bool single_bf16_chunk, bool want_hidden, bool want_weight, bool want_bias,"
+    f" {SCHEMA})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch,
     _fake,
@@ -164,14 +170,15 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     target: Tensor
     class_weight: Tensor | None
-    excluded: Tensor | None  # True: this class is none for this token
+    excluded: Tensor | None  # True: this class does not count for this token
 
 
-def _call(inputs: Inputs, dloss_T, plan: Plan, wants, options: Options):
+def _call(inputs: Inputs, dloss_T, plan: ChunkPlan, wants, options: LossOptions):
     h, w, b = (None if x is None else x.to(plan.dtype) for x in inputs[:3])
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         return _operator(
-            h, w, b, *inputs[3:], dloss_T, plan.chunk_rows, plan.narrow, *wants, *options
+            h, w, b, *inputs[3:], dloss_T, plan.chunk_rows, plan.single_bf16_chunk, *wants,
+            *options,
         )  # fmt: skip
 
 
@@ -187,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The rows are scaled by `first` where their gradient is made, the sums by the rest. As in
         # PyTorch, an empty mean is nan, and so is the gradient of what counts with weight 0, but
         # ignored rows get 0, whatever `first` is.
-        first = scale if plan.narrow else _row_scale(inputs, plan, options).to(scale)
+        first = scale if plan.single_bf16_chunk else _row_scale(inputs, plan, options).to(scale)
         first = torch.where(scale.isnan(), torch.nan, first)
         rest = torch.where(scale.isnan(), 1.0, scale / first)
         dloss_T = first.expand(inputs.hidden.shape[0])
@@ -209,11 +216,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None, None
 
 
-def _row_scale(inputs: Inputs, plan: Plan, options: Options) -> Tensor:
-    """The factor of the rows' gradients while they exist: 1, but in float16, whose range is narrow.
+def _row_scale(inputs: Inputs, plan: ChunkPlan, options: LossOptions) -> Tensor:
+    """Return the factor of the rows' gradients while they exist: 1 except in float16.
 
-    There a gradient below 6e-8 would be 0 before a loss scale has come. What bounds it is known:
-    the factor raises that bound to 2¹⁴.
+    In float16 a gradient below 6e-8 would be 0 before it meets a loss scale. Its largest possible
+    magnitude is known: the factor raises that bound to 2¹⁴.
     """
     one = inputs.hidden.new_ones((), dtype=torch.promote_types(plan.dtype, torch.float32))
     if plan.dtype != torch.float16:
@@ -228,7 +235,7 @@ def _row_scale(inputs: Inputs, plan: Plan, options: Options) -> Tensor:
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
-    """The loss of each row; the backward pass computes the logits again."""
+    """The loss of each row; the backward pass recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -257,7 +264,7 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
 
 def _hand_over(ctx, grads, dtypes, factor: Tensor) -> list[Tensor | None]:
-    """The gradients times `factor` for autograd; the weight's goes to its own buffer, if any."""
+    """Return the gradients times `factor`; add the weight's to its own buffer, if there is one."""
     wants = list(ctx.wants)
     if ctx.weight_grad_VD is not None:
         ctx.weight_grad_VD.addcmul_(grads[1], factor)
@@ -271,10 +278,10 @@ def _hand_over(ctx, grads, dtypes, factor: Tensor) -> list[Tensor | None]:
 
 def linear_loss(
     op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    class_weight: Tensor | None, excluded: Tensor | None, options: Options, reduction: str,
+    class_weight: Tensor | None, excluded: Tensor | None, options: LossOptions, reduction: str,
     chunk_bytes: int | None, weight_grad: Tensor | None, group: ProcessGroup | None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """`linear_cross_entropy` in the name of `op`, without the classes that `excluded` says."""
+    """Compute `linear_cross_entropy`; `op` names the caller in errors, `excluded` masks classes."""
     check_layer(op, hidden, weight, bias, weight_grad)
     V, D = weight.shape
     shape = hidden.shape[:-1]
@@ -284,9 +291,9 @@ def linear_loss(
     options = options._replace(first_class=first_class, n_classes=n_classes, group=name)
     dtype = _products_dtype(hidden)
     hidden_TD = hidden.reshape(-1, D)
-    narrow = dtype == weight.dtype == torch.bfloat16 and weight_grad is None
-    rows = chunk_rows(op, hidden_TD, V, dtype, narrow, chunk_bytes)
-    plan = Plan(dtype, rows, narrow and rows >= hidden_TD.shape[0])
+    all_bf16 = dtype == weight.dtype == torch.bfloat16 and weight_grad is None
+    rows = chunk_rows(op, hidden_TD, V, dtype, all_bf16, chunk_bytes)
+    plan = ChunkPlan(dtype, rows, all_bf16 and rows >= hidden_TD.shape[0])
     grad = torch.is_grad_enabled()
     wants = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
     inputs = Inputs(hidden_TD, weight, bias, target_T, class_weight_V, excluded)
@@ -323,9 +330,9 @@ def _products_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _whole(
-    inputs: Inputs, dtype: torch.dtype, options: Options, reduction: str, shape: torch.Size
+    inputs: Inputs, dtype: torch.dtype, options: LossOptions, reduction: str, shape: torch.Size
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """The loss from whole logits in plain PyTorch, which can be transformed as one likes."""
+    """Compute the loss from all logits in plain PyTorch, which every transform supports."""
     h, w, b = (None if x is None else x.to(dtype) for x in inputs[:3])
     device = inputs.hidden.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):

@@ -6,7 +6,7 @@
     r_T  = 1 / sqrt(mean_D(z_TD²) + eps)
     y_TD = z_TD · r_T · (offset + w_D) + b_D
 
-Backward, with g_TD = dy_TD · (offset + w_D), and ds_TD the gradient that s_TD had by other ways:
+Backward, with g_TD = dy_TD · (offset + w_D), and ds_TD the gradient of s_TD from its other uses:
 
     dx_TD = ds_TD + r_T · (g_TD - z_TD · r_T² · mean_D(g_TD · z_TD) - mean_D(g_TD) if CENTRED)
     dw_D  = sum_T(dy_TD · z_TD · r_T)
@@ -151,7 +151,7 @@ def _norm_backward_tile_kernel(
         if db_ptr is not None:
             db_TD += dy_TD
         g_TD = dy_TD * w_1D
-        # The same product: either choice alone spills a few registers somewhere.
+        # Equal by algebra. Each form spills registers in some configuration, so choose by size.
         gz_TD = dyz_TD * w_1D if BLOCK_D >= 4096 and m_ptr is None else g_TD * z_TD
         scale_T1 = r_T1 * r_T1 * (tl.sum(gz_TD, axis=1) / D)[:, None]
         if m_ptr is not None:
@@ -200,7 +200,7 @@ def _norm_columns_kernel(
     dy_ptr, s_ptr, m_ptr, r_ptr, dw_ptr, db_ptr, T, D, stride_dyT, stride_sT,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # dw and db of some columns, over the rows of program p: as the tile kernel shares them out.
+    # dw and db of some columns, over the rows of program p, distributed as in the tile kernel.
     p = tl.program_id(1).to(tl.int64)
     offs_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     cols_1D = offs_D[None, :]

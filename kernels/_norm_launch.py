@@ -1,6 +1,6 @@
-"""What `rms_norm` and `layer_norm` share: launches, operators and gradient of their kernels.
+"""Launches, operators and gradient of the kernels of `rms_norm` and `layer_norm`.
 
-The formulas stand in `_norm_kernels.py`. T tokens (every leading axis, flattened), D features, P
+The formulas are in `_norm_kernels.py`. T tokens (every leading axis, flattened), D features, P
 programs that share the rows in backward.
 """
 
@@ -31,16 +31,16 @@ LOOP_BLOCK = 4096  # features per step over a longer row
 # registers let six of four warps share one of an H100's 132 multiprocessors; all run at once.
 P_MAX = 768  # half as many where rows are longer than TILE, and programs of eight warps
 STAGES = 1  # tiles of backward on their way to shared memory; 1: none before its turn
-P_LOOP_MAX = 64  # the same where the columns of long rows are shared out, too
+P_LOOP_MAX = 64  # the same where the columns of long rows are distributed
 
 
 def _is_short(D: int) -> bool:
-    # A row that is not aligned takes an address per element, hence twice the registers.
+    # An unaligned row takes an address per element, hence twice the registers.
     return (MAX_TILE if D % 16 == 0 else MAX_TILE // 2) >= D
 
 
 def _tile(D: int, r_dtype: torch.dtype, crowded: bool = False, tile: int = TILE) -> dict[str, Any]:
-    """Several rows per program where they are short, else one: a warp never waits for idle ones."""
+    """Return tile size and warps: several rows per program where they are short, else one."""
     block_D = triton.next_power_of_2(max(D, 1))
     num_warps = block_D // (1024 if crowded else 512)  # the fewer, the more registers for each
     return {
@@ -159,7 +159,7 @@ class _Norm(torch.autograd.Function):
         ctx, x_TD: Tensor, residual_TD: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
         eps: float, offset: float, centred: bool,
     ):  # fmt: skip
-        ctx.set_materialize_grads(False)  # the last block's stream ends here: no zeros for it
+        ctx.set_materialize_grads(False)  # no zeros for an unused residual
         y_TD, s_TD, m_T, r_T = _forward(x_TD, residual_TD, w_D, b_D, eps, offset, centred)
         saved_TD = x_TD if residual_TD is None else s_TD
         ctx.save_for_backward(saved_TD, w_D, m_T if centred else None, r_T)
@@ -188,7 +188,7 @@ class _Norm(torch.autograd.Function):
 def norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool
 ) -> Tensor:
-    """Normalise the rows of `x`, which `validate` has seen."""
+    """Normalise the rows of `x`, checked by `validate`."""
     y_TD = _Norm.apply(_matrix(x), None, *_vectors(weight, bias), eps, offset, centred)
     return y_TD.view(x.shape)
 
@@ -209,7 +209,7 @@ Shape = int | Sequence[int]
 
 
 def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:
-    """`normalized_shape` as a tuple, empty where it is none."""
+    """Return `normalized_shape` as a tuple, empty where it is none."""
     if isinstance(normalized_shape, int | torch.SymInt):
         return (normalized_shape,)
     listed = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
@@ -243,7 +243,7 @@ Flat = tuple[Tensor, *tuple[Tensor | None, ...]]
 
 
 def flat(x: Tensor, sizes: tuple[int, ...], *vectors: Tensor | None) -> Flat:
-    """`x` and the vectors with the axes to normalise, of `sizes`, made one."""
+    """Return `x` and the vectors with the axes to normalise, of `sizes`, made one."""
     if len(sizes) == 1:
         return x, *vectors
     rows = x.reshape(*x.shape[: x.ndim - len(sizes)], math.prod(sizes))

@@ -57,7 +57,7 @@ def _store_features(
 
 @triton.jit
 def _sum_of_features(x1, x2, rest):
-    """`[L, N, 1]`."""
+    """Return `[L, N, 1]`."""
     return tl.sum(x1 + x2, axis=2, keep_dims=True) + tl.sum(rest, axis=2, keep_dims=True)
 
 
@@ -176,7 +176,7 @@ def _qk_norm_rope_backward_kernel(
 
 @triton.jit
 def _sum_of_heads(x):
-    """`[1, 1, K]`."""
+    """Return `[1, 1, K]`."""
     return tl.sum(tl.sum(x, axis=0, keep_dims=True), axis=1, keep_dims=True)
 
 

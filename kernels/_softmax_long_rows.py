@@ -1,15 +1,15 @@
-"""Softmax of rows too long for registers: each is read twice, by one program or by several.
+"""Softmax of rows too long for registers: read twice, by one program or by several.
 
 A row's columns are counted from a multiple of 16 elements of memory, from which 128-bit accesses
-are possible whatever N is: column h is the row's first, 0 <= h < 16. Three parts:
+are possible for any N: column h is the row's first, 0 <= h < 16. Three parts:
 
     edges  [h, LEAD) and [cut, h + N): fewer than 32 columns, one by one
     bulk   [LEAD, cut): from one multiple of 16 to another, in blocks, shared among the programs
 
 LEAD is 16 where rows begin anywhere and input and output begin alike; else h and LEAD are 0.
 
-Several programs per row: the first launch leaves the maximum and the sum of every share (backward:
-its two sums) in memory, the second combines them, in order, and writes. Shares depend on N and h
+Several programs per row: the first launch writes the maximum and the sum of every share (backward:
+its two sums) to memory, the second combines them, in order, and writes. Shares depend on N and h
 alone, so results repeat bit for bit and are the same on every GPU. Where LEAD is 16, equal rows may
 differ by a rounding: their blocks begin at other columns.
 """
@@ -25,8 +25,8 @@ from torch import Tensor
 from tritium.kernels.runtime import accumulator
 
 BLOCK = 4096  # columns per step: 16 a thread, of float32 half as many
-# Rows are shared out where one program each would give an H100's 132 processors fewer than two, and
-# where a row is long: 8 steps in turn, twice, against 1 and 1. Reckoned, not measured.
+# Split a row over several programs if there are fewer than 264 rows (2 per SM of an H100) and the
+# row has 8 blocks or more. Estimated, not measured.
 FEW_ROWS = 264
 LONG_ROW = 8 * BLOCK
 SHARES = 64  # most programs per row
@@ -35,7 +35,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def softmax_visible(m, N, Lq, CAUSAL: tl.constexpr):
-    # How many leading columns row m sees.
+    # Leading columns visible to row m.
     return N - Lq + 1 + m % Lq if CAUSAL else m * 0 + N
 
 
@@ -63,7 +63,7 @@ def softmax_gradient(y, dy, total, scale, LOG: tl.constexpr):
 
 @triton.jit
 def _softmax_online(top_B, total_B, z_BL):
-    # Each thread follows the maximum of its own lanes: the loop has no barrier in it. The maximum
+    # Each thread keeps the maximum of its own lanes: the loop has no barrier. The maximum
     # starts finite, so lanes that are all -inf so far give exp2(-inf) = 0 and not -inf - -inf.
     new_B = tl.maximum(top_B, tl.max(z_BL, axis=1, keep_dims=True))
     exp_BL = tl.exp2((z_BL - new_B) * LOG2E)
@@ -73,7 +73,7 @@ def _softmax_online(top_B, total_B, z_BL):
 
 @triton.jit
 def _softmax_row(m, N, LEAD: tl.constexpr):
-    # Where the columns of row m are counted from, its first column, and the end of the bulk.
+    # Origin of the columns of row m, its first column, and the end of the bulk.
     row = m * N // 16 * 16 if LEAD else m * N
     h = m * N - row
     return row, h, tl.maximum((h + N) // 16 * 16, LEAD)
@@ -144,7 +144,7 @@ def _softmax_forward_loop_kernel(
     if WRITE:
         norm = softmax_norm(total, LOG)
         hidden = -float("inf") if LOG else 0.0
-        # Read again rather than kept: registers held across the loop spill.
+        # Read again rather than kept: registers kept across the loop spill.
         x_E = tl.load(x_ptr + c_E, mask=own_E, other=0.0).to(ACC)
         y_E = tl.where(c_E < end, softmax_normalise(x_E * scale - top, norm, LOG), hidden)
         tl.store(y_ptr + c_E, y_E, mask=own_E)
@@ -217,7 +217,7 @@ def _softmax_backward_loop_kernel(
             total -= tl.load(dlse_ptr + m * stride_dlseM)
         dx_E = tl.where(seen_E, softmax_gradient(y_E, dy_E, total, scale, LOG), 0.0)
         tl.store(dx_ptr + c_E, dx_E, mask=own_E)
-        # Read again rather than kept: registers held across the loop spill.
+        # Read again rather than kept: registers kept across the loop spill.
         dy_B = tl.load(dy_ptr + tail + offs_B, mask=read_B, other=0.0).to(ACC)
         y_B = tl.load(y_ptr + tail + offs_B, mask=read_B, other=0.0).to(ACC)
         dx_B = tl.where(seen_B, softmax_gradient(y_B, dy_B, total, scale, LOG), 0.0)
@@ -236,7 +236,7 @@ def _softmax_backward_loop_kernel(
 
 
 def _launch(kernel: Any, tensors: tuple, in_MN: Tensor, row: tuple, options: dict) -> None:
-    """Launch `kernel` over rows that are read from `in_MN`: once, or twice where shared out."""
+    """Launch `kernel` over rows that are read from `in_MN`: once, or twice if split."""
     M, N = in_MN.shape
     alike = M == 1 or in_MN.stride(0) == N
     options |= {

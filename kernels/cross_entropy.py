@@ -7,14 +7,14 @@ class weights w_V (ones if absent) and ε the label smoothing:
     loss_T = (1 - ε) · w_t · (lse - z_t) + ε/V · sum_V(w_V · (lse - z_V)) + z_loss · w_t · lse²
 
 and 0 where the target is `ignore_index`. "mean" divides the sum of loss_T by the sum of w_t over
-the targets that count. Of soft targets q_TV the first term is (1 - ε) · sum_V(q_V · w_V · (lse -
-z_V)), and w_t is 1. Backward, with p_TV = exp(z_TV - lse_T) and with hit_T and a_TV the target's
-mass as _token_loss.py divides it:
+the targets that count. For soft targets q_TV the first term is (1 - ε) · sum_V(q_V · w_V · (lse -
+z_V)), and w_t is 1. Backward, with p_TV = exp(z_TV - lse_T) and with hit_T and a_TV the weights of
+_cross_entropy_options.py:
 
     dz_TV = p_TV · (hit_T + sum_V(a_TV) + 2 · z_loss · w_t · lse_T) - a_TV - [V = t] · hit_T
     dlogits_TV = dloss_T · logit_scale · dz_TV · (1 - (z_TV / softcap)²)
 
-T tokens, V classes. The kernel stands in _loss_rows.py.
+T tokens, V classes. The kernel is in _cross_entropy_rows.py.
 
 Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018.
 https://arxiv.org/abs/1805.02867; the z-loss: de Brébisson & Vincent, "The Z-loss", 2016,
@@ -33,7 +33,7 @@ from torch.distributed import ProcessGroup
 
 from tritium.kernels._cross_entropy_options import (
     SCHEMA,
-    Options,
+    LossOptions,
     Results,
     TokenStats,
     check_class_weight,
@@ -76,7 +76,7 @@ def cross_entropy_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The reference of `cross_entropy` on `[T, V]`, in float32 or the wider dtype of `input`."""
+    """Compute `cross_entropy` on `[T, V]` in plain PyTorch, in float32 (float64 for float64)."""
     z_TV = final_logits(input, softcap, logit_scale)
     target = target.to(z_TV) if target.is_floating_point() else target
     w_V = None if weight is None else weight.to(z_TV)
@@ -91,7 +91,7 @@ def cross_entropy_reference(
 
 
 def final_logits(x_TV: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """The logits scaled and capped, in float32 or their wider dtype."""
+    """Return the logits scaled and capped, in float32 or their wider dtype."""
     z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32)) * logit_scale
     return softcap * torch.tanh(z_TV / softcap) if softcap else z_TV
 
@@ -109,7 +109,7 @@ def _cross_entropy_scale_kernel(dx_ptr, scale_ptr, V, stride_dxT, BLOCK_V: tl.co
 
 
 def _launch_forward(x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, *options) -> Results:
-    return rows(x_TV, target_T, w_V, None, Options(*options), gradient=False)
+    return rows(x_TV, target_T, w_V, None, LossOptions(*options), gradient=False)
 
 
 def _launch_backward(
@@ -117,13 +117,13 @@ def _launch_backward(
     *options,
 ) -> Tensor:  # fmt: skip
     dx_TV = torch.empty(x_TV.shape, dtype=x_TV.dtype, device=x_TV.device)
-    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, Options(*options))
+    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, LossOptions(*options))
     return dx_TV
 
 
 def _write_gradient(
     dx_TV: Tensor, dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None,
-    values_RT: Tensor, options: Options,
+    values_RT: Tensor, options: LossOptions,
 ) -> None:  # fmt: skip
     """Write dloss_T · dx_TV, which may be over `x_TV` itself."""
     if uses_triton(x_TV, "cross_entropy"):
@@ -137,7 +137,7 @@ def _write_gradient(
 def _launch_inplace(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, *options
 ) -> Results:
-    return rows(x_TV, target_T, w_V, dloss_T, Options(*options), gradient=True)
+    return rows(x_TV, target_T, w_V, dloss_T, LossOptions(*options), gradient=True)
 
 
 def _launch_scale(dx_TV: Tensor, scale: Tensor) -> None:
@@ -149,7 +149,7 @@ def _launch_scale(dx_TV: Tensor, scale: Tensor) -> None:
 
 
 def _fake_forward(x, target, weight, *options) -> Results:
-    return empty_results(x, target.is_floating_point(), Options(*options))
+    return empty_results(x, target.is_floating_point(), LossOptions(*options))
 
 
 _forward = operator(
@@ -180,8 +180,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: Options, overwrite: bool
-    ):
+        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions,
+        overwrite: bool,
+    ):  # fmt: skip
         loss_T, values_RT, argmax_T = _forward(x_TV, target_T, w_V, *options)
         ctx.save_for_backward(x_TV, target_T, w_V, values_RT)
         ctx.mark_non_differentiable(values_RT, argmax_T)
@@ -210,7 +211,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, scale: Tensor, options: Options
+        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, scale: Tensor, options: LossOptions
     ):
         dloss_T = scale.expand(x_TV.shape[0])
         loss_T, values_RT, argmax_T = _inplace(x_TV, target_T, w_V, dloss_T, *options)
@@ -283,8 +284,8 @@ def cross_entropy(
             the shape of `input`, floating point, each row of which should sum to 1.
         weight: `[V]`, the weight of each class, or None for ones. It gets no gradient.
         size_average, reduce: deprecated in PyTorch, refused here: `reduction` says it.
-        ignore_index: targets of this value count neither in the loss nor in the mean. Of
-            probabilities none can be ignored: a value of 0 or more is refused.
+        ignore_index: targets of this value count neither in the loss nor in the mean. With
+            probabilities no class can be ignored: a value of 0 or more raises.
         reduction: "mean" (by class weight; per token for probabilities), "sum" or "none".
         label_smoothing: ε in [0, 1].
         z_loss: factor of lse², at least 0.
@@ -306,7 +307,7 @@ def cross_entropy(
         (float64 for float64 logits). With `return_stats` a pair.
 
     Raises:
-        ValueError: a shape, dtype or option is outside what stands above.
+        ValueError: an argument has another shape, dtype or range than documented above.
     """
     op = "cross_entropy"
     check_reduction(op, reduction, size_average, reduce)
@@ -319,7 +320,7 @@ def cross_entropy(
         )
     first_class, n_classes, name = shard(group, x_TV.shape[1])
     w_V = check_class_weight(op, "weight", weight, n_classes or x_TV.shape[1], input)
-    options = Options(
+    options = LossOptions(
         ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats,
         first_class, n_classes, name,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dropout on its way into a residual stream, with a mask that is computed and never stored.
+"""Dropout followed by a residual addition, with a mask that is computed and never stored.
 
     keep_i = r_i >= n,  n = p · 2³² rounded                r_i: 32 random bits of element i
     y_i    = residual_i + keep_i · x_i · 2³² / (2³² - n)
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton
 
-S = tl.constexpr(1024)  # part of the reference: another S is another mask
+S = tl.constexpr(1024)  # part of the formula: another S is another mask
 ROUNDS = tl.constexpr(7)
-WORDS = 1 << 32  # how many different words there are
+WORDS = 1 << 32  # number of different words
 
 
 def dropout_add_reference(
@@ -35,7 +35,7 @@ def dropout_add_reference(
     training: bool = True,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """The reference of `dropout_add` in plain PyTorch; the same seed keeps the same elements."""
+    """Compute `dropout_add` in plain PyTorch; the same seed keeps the same elements."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     n = _threshold(p) if training else 0
     if n == 0:
@@ -47,14 +47,14 @@ def dropout_add_reference(
 
 
 def _random_words(count: int, seed: Tensor) -> Tensor:
-    """r_i of the first `count` elements, as int64."""
-    slabs = triton.cdiv(count, 4 * S.value) + 1  # never 1, which torch.export would keep for good
+    """Return r_i of the first `count` elements, as int64."""
+    slabs = triton.cdiv(count, 4 * S.value) + 1  # never 1, which torch.export would make a constant
     words = _philox(torch.arange(slabs * S.value, device=seed.device), seed)
     return words.view(4, slabs, S.value).transpose(0, 1).flatten()[:count]
 
 
 def _philox(counter: Tensor, seed: Tensor) -> Tensor:
-    """Philox-4x32: the four words of each counter, `[4, ...]`."""
+    """Compute Philox-4x32: the four words of each counter, `[4, ...]`."""
     low = WORDS - 1
     c0, c1 = counter & low, counter >> 32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
@@ -68,7 +68,7 @@ def _philox(counter: Tensor, seed: Tensor) -> Tensor:
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of the product of two words, which an int64 does not hold."""
+    """Return the high and low word of the product of two words, which an int64 does not hold."""
     low = (a & 0xFFFF) * b
     high = (a >> 16) * b + (low >> 16)
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
@@ -79,7 +79,7 @@ def _dropout_add_kernel(
     x_ptr, residual_ptr, seed_ptr, y_ptr, N, threshold, LANES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    # A program serves a slab. Without a residual it computes dx from dy.
+    # One program per slab. Without a residual it computes dx from dy.
     slab = tl.program_id(0).to(tl.int64)
     # A thread computes the words of LANES neighbours, which are the elements it loads at once.
     offs_S = tl.arange(0, LANES)[:, None] + tl.arange(0, S // LANES)[None, :] * LANES
@@ -153,12 +153,12 @@ def dropout_add(
 ) -> Tensor:
     """Zero elements of `x` with probability `p`, scale the others by 1/(1-p), add `residual`.
 
-    Backward keeps the seed alone and computes the mask again. The mask is a function of the seed
+    Backward saves only the seed and recomputes the mask. The mask is a function of the seed
     and of each element's place in `x`, whatever the strides: the same on every device.
 
     Args:
         x: float32, float16, bfloat16 or float64, any shape. Copied only if it is not contiguous.
-        residual: the shape and device of `x`, in its dtype or one that holds it, such as float32.
+        residual: the shape and device of `x`, in its dtype or a more precise one, such as float32.
             Copied only if it is not contiguous.
         p: probability in [0, 1], rounded to a multiple of 2⁻³². A dropped element counts as 0 even
             if it is NaN.
@@ -172,7 +172,7 @@ def dropout_add(
         (float64 for float64) and rounded once.
 
     Raises:
-        ValueError: `residual` differs from `x` in shape or device, or is of a narrower dtype; `x`
+        ValueError: `residual` differs from `x` in shape or device, or has a less precise dtype; `x`
             is not floating point; `p` is not in [0, 1]; `seed` is not as above.
     """
     _validate(x, residual, p, seed)
@@ -207,10 +207,10 @@ def _validate(x: Tensor, residual: Tensor, p: float, seed: int | Tensor | None) 
         raise ValueError(f"dropout_add: x must be floating point, got {x.dtype}; convert it")
     if torch.promote_types(x.dtype, residual.dtype) != residual.dtype:
         raise ValueError(
-            f"dropout_add: residual must be {x.dtype} or wider, as x is, got {residual.dtype}"
+            f"dropout_add: residual must be {x.dtype} as x, or more precise, got {residual.dtype}"
         )
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout_add: p must lie in [0, 1], got {p}")
+        raise ValueError(f"dropout_add: p must be in [0, 1], got {p}")
     if isinstance(seed, Tensor):
         if (seed.dtype, seed.shape, seed.device) != (torch.int64, (), x.device):
             raise ValueError(

@@ -4,7 +4,7 @@
     dw_VD = sum of dy_TD over the t with tokens_t = v, without the tokens equal to padding_idx
 
 Backward sorts the tokens, stably, and cuts the sorted positions into blocks of S. A program walks
-through one block and adds the gradients of equal tokens: a token whose run lies inside the block
+through one block and adds the gradients of equal tokens: a token whose run is inside the block
 is finished there. A run that crosses borders leaves in each block a partial, float32: a tail where
 it begins, a head in every later block. A second kernel adds these, tail first, then the heads in
 order. All orders are fixed, so the result is bitwise the same on every run, and nothing is atomic.
@@ -31,13 +31,13 @@ from tritium.kernels.runtime import (
 
 TILE = 2048  # elements per program of the forward: 16 a thread
 S = 32  # sorted positions per block
-UNROLL = tl.constexpr(4)  # rows on their way from memory at a time
+UNROLL = tl.constexpr(4)  # rows being loaded at a time
 BLOCK_D = 256  # features per program of the backward, which is one warp: 8 a thread
 BLOCK_B = 32  # partials that are added at a time
 
 
 def embedding_reference(input: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
-    """The reference of `embedding` in plain PyTorch; gradients add up in float32 or wider."""
+    """Compute `embedding` in plain PyTorch; gradients add up in float32 or wider."""
     return F.embedding(input, widen(weight), padding_idx).to(weight.dtype)
 
 
@@ -93,7 +93,7 @@ def _embedding_blocks_kernel(
 
 @triton.jit
 def _row(sorted_ptr, order_ptr, dy_ptr, t, T, D, V, stride_dyT, offs_D):
-    """The token at sorted position t (V: none), the one after it, and its gradient."""
+    """Return the token at sorted position t (V: none), the one after it, and its gradient."""
     token = tl.load(sorted_ptr + t, mask=t < T, other=V)
     following = tl.load(sorted_ptr + t + 1, mask=t + 1 < T, other=-1)
     row = tl.load(order_ptr + t, mask=t < T, other=0)
@@ -113,7 +113,7 @@ def _embedding_runs_kernel(
     before = tl.load(sorted_ptr + b * S - 1, mask=b > 0, other=-1)
     token = tl.load(sorted_ptr + next_t - 1, mask=next_t < T, other=V)
     following = tl.load(sorted_ptr + next_t, mask=next_t < T, other=-1)
-    if (token < V) & (token == following) & (token != before):  # a run begins and continues
+    if (token < V) & (token == following) & (token != before):  # a run begins, and continues
         # Loops of two kinds: a `while` that carries tiles crashes the compiler (3.7).
         end = b + 1
         while tl.load(sorted_ptr + end * S, mask=end * S < T, other=-1) == token:
@@ -203,8 +203,8 @@ def embedding(
     """Look up the rows of `weight` that `input` names.
 
     As `torch.nn.functional.embedding`. Each gradient is summed in float32 in a fixed order,
-    bitwise the same on every run, and rounded once; the whole of it is dense. Backward keeps the
-    tokens alone. Nothing is read back to the host. A token outside [0, V) raises an IndexError
+    bitwise the same on every run, and rounded once; the gradient is dense. Backward saves only
+    the tokens. Nothing is read back to the host. A token outside [0, V) raises an IndexError
     where the reference runs (CPU); on a GPU its row is nan, and backward leaves it out.
 
     Args:
@@ -252,4 +252,4 @@ def _validate(input: Tensor, weight: Tensor, padding_idx: int | None) -> None:
         raise ValueError(f"embedding: input is on {input.device}; move it to {weight.device}")
     V = weight.shape[0]
     if padding_idx is not None and not -V <= padding_idx < V:
-        raise ValueError(f"embedding: padding_idx must lie in [{-V}, {V}), got {padding_idx}")
+        raise ValueError(f"embedding: padding_idx must be in [{-V}, {V}), got {padding_idx}")

@@ -6,7 +6,7 @@ or, by the tanh approximation of Φ (Gemma, GPT-2),
 
     Φ(a) ≈ (1 + tanh(√(2/π) · (a + 0.044715 · a³))) / 2
 
-Backward keeps gate and up alone:
+Backward saves only gate and up:
 
     dgate = dh · up · (Φ(gate) + gate · Φ'(gate))
     dup   = dh · gate · Φ(gate)
@@ -33,7 +33,7 @@ ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # by the names of torch.nn.
 
 
 def geglu_reference(gate: Tensor, up: Tensor | None = None, *, approximate: str = "none") -> Tensor:
-    """The reference of `geglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
+    """Compute `geglu` in plain PyTorch, in float32 (float64 for float64 `gate`)."""
     if up is None:
         gate, up = gate.chunk(2, -1)
     wide = torch.promote_types(gate.dtype, torch.float32)

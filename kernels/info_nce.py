@@ -1,10 +1,10 @@
-"""InfoNCE, the contrastive loss of paired embeddings, without storing the similarities whole.
+"""InfoNCE, the contrastive loss of paired embeddings, without storing all similarities.
 
     s_BB   = (query_BD / τ) · key_BDᵀ, of rows normalised to length 1
     loss_B = -log(exp(s_bb) / sum_j(exp(s_bj)))
 
 which is a linear cross-entropy whose weight is the keys and whose target is the diagonal: chunks of
-the similarities exist, in _linear_loss.py, never all. Symmetric: the mean of this and the
+the similarities exist, in _linear_cross_entropy.py, never all. Symmetric: the mean of this and the
 same with query and key exchanged.
 
 B pairs, D features.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels._cross_entropy_options import Options, check_options
+from tritium.kernels._cross_entropy_options import LossOptions, check_options
 from tritium.kernels._linear_cross_entropy import linear_loss
 
 
@@ -34,7 +34,7 @@ def info_nce_reference(
     negatives: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The reference of `info_nce` in plain PyTorch: the whole matrix of similarities."""
+    """Compute `info_nce` in plain PyTorch from the full matrix of similarities."""
     wide = torch.promote_types(query.dtype, torch.float32)
     q_BD, k_BD = query.to(wide), key.to(wide)
     if normalize:
@@ -101,7 +101,7 @@ def info_nce(
         The loss in nats: a scalar, or with reduction "none" `[B]`; float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape, dtype or option is outside what stands above.
+        ValueError: an argument has another shape, dtype or range than documented above.
     """
     check_options("info_nce", reduction, 0.0, 0.0, None, 1.0)
     _validate(query, key, temperature, negatives)
@@ -109,12 +109,12 @@ def info_nce(
     q_BD, k_BD = query.to(wide), key.to(wide)
     if normalize:
         q_BD, k_BD = F.normalize(q_BD, dim=-1), F.normalize(k_BD, dim=-1)
-    q_BD = q_BD / temperature  # here, where autograd's gradient of it costs B·D
+    q_BD = q_BD / temperature  # its gradient by autograd costs B·D here
     excluded_BB = None
     if negatives is not None:
         excluded_BB = ~negatives
         excluded_BB.fill_diagonal_(False)
-    options = Options(-100, 0.0, 0.0, 0.0, 1.0, stats=return_accuracy)
+    options = LossOptions(-100, 0.0, 0.0, 0.0, 1.0, stats=return_accuracy)
     pairs = [(q_BD, k_BD, excluded_BB)]
     if symmetric:
         pairs.append((k_BD, q_BD, None if excluded_BB is None else excluded_BB.mT))

@@ -1,4 +1,4 @@
-"""Layer normalisation over the last axis, alone or behind the addition of a residual stream.
+"""Layer normalisation over the last axis, alone or after the addition of a residual stream.
 
     s_TD = x_TD                                      layer_norm
     s_TD = x_TD + residual_TD, rounded to residual   add_layer_norm, which returns s_TD too
@@ -6,7 +6,7 @@
     r_T  = 1 / sqrt(mean_D(z_TD²) + eps)
     y_TD = z_TD · r_T · w_D + b_D
 
-Backward, with g_TD = dy_TD · w_D, and ds_TD the gradient that reached s_TD by other ways:
+Backward, with g_TD = dy_TD · w_D, and ds_TD the gradient of s_TD from its other uses:
 
     dx_TD = ds_TD + r_T · (g_TD - z_TD · r_T² · mean_D(g_TD · z_TD) - mean_D(g_TD))
     dw_D  = sum_T(dy_TD · z_TD · r_T)
@@ -15,7 +15,7 @@ Backward, with g_TD = dy_TD · w_D, and ds_TD the gradient that reached s_TD by 
 dx_TD, rounded to each one's dtype, is the gradient of x and of the residual. The variance is the
 mean of squared deviations, never mean(s²) - mean(s)², which cancels where the mean is large.
 
-T tokens (every leading axis, flattened), D features. The kernels are those of `_norm.py`.
+T tokens (every leading axis, flattened), D features. The kernels are in `_norm_kernels.py`.
 
 Ba, Kiros & Hinton, "Layer Normalization", 2016. https://arxiv.org/abs/1607.06450
 """
@@ -34,7 +34,7 @@ def layer_norm_reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The reference of `layer_norm` in plain PyTorch, in float32 or the wider dtype of `input`."""
+    """Compute `layer_norm` in plain PyTorch, in float32 (float64 for float64 `input`)."""
     x = widen(input)
     w, b = (None if vector is None else vector.to(x.dtype) for vector in (weight, bias))
     y = torch.nn.functional.layer_norm(x, as_sizes(normalized_shape), w, b, eps)
@@ -48,7 +48,7 @@ def add_layer_norm_reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The reference of `add_layer_norm` in plain PyTorch."""
+    """Compute `add_layer_norm` in plain PyTorch."""
     s = (x + residual).to(residual.dtype)
     return layer_norm_reference(widen(s), s.shape[-1:], weight, bias, eps).to(x.dtype), s
 

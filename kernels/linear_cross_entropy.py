@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's output, without ever storing its logits whole.
+"""Cross-entropy of a linear layer's output, without ever storing all of its logits.
 
     logits_TV = hidden_TD · weight_VDᵀ + bias_V
     loss_T    = as in `cross_entropy`
@@ -12,7 +12,7 @@ T tokens, D features, V classes, C rows of a chunk. Only C·V logits exist at a 
 where the gradient overwrites them: three matrix products in all. Loss and gradients are computed
 together in the forward pass, for a gradient of 1 with respect to each row's loss; the backward
 pass multiplies by the incoming scalar. With reduction "none" that is one number per row, so there
-the backward pass starts from the logits again (a fourth product).
+the backward pass recomputes the logits (a fourth product).
 """
 
 from typing import Literal, overload
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tritium.kernels._cross_entropy_options import Options, TokenStats, check_options
+from tritium.kernels._cross_entropy_options import LossOptions, TokenStats, check_options
 from tritium.kernels._linear_cross_entropy import chunk_rows as chunk_rows
 from tritium.kernels._linear_cross_entropy import linear_loss
 from tritium.kernels.cross_entropy import cross_entropy_reference
@@ -41,7 +41,7 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The reference of `linear_cross_entropy` on `[T, D]`: whole logits, plain PyTorch."""
+    """Compute `linear_cross_entropy` on `[T, D]` from all logits in plain PyTorch."""
     return cross_entropy_reference(
         F.linear(input, linear_weight, linear_bias), target, weight=weight,
         ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
@@ -98,7 +98,7 @@ def linear_cross_entropy(
     autocast where that is on; the gradients of weight and bias are summed in float32 over all
     chunks. Between forward and backward it keeps those gradients, not the logits. Deterministic.
     Targets outside [0, V) are treated as `cross_entropy` treats them. Inside torch.func, where
-    torch.export traces and with TRITIUM_REFERENCE=1 the logits exist whole.
+    torch.export traces and with TRITIUM_REFERENCE=1 all logits exist at once.
 
     Args:
         input: `[..., D]`; float32, float16, bfloat16 or float64.
@@ -124,7 +124,7 @@ def linear_cross_entropy(
             torch.compile.
         return_stats: return `(loss, TokenStats)`, as in `cross_entropy`.
         group: the ranks over which the classes are split, as in `cross_entropy`: rank r of R holds
-            rows r·V to (r + 1)·V - 1 of weight and bias, and every rank the whole `input`, whose
+            rows r·V to (r + 1)·V - 1 of weight and bias, and every rank all of `input`, whose
             gradient is summed over the ranks.
 
     Returns:
@@ -132,7 +132,7 @@ def linear_cross_entropy(
         (float64 for float64 `input`). With `return_stats` a pair.
 
     Raises:
-        ValueError: a shape, dtype or option is outside what stands above.
+        ValueError: an argument has another shape, dtype or range than documented above.
     """
     op = "linear_cross_entropy"
     check_options(op, reduction, label_smoothing, z_loss, softcap, logit_scale)
@@ -143,7 +143,7 @@ def linear_cross_entropy(
             f"{op}: ignore_index is for class indices, got {ignore_index} with probabilities; "
             "leave it out"
         )
-    chosen = Options(
+    chosen = LossOptions(
         -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap or 0.0,
         logit_scale, return_stats,
     )  # fmt: skip

@@ -23,7 +23,7 @@ P_MAX = 1024  # not the number of multiprocessors: the loss is the same sum on e
 
 
 def mse_loss_reference(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """The reference of `mse_loss` in plain PyTorch, in float32 or the wider of the two dtypes."""
+    """Compute `mse_loss` in plain PyTorch, in float32 or the wider of the two dtypes."""
     wide = _wide(input, target)
     loss = (input.to(wide) - target.to(wide)).square()
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

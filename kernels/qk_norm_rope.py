@@ -6,13 +6,13 @@
     y1_N = z1_N · cos - z2_N · sin                the first J pairs of features, as in `rope`;
     y2_N = z2_N · cos + z1_N · sin                behind them y = z
 
-Values stay as they are: a view of the projection. Backward turns dy back to g, and writes the
+Values stay as they are: a view of the projection. Backward rotates dy back to g, and writes the
 gradient of the whole projection into one tensor, the values' part copied by the same kernel:
 
     dx_N = r_N · (g_N · w - x_N · r_N² · mean_K(g_N · w · x_N))
     dw   = sum over all heads that w scales of (g_N · x_N · r_N)
 
-r_N is computed again from the projection, which backward reads anyway.
+r_N is recomputed from the projection, which backward reads anyway.
 
 B batch (every axis before L, flattened), L sequence, N = H + 2G heads, K head width, J pairs,
 R = K - 2J features behind them, S rows of the tables, P programs that share the heads in backward.
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from tritium.kernels._cpu_backward import differentiate, is_written_out
+from tritium.kernels._cpu_backward import differentiate, uses_cpu_backward
 from tritium.kernels._qk_norm_rope_kernels import (
     _qk_norm_rope_backward_kernel,
     _qk_norm_rope_forward_kernel,
@@ -41,7 +41,7 @@ from tritium.kernels.rope import _heads, _rows, rope_reference, validate_tables
 from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton, widen
 
 FORWARD_TILE = 4096  # elements per program
-BACKWARD_TILE = 2048  # beside them it keeps as many sums
+BACKWARD_TILE = 2048  # and as many sums in registers
 BLOCK_N = 4  # heads of a position that share a program's cosines and sines
 P_MAX = 2048  # not the number of multiprocessors: weight gradients are the same on every GPU
 
@@ -60,7 +60,7 @@ def qk_norm_rope_reference(
     offset: int | Tensor = 0,
     interleaved: bool = False,
 ) -> Packed:
-    """The reference of `qk_norm_rope` in plain PyTorch, in float32 or the wider dtype of `qkv`."""
+    """Compute `qk_norm_rope` in plain PyTorch, in float32 (float64 for float64 `qkv`)."""
 
     def turned(x: Tensor, weight: Tensor | None) -> Tensor:
         x = widen(x)
@@ -135,7 +135,7 @@ def _of_three(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, **h
 def _scales(
     q_weight: Tensor | None, k_weight: Tensor | None, H: int, G: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """What scales each head of the queries and keys, `[H + G, K]`."""
+    """Return the weights of each head of the queries and keys, `[H + G, K]`."""
     if q_weight is None or k_weight is None:
         return None
     return torch.cat([w.to(dtype).expand(n, -1) for w, n in ((q_weight, H), (k_weight, G))])
@@ -159,7 +159,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, y: Tensor) -> 
 def _wide_angles(
     cos: Tensor, sin: Tensor, x: Tensor, offset: int | Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """What `_turn` turns `x` by: `[..., L, 1, K]` and `[..., L, 1, J]`, in the dtype of `x`."""
+    """Return cos and sin of `_turn`: `[..., L, 1, K]` and `[..., L, 1, J]`, in the dtype of `x`."""
     cos, sin = (_rows(table.to(x.dtype), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
     cos = cos.repeat_interleave(2, -1) if interleaved else torch.cat([cos, cos], -1)
     return F.pad(cos, (0, x.shape[-1] - cos.shape[-1]), value=1.0), sin
@@ -336,7 +336,7 @@ def qk_norm_rope(
     weights = [w for w in (q_weight, k_weight) if w is not None]
     G = _kv_heads(qkv, kv_heads)
     if not uses_triton(qkv, "qk_norm_rope"):
-        if is_written_out(qkv, *weights):
+        if uses_cpu_backward(qkv, *weights):
             return _HandWritten.apply(
                 qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved
             )
@@ -369,7 +369,7 @@ def _validate(
         )
     if kv_heads is not None and not 1 <= kv_heads <= (N - 1) // 2:
         raise ValueError(
-            f"qk_norm_rope: kv_heads must lie in [1, {(N - 1) // 2}], as qkv has {N} heads of "
+            f"qk_norm_rope: kv_heads must be in [1, {(N - 1) // 2}], as qkv has {N} heads of "
             f"queries, keys and values; got {kv_heads}"
         )
     if (q_weight is None) != (k_weight is None):

@@ -2,7 +2,7 @@
 
     h = max(x, 0)²,  dx = dh · 2 · max(x, 0)
 
-Backward keeps x alone. The kernels are those of `_activation`, for every activation.
+Backward saves only x. The kernels are those of `_activation`, for every activation.
 
 So et al., "Primer: Searching for Efficient Transformers for Language Modeling", 2021.
 https://arxiv.org/abs/2109.08668
@@ -17,7 +17,7 @@ from tritium.kernels.runtime import uses_triton
 
 
 def relu_squared_reference(x: Tensor) -> Tensor:
-    """The reference of `relu_squared` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """Compute `relu_squared` in plain PyTorch, in float32 (float64 for float64 `x`)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return relu(x.to(wide)).square().to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""What no version of an operation can beat: bytes, operations and time on a device.
+"""Roofline: minimum bytes, FLOPs and time of an operation on a device.
 
     time of a phase = max(bytes / copy rate, operations / their rate)
     bound of a pass = sum of its phases, which wait for one another
@@ -20,7 +20,7 @@ from operator import add, mul
 
 import torch
 
-# What is reachable of a datasheet's figure: 4.3 of 4.8 TB/s copying and 785 of 989 TFLOP/s in bf16
+# Reachable shares of a datasheet's figures: 4.3 of 4.8 TB/s copying and 785 of 989 TFLOP/s in bf16
 # products, on an H200. The other devices are assumed to reach the same shares.
 COPY_SHARE = 4.3 / 4.8
 MATRIX_SHARE = 785 / 989
@@ -32,19 +32,19 @@ class Device:
 
     name: str
     cuda_name: str
-    """As `torch.cuda.get_device_name` ends."""
+    """End of the name by `torch.cuda.get_device_name`."""
     copy: float
     """Reachable bytes per second, read and written together."""
     matrix_16: float
     """Reachable operations per second of dense matrix products in bfloat16 or float16."""
     matrix_32: float
-    """The same in float32, without TF32."""
+    """Reachable operations per second of matrix products in float32, without TF32."""
     arithmetic: float
     """Float32 operations per second outside matrix products."""
 
 
 def _device(name: str, cuda_name: str, terabytes: float, bf16: float, fp32: float) -> Device:
-    """A device by its datasheet: TB/s of memory, dense bf16 and fp32 TFLOP/s."""
+    """Make a device from its datasheet: TB/s of memory, dense bf16 and fp32 TFLOP/s."""
     return Device(
         name, cuda_name, terabytes * 1e12 * COPY_SHARE,
         bf16 * 1e12 * MATRIX_SHARE, fp32 * 1e12 * MATRIX_SHARE, fp32 * 1e12,
@@ -63,7 +63,7 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Work:
-    """What one phase moves and computes."""
+    """Bytes and operations of one phase."""
 
     bytes: int = 0
     operations: int = 0
@@ -73,13 +73,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Bound:
-    """The least that a pass moves, computes and takes."""
+    """Minimum bytes, operations and time of a pass."""
 
     bytes: int
     flops: int
     microseconds: float
     resource: str
-    """What takes most of that time: "memory", "matrix products" or "arithmetic"."""
+    """The limiting resource: "memory", "matrix products" or "arithmetic"."""
 
     def __str__(self) -> str:
         return (
@@ -97,7 +97,7 @@ class Explanation:
     dtype: torch.dtype
     device: Device
     forward: Bound
-    """Of an optimizer: the step."""
+    """The pass forward; for an optimizer, the step."""
     backward: Bound | None
     """None for an optimizer."""
     both: Bound
@@ -116,7 +116,7 @@ class Explanation:
 
 
 def quantity(number: float, unit: str) -> str:
-    """`number` with three digits and a decimal prefix: 1530 B is "1.53 kB"."""
+    """Return `number` with three digits and a decimal prefix: 1530 B is "1.53 kB"."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{_three_digits(number / size)} {prefix}{unit}"
@@ -124,7 +124,7 @@ def quantity(number: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` with three digits, in s, ms or us."""
+    """Return `seconds` with three digits, in s, ms or us."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{_three_digits(seconds / size)} {unit}"
@@ -172,7 +172,7 @@ def _cross_entropy(s: int, T: int, V: int) -> tuple[Phases, Phases, Phases]:
 
 
 def _mse_loss(s: int, N: int) -> Passes:
-    """With the gradient of the input alone."""
+    """Bound with the gradient of the input alone."""
     return (Work(2 * N * s, 3 * N),), (Work(3 * N * s, 2 * N),), (Work(3 * N * s, 4 * N),)
 
 
@@ -290,8 +290,8 @@ def explain(
         H: heads; of queries, where there are G of keys.
         K: width of a head.
         dtype: of the tensors; for an optimizer of weights and gradients.
-        master: what an optimizer keeps of 2-byte weights: a "float32" copy, 16 more bits ("split"),
-            or None, for stochastic rounding. Wider weights need none.
+        master: what an optimizer adds to 2-byte weights: a "float32" copy, 16 bits ("split"),
+            or None, for stochastic rounding. Float32 weights need none.
         state_dtype: of an optimizer's moments: float32, bfloat16, or uint8 for 8 bits in blocks of
             128 with a float32 scale each.
         device: part of a name in `DEVICES` ("H200"), a `Device` with rates of your own, or None

@@ -1,4 +1,4 @@
-"""Rotary position embedding: turn each pair of features by an angle that grows with position.
+"""Rotary position embedding: rotate each pair of features by an angle that grows with position.
 
     y1 = x1 · cos - x2 · sin
     y2 = x2 · cos + x1 · sin
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritium.kernels._cpu_backward import is_written_out
+from tritium.kernels._cpu_backward import uses_cpu_backward
 from tritium.kernels.runtime import (
     accumulator,
     once_differentiable,
@@ -32,7 +32,7 @@ from tritium.kernels.runtime import (
     uses_triton,
 )
 
-TILE = 2048  # pairs per program: 16 a thread. In place no two threads may hold one element.
+TILE = 2048  # pairs per program: 16 a thread. In place, no two threads may load one element.
 
 
 def rope_reference(
@@ -43,7 +43,7 @@ def rope_reference(
     offset: int | Tensor = 0,
     interleaved: bool = False,
 ) -> Tensor:
-    """The reference of `rope` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """Compute `rope` in plain PyTorch, in float32 (float64 for float64 `x`)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (_rows(table.to(wide), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
     x_K = x.to(wide)
@@ -55,7 +55,7 @@ def rope_reference(
     return torch.addcmul(x_K * cos_K, other_K, sin_K).to(x.dtype)
 
 
-class _WrittenOut(torch.autograd.Function):
+class _CpuBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor, interleaved: bool
@@ -71,7 +71,7 @@ class _WrittenOut(torch.autograd.Function):
 
 
 def _rows(table: Tensor, L: int, offset: int | Tensor) -> Tensor:
-    """The rows of `table` for L positions from `offset` on; NaN where there is no such row."""
+    """Return the rows of `table` for L positions from `offset`; NaN where there is no such row."""
     if not isinstance(offset, Tensor):
         return table[offset : offset + L]
     position = offset.long().unsqueeze(-1) + torch.arange(L, device=table.device)
@@ -81,7 +81,7 @@ def _rows(table: Tensor, L: int, offset: int | Tensor) -> Tensor:
 
 @triton.jit
 def _load_pairs(ptrs, J, mask, INTERLEAVED: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The two members of each pair of the heads at `ptrs`: `[L, H, J]` each."""
+    """Return the two members of each pair of the heads at `ptrs`: `[L, H, J]` each."""
     if INTERLEAVED:
         offs_K = tl.arange(0, 2 * BLOCK_J)[None, None, :]
         x = tl.load(ptrs + offs_K, mask=mask & (offs_K < 2 * J), other=0.0)
@@ -123,7 +123,7 @@ def _rope_kernel(
     row_L = offs_L
     if offset_ptr is not None:
         row_L += tl.load(offset_ptr + b).to(tl.int64)
-    # A position outside the tables turns by NaN.
+    # A position outside the tables gives NaN.
     mask_LJ = (row_L >= 0) & (row_L < S) & (offs_J < J)
     cos_LJ = tl.load(cos_ptr + row_L * J + offs_J, mask=mask_LJ, other=float("nan")).to(ACC)
     sin_LJ = tl.load(sin_ptr + row_L * J + offs_J, mask=mask_LJ, other=float("nan")).to(ACC)
@@ -219,7 +219,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _heads(x: Tensor) -> Tensor:
-    """`x` as `[B, L, H, K]`: a view where the strides allow, else a copy."""
+    """Return `x` as `[B, L, H, K]`: a view where the strides allow, else a copy."""
     return unit_stride(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
@@ -268,8 +268,8 @@ def rope(
     if inplace and (torch.compiler.is_compiling() or not uses_triton(x, "rope")):
         return x.copy_(rope(x, cos, sin, offset=offset, interleaved=interleaved))
     if not uses_triton(x, "rope"):
-        if is_written_out(x):
-            return _WrittenOut.apply(x, cos, sin, offset, interleaved)
+        if uses_cpu_backward(x):
+            return _CpuBackward.apply(x, cos, sin, offset, interleaved)
         return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
     if not isinstance(offset, Tensor):
         cos, sin, offset_B = *(_rows(table, x.shape[-3], offset) for table in (cos, sin)), None
@@ -305,7 +305,9 @@ def validate_tables(
                 f"{op}: {name} must be [{rows} or more, {pairs}], got {list(table.shape)}"
             )
         if table.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{op}: {name} must be float32, got {table.dtype}; keep angles wide")
+            raise ValueError(
+                f"{op}: {name} must be float32, got {table.dtype}; keep angles in float32"
+            )
         if table.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device}, got {table.device}")
         if table.requires_grad:

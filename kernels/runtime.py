@@ -1,4 +1,4 @@
-"""Where kernels run, and how they become PyTorch operators.
+"""Dispatch between kernels and references; registration of PyTorch operators.
 
 A CUDA tensor goes to Triton. A CPU tensor goes to the PyTorch reference, or, with
 TRITON_INTERPRET=1, to the same Triton kernel in its interpreter. TRITIUM_REFERENCE=1 sends
@@ -21,7 +21,7 @@ from triton.runtime import driver
 
 CPU_KERNELS = (
     knobs.runtime.interpret
-)  # whether CPU tensors go to kernels (tritium.bench.compiled.static sets it)
+)  # run kernels on CPU tensors (tritium.bench.compiled.static sets it)
 REFERENCE = os.environ.get("TRITIUM_REFERENCE") == "1"
 
 OPERATIONS = frozenset({
@@ -30,16 +30,16 @@ OPERATIONS = frozenset({
     "dropout_add", "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD",
     "RMSprop", "Adagrad", "Lion",
 })  # fmt: skip
-"""What has a kernel to choose."""
+"""Operations that `fall_back` accepts."""
 SHARED = {"linear_cross_entropy": "cross_entropy", "info_nce": "cross_entropy"}
-"""Operations whose kernel is that of another."""
+"""Operations that use the kernel of another."""
 
 _library = torch.library.Library("tritium", "DEF")
 _fallen: frozenset[str] = frozenset()
 
 
 def uses_triton(x: Tensor, op: str | None = None) -> bool:
-    """Whether the kernel of `op`, rather than its reference, computes on `x`.
+    """Return whether the kernel of `op`, rather than its reference, computes on `x`.
 
     Without `op`, whether kernels compute on `x` at all. Inside a transform of torch.func, and where
     derivatives are carried forward, references do: those can be transformed, any number of times.
@@ -49,7 +49,7 @@ def uses_triton(x: Tensor, op: str | None = None) -> bool:
 
 
 def sees_through() -> bool:
-    """Whether what calls must see PyTorch's own operators.
+    """Return whether the caller must use PyTorch's own operators.
 
     True in a transform of torch.func, in forward-mode differentiation and in torch.export: the
     operators here have no gradient and no batching rule, their autograd functions neither.
@@ -62,7 +62,7 @@ def sees_through() -> bool:
 def fall_back(*ops: str) -> None:
     """Send operations to their references, from now on and in this process.
 
-    What is compiled by torch.compile follows; what a CUDA graph has captured does not.
+    Functions compiled by torch.compile follow; captured CUDA graphs do not.
 
     Args:
         ops: names as they are imported from `kernels`, such as "rope" or "AdamW".
@@ -77,7 +77,7 @@ def fall_back(*ops: str) -> None:
 
 
 def fallen_back() -> frozenset[str]:
-    """The operations that `fall_back` has sent to their references."""
+    """Return the operations that `fall_back` has sent to their references."""
     return _fallen
 
 
@@ -103,25 +103,25 @@ def _named(ops: tuple[str, ...]) -> frozenset[str]:
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """The dtype in which a kernel computes on `dtype`: float64 for float64, else float32."""
+    """Return the dtype in which a kernel computes on `dtype`: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in the dtype in which its reference computes: float64 for float64, else float32."""
+    """Convert `x` to the dtype of its reference: float64 for float64, else float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied only where its last axis is not contiguous."""
+    """Return `x`, copied only where its last axis is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Launcher:
-    """Launches of a kernel that keep what the last one was compiled to.
+    """Launcher of a kernel that caches the compiled kernel of its last launch.
 
     Triton looks that up at every launch, by the dtype, alignment or value of every argument, which
-    takes it 10 us. Here it is asked only where one of them, or the device, is not as it was.
+    takes it 10 us. Here Triton is asked only if one of them, or the device, has changed.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -137,10 +137,10 @@ class Launcher:
 
         Args:
             programs: the grid, of one axis.
-            args: what comes first in the kernel's signature. In one place tensors are always of
-                one dtype.
+            args: the leading arguments of the kernel. Tensors at one position always have one
+                dtype.
             constants: the constexprs, which follow.
-            options: of Triton, the same at every launch.
+            options: options of Triton, the same at every launch.
         """
         decisive = [x.data_ptr() % 16 if isinstance(x, Tensor) else (type(x), x) for x in args]
         if self._compiled is None or self._key != (decisive, constants, _device()):
@@ -189,7 +189,7 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
 def _register_lowering(op: Any) -> None:
     """Tell Inductor, where it is at work, to call `op` as it is.
 
-    Inductor of torch 2.11 does so by itself, but formats the arguments for a log line first,
+    Inductor of torch 2.11 already does so, but formats the arguments for a log line first,
     whether anybody logs or not. Where operators return pairs that feed the next one that text
     doubles with each, and no model of twelve layers was ever compiled. Later versions format it
     only if it is logged.
@@ -207,7 +207,7 @@ def once_differentiable(backward: Callable) -> Callable:
     """Compute a backward without a graph, and make a derivative of its results an error.
 
     `torch.autograd.function.once_differentiable` does so only where the incoming gradient has a
-    graph itself; elsewhere a gradient penalty would be dropped without a word.
+    graph itself; otherwise a gradient penalty would be dropped silently.
     """
 
     @functools.wraps(backward)

@@ -4,20 +4,20 @@
     softmax:      y_MN = exp(z_MN - max_N) / sum_N(exp(z_MN - max_N))
     log_softmax:  y_MN = z_MN - max_N - log(sum_N(exp(z_MN - max_N)))
 
-Backward keeps the output alone:
+Backward saves only the output:
 
     softmax:      dx_MN = scale · y_MN · (dy_MN - sum_N(dy_MN · y_MN) / sum_N(y_MN))
     log_softmax:  dx_MN = scale · (dy_MN - exp(y_MN) · sum_N(dy_MN))
 
-sum_N(y_MN) would be 1 except for the rounding of y: dividing by it keeps the gradient of a row whose
-mass sits on one element, where bfloat16 stores 0.999 as 1 and `dy - sum(dy · y)` cancels to noise.
+Without rounding of y, sum_N(y_MN) would be 1: dividing by it keeps the gradient of a row whose mass
+is on one element, where bfloat16 stores 0.999 as 1 and `dy - sum(dy · y)` cancels to noise.
 
 With softmax comes, on request, lse_M = log(sum_N(exp(z_MN))), whose gradient joins at no cost:
 
     dx_MN = scale · y_MN · (dy_MN - (sum_N(dy_MN · y_MN) / sum_N(y_MN) - dlse_M))
 
 M rows (every other axis, flattened), N columns. A row of up to MAX_TILE columns stays in registers
-between its one read and its one write; a longer one is read twice (`_softmax_rows.py`).
+between its one read and its one write; a longer one is read twice (`_softmax_long_rows.py`).
 
 Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018.
 https://arxiv.org/abs/1805.02867
@@ -51,7 +51,7 @@ from tritium.kernels.runtime import (
 )
 
 TILE = 2048  # elements per program where rows are short: 16 a thread
-MAX_TILE = 16384  # the longest row that 16 warps hold without spilling
+MAX_TILE = 16384  # the longest row that fits in the registers of 16 warps
 
 
 def softmax_reference(
@@ -62,7 +62,7 @@ def softmax_reference(
     causal: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The reference of `softmax` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """Compute `softmax` in plain PyTorch, in float32 (float64 for float64 `x`)."""
     hidden = _hidden(x) if causal else x.new_zeros((), dtype=torch.bool)
     z = (x.to(_wide(x)) * scale).masked_fill(hidden, -math.inf)
     y = torch.softmax(z, dim).masked_fill(hidden, 0).to(x.dtype)
@@ -72,14 +72,14 @@ def softmax_reference(
 def log_softmax_reference(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False
 ) -> Tensor:
-    """The reference of `log_softmax` in plain PyTorch, in float32 or the wider dtype of `x`."""
+    """Compute `log_softmax` in plain PyTorch, in float32 (float64 for float64 `x`)."""
     hidden = _hidden(x) if causal else x.new_zeros((), dtype=torch.bool)
     z = (x.to(_wide(x)) * scale).masked_fill(hidden, -math.inf)
     return torch.log_softmax(z, dim).masked_fill(hidden, -math.inf).to(x.dtype)
 
 
 def _hidden(x: Tensor) -> Tensor:
-    """`[Lq, Lk]`: True where query i may not see key j, that is where j > i + Lk - Lq."""
+    """Return `[Lq, Lk]`: True where query i may not see key j, that is where j > i + Lk - Lq."""
     Lq, Lk = x.shape[-2:]
     return x.new_ones((Lq, Lk), dtype=torch.bool).triu(Lk - Lq + 1)
 
@@ -145,7 +145,7 @@ def _softmax_backward_tile_kernel(
 
 
 def _tile(N: int) -> dict[str, Any]:
-    """Several rows per program where they are short, else one."""
+    """Return tile size and warps: several rows per program where they are short, else one."""
     block_N = triton.next_power_of_2(max(N, 1))
     num_warps = min(max(block_N // 512, 4), 16)
     return {"BLOCK_M": max(TILE // block_N, 1), "BLOCK_N": block_N, "num_warps": num_warps}
@@ -216,7 +216,7 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_MN: Tensor | None, dlse_M: Tensor | None = None):
         (y_MN,) = ctx.saved_tensors
-        if dy_MN is None:  # one row of zeros stands for all
+        if dy_MN is None:  # one row of zeros, expanded, for all rows
             dy_MN = y_MN.new_zeros(1, y_MN.shape[1]).expand(y_MN.shape)
         dx_MN = _backward(unit_stride(dy_MN), y_MN, dlse_M, *ctx.options)
         return dx_MN, None, None, None, None

@@ -2,7 +2,7 @@
 
     h = silu(gate) · up,  silu(a) = a · σ(a),  σ(a) = 1 / (1 + exp(-a))
 
-Backward keeps gate and up alone and computes σ = σ(gate) again:
+Backward saves only gate and up and computes σ = σ(gate) again:
 
     dgate = dh · up · σ · (1 + gate · (1 - σ))
     dup   = dh · gate · σ
@@ -22,18 +22,18 @@ from tritium.kernels._activation import (
     validate_packed,
     validate_pair,
 )
-from tritium.kernels._cpu_backward import differentiate, is_written_out
+from tritium.kernels._cpu_backward import differentiate, uses_cpu_backward
 from tritium.kernels.runtime import uses_triton, widen
 
 
 def swiglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """The reference of `swiglu` in plain PyTorch, in float32 or the wider dtype of `gate`."""
+    """Compute `swiglu` in plain PyTorch, in float32 (float64 for float64 `gate`)."""
     if up is None:
         gate, up = gate.chunk(2, -1)
     return (silu(widen(gate)) * widen(up)).to(gate.dtype)
 
 
-class _WrittenOut(torch.autograd.Function):
+class _CpuBackward(torch.autograd.Function):
     """Of gate and up, or of both packed, whose gradients come as they do."""
 
     @staticmethod
@@ -81,9 +81,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         validate_packed("swiglu", gate)
         if uses_triton(gate, "swiglu"):
             return activate_packed("silu", gate)
-        return (_WrittenOut.apply if is_written_out(gate) else swiglu_reference)(gate)
+        return (_CpuBackward.apply if uses_cpu_backward(gate) else swiglu_reference)(gate)
     validate_pair("swiglu", gate, up)
     if not uses_triton(gate, "swiglu"):
-        define = _WrittenOut.apply if is_written_out(gate, up) else swiglu_reference
+        define = _CpuBackward.apply if uses_cpu_backward(gate, up) else swiglu_reference
         return define(gate, up)
     return activate("silu", gate, up)

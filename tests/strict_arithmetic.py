@@ -1,6 +1,6 @@
-"""What Triton's interpreter computes wrong, mended: one function for each lie.
+"""Fixes of the arithmetic of Triton's interpreter: one function for each error.
 
-`mend` replaces one attribute of Triton and remembers what stood there, so that the self-test can
+`mend` replaces one attribute of Triton and remembers the original, so that the self-test can
 take each mend away and see its probe fail. The attributes are private: the range of Triton that
 pyproject.toml allows is the range this was tried on.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
-# (owner, attribute) -> (what Triton had there, what stands there now)
+# (owner, attribute) -> (Triton's original, its replacement)
 MENDS: dict[tuple[object, str], tuple[Callable | None, Callable]] = {}
 
 

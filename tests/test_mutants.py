@@ -1,4 +1,4 @@
-"""Every planted fault can still be planted: its line stands where the table says, and once."""
+"""Every fault can be planted: its line is in the file that the table names, exactly once."""
 
 from pathlib import Path
 

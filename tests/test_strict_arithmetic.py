@@ -1,4 +1,4 @@
-"""Kernels compute what a GPU would: each lie of the interpreter's arithmetic has its probe."""
+"""Interpreted kernels compute what a GPU would: every fix of the arithmetic has its probe."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""A launch that a GPU would not forgive is refused, an honest one is not."""
+"""The strict interpreter refuses launches that fail or corrupt on a GPU, and no others."""
 
 from collections.abc import Callable
 from pathlib import Path

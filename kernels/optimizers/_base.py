@@ -1,7 +1,7 @@
-"""What every optimizer here shares: checks, state, the step, and clipping inside it.
+"""Base class of the optimizers: argument checks, state, the fused step with clipping.
 
 An optimizer is an update rule and its state. The gradients, parameters, states and step counts of
-the whole model reach its kernels through one table (_multi_tensor.py), the hyper-parameters of its
+the whole model reach its kernels through one table (_pointer_table.py), the hyper-parameters of its
 groups through another; both are uploaded when they change, and nothing is read back.
 """
 
@@ -32,8 +32,8 @@ from tritium.kernels.optimizers._step_kernels import (
     PENALTY2,
     SUMS,
     UPDATES,
-    Options,
     Rule,
+    StepFlags,
     launch_norms,
     launch_update,
 )
@@ -61,7 +61,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     squares: tuple[str, ...] = ()
     """States that are never negative."""
     fused: Fused | None = None
-    """The step by PyTorch's kernel for CPUs, if there is one."""
+    """Step by PyTorch's fused kernel for CPUs, if there is one."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -76,24 +76,24 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self.skipped = torch.zeros((), dtype=torch.int64)
         self.records_norms: bool = every["record_norms"]
         self._forget()
-        super().__init__(params, _OFF | defaults | {"l1": every["l1"]})
+        super().__init__(params, KEYS_TORCH_ADDS | defaults | {"l1": every["l1"]})
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """The rule's own columns of the table of groups."""
+        """Return the rule's own columns of the table of groups."""
         raise NotImplementedError
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
     ) -> Move:
-        """The rule in plain PyTorch; `states`, None where there is none, change in place."""
+        """Apply the rule in plain PyTorch; `states`, None where there is none, change in place."""
         raise NotImplementedError
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The state that the rule has in `group`; of counted steps, "step" comes first."""
+        """Return the state that the rule has in `group`; of counted steps, "step" comes first."""
         return ("step", *self.states)
 
     def _initial(self, group: dict[str, Any]) -> float:
-        """What a state holds before the first step."""
+        """Return the initial value of a state."""
         return 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._summed: Tables | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as `torch.optim.Optimizer.add_param_group` does, and check what is in it."""
+        """Add a group as `torch.optim.Optimizer.add_param_group` does, and check it."""
         if isinstance(param_group, dict):
             check_keys(self._op, param_group, self.defaults)
         super().add_param_group(param_group)
@@ -127,8 +127,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of the same rule, from this class or from its model in torch.optim.
 
-        Moments are converted to `state_dtype`; what the options keep besides, and the saved state
-        lacks, begins anew.
+        Moments are converted to `state_dtype`; state that options require but the saved state lacks
+        starts fresh.
 
         Raises:
             ValueError: it was saved by another rule, with options that this class does not have,
@@ -147,7 +147,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._op = type(self).__name__
         self._forget()
         for group in self.param_groups:
-            for name in sorted(_OPTIONAL & self.defaults.keys()):
+            for name in sorted(OPTIONAL_GROUP_KEYS & self.defaults.keys()):
                 group.setdefault(name, self.defaults[name])
             self._check_group(group)
             for p in filter(self.state.get, group["params"]):
@@ -157,7 +157,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                     self.state[p] = self._adopted(p, group, own)
 
     def _adopted(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-        """The state of `p` in the form that this optimizer keeps, from what was saved."""
+        """Return the state of `p` in the form that this optimizer keeps, from what was saved."""
         return self._storage.adopted(self._op, p, self._names(group), state)
 
     @torch.no_grad()
@@ -166,10 +166,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a parameter or gradient "must be float32 or bfloat16".
-            ValueError: tensors "must be dense", "must lie on one device", "must hold their own
-                memory", "must have the shape" of their parameter, or "must lie apart"; distributed
-                ones "must share one device mesh", or "must be sharded or replicated", gradients
-                as their parameters.
+            ValueError: tensors "must be dense", "must be on one device", "must hold their own
+                memory", "must have the shape" of their parameter, or "must not share an address";
+                distributed ones "must share one device mesh", or "must be sharded or
+                replicated", gradients as their parameters.
         """
         loss = None
         if closure is not None:
@@ -178,7 +178,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         names = list(map(self._names, self.param_groups))
         rates = list(map(self._rate_address, self.param_groups))
         found = self._tensors
-        if found.find(self.param_groups, names, rates, self._states, self._start):
+        if found.collect(self.param_groups, names, rates, self._states, self._start):
             self.skipped = self.skipped.to(found.device)
             zero = self._options["zero_grads"]
             if uses_triton(found.items[0].p, self._op):
@@ -198,11 +198,11 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return loss
 
     def norms(self) -> Norms | None:
-        """Norms of every gradient, update and weight in the last step; None before the first.
+        """Return the norms of gradients, updates and weights of the last step; None before it.
 
-        Needs `record_norms`. While `records_norms` is False, steps leave what this returns as it
-        is: on a CPU they are cheaper then. The sums come with the step, at no traffic of their own;
-        this adds them up, in one launch, and over the ranks where parameters are distributed.
+        Needs `record_norms`. While `records_norms` is False, steps do not change what this returns,
+        which makes them cheaper on a CPU. The sums are computed in the step, without memory traffic
+        of their own; this adds them up, in one launch, and over ranks for distributed parameters.
         """
         found = self._tensors
         if self._sums is None:
@@ -231,11 +231,11 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             self.state[p] = state
 
     def _states(self) -> dict[Tensor, dict[str, Any]]:
-        """All that is kept of each parameter."""
+        """Return the state of every parameter."""
         return self.state
 
     def _rate_address(self, group: dict[str, Any]) -> int:
-        """Where kernels find the learning rate of `group`, if it lives where they run, or 0."""
+        """Return the address of the learning rate of `group`, or 0 if it is not on the device."""
         lr = group["lr"]
         if not isinstance(lr, Tensor) or not uses_triton(lr, self._op):
             return 0
@@ -292,7 +292,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         launch_update(
             self.rule, tables, formats, self._hyper_table(rows, found.device), partials_P, norm,
             self.skipped, self.max_grad_norm or 0.0, sums,
-            Options(
+            StepFlags(
                 l1=any(row[PENALTY1.value] for row in rows),
                 l2=any(row[PENALTY2.value] for row in rows),
                 zero=options["zero_grads"], ema_weight=1 - (options["ema_decay"] or 0.0),
@@ -300,7 +300,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _sums_of(self, found: Tensors, count: int) -> Tensor | None:
-        """Sums of squares `[count, 3]`, where norms are recorded."""
+        """Allocate the sums of squares `[count, 3]` if norms are recorded."""
         if not self.records_norms:
             return None
         if self._sums is None or len(self._sums) != count:
@@ -352,7 +352,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 f"{self._op}: betas must be floats, or tensors of one element both, got {betas}"
             )
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{self._op}: betas must lie in [0, 1), got {betas}")
+            raise ValueError(f"{self._op}: betas must be in [0, 1), got {betas}")
 
     def _check_param(self, p: Tensor) -> None:
         if p.dtype not in (torch.float32, torch.bfloat16):
@@ -369,7 +369,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _before_load(self, _optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         for group in saved["param_groups"]:
-            if missing := self.defaults.keys() - _OPTIONAL - group.keys():
+            if missing := self.defaults.keys() - OPTIONAL_GROUP_KEYS - group.keys():
                 raise ValueError(
                     f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
                     "load what the same rule saved"
@@ -381,14 +381,14 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return saved | {"state": state}
 
 
-_OFF = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
+KEYS_TORCH_ADDS = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
 """Flags of torch.optim, where a class of torch's has them, by their defaults."""
-_OPTIONAL = {*_OFF, "capturable", "amsgrad", "l1", "decoupled_weight_decay"}
+OPTIONAL_GROUP_KEYS = {*KEYS_TORCH_ADDS, "capturable", "amsgrad", "l1", "decoupled_weight_decay"}
 """Keys of groups that a state may lack."""
 
 
 @dataclass(frozen=True)
 class _AsSaved:
-    """What was saved, which torch.optim does not recognize and hence leaves as it is."""
+    """Saved state in a wrapper that torch.optim does not recognize and hence leaves as it is."""
 
     saved: Any

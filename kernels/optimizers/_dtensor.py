@@ -1,8 +1,8 @@
 """Distributed tensors by their local shards.
 
-A DTensor is updated where it lies: each rank its own shard, which may have no elements. Only the
-gradient norm is of all ranks. Each adds the squares of its shards, those that R ranks hold divided
-by R, and the sum over all ranks is the square of the norm.
+Each rank updates its own shard of a DTensor, which may have no elements. Only the gradient norm is
+that of all ranks: each rank adds the squares of its shards, divided by R if R ranks have a copy,
+and the sum over all ranks is the square of the norm.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def are_distributed(tensors: Iterable[Tensor]) -> bool:
-    """Whether some of `tensors` are DTensors."""
+    """Return whether some of `tensors` are DTensors."""
     return any(hasattr(kind, "to_local") for kind in {*map(type, tensors)})
 
 
@@ -26,7 +26,7 @@ def _is_distributed(x: Any) -> "TypeGuard[DTensor]":
 
 
 def local(x: Any) -> Any:
-    """The shard of `x` on this rank, if it is a DTensor, once it has arrived."""
+    """Return the shard of `x` on this rank, if it is a DTensor, once it has arrived."""
     if not _is_distributed(x):
         return x
     shard = x.to_local()
@@ -34,7 +34,7 @@ def local(x: Any) -> Any:
 
 
 def mesh_of(op: str, tensors: Iterable[Tensor]) -> "DeviceMesh":
-    """The mesh of all DTensors among `tensors`.
+    """Return the mesh of all DTensors among `tensors`.
 
     Raises:
         ValueError: there are two.
@@ -49,10 +49,10 @@ def mesh_of(op: str, tensors: Iterable[Tensor]) -> "DeviceMesh":
 
 
 def replicas(op: str, x: Tensor, mesh: "DeviceMesh") -> int:
-    """How many ranks of `mesh` hold the elements that this rank holds of `x`.
+    """Return how many ranks of `mesh` have the same elements of `x` as this rank.
 
     Raises:
-        ValueError: `x` is a sum that the ranks have not made yet.
+        ValueError: `x` is a partial sum, not reduced yet.
     """
     if not _is_distributed(x):
         return mesh.size()
@@ -68,7 +68,7 @@ def replicas(op: str, x: Tensor, mesh: "DeviceMesh") -> int:
 
 
 def shard_index(x: Tensor) -> int:
-    """Which shard of `x` this rank holds: a number that ranks with the same elements share."""
+    """Return a number for this rank's shard of `x`, the same on ranks with the same elements."""
     index = 0
     if _is_distributed(x):
         for dim, placement in enumerate(x.placements):
@@ -78,10 +78,10 @@ def shard_index(x: Tensor) -> int:
 
 
 def check_alike(op: str, params: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
-    """Raise unless the ranks hold every gradient as they hold its parameter.
+    """Raise unless every gradient is distributed as its parameter is.
 
     Raises:
-        ValueError: they do not, or hold a sum that they have not made yet.
+        ValueError: it is not, or is a partial sum.
     """
     for p, g in zip(params, grads, strict=True):
         if (wanted := _layout(p)) != (got := _layout(g)):

@@ -1,4 +1,4 @@
-"""What every optimizer here takes beyond torch.optim's arguments, and what it reports."""
+"""Optimizer options beyond torch.optim's, and the norms that a step reports."""
 
 from collections.abc import Iterable
 from textwrap import fill
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StepOptions(TypedDict, total=False):
-    """What every optimizer here takes beyond torch.optim's arguments; `EXPLAINED` says what it is.
+    """Options of every optimizer beyond torch.optim's arguments; documented in `EXPLAINED`.
 
     The first is an option of a parameter group too, the others are of the optimizer alone.
     """
@@ -38,31 +38,31 @@ EXPLAINED = {
         0, the default, adds none. May differ by group.""",
     "max_grad_norm": """the largest global norm that an update sees: larger gradients are scaled
         down to it. None, the default, does not compute the norm.""",
-    "master": """what keeps the bits of a bfloat16 parameter that bfloat16 cannot: "float32" (the
-        default), a copy in the state; "split", 16 more bits in the state, which with the
+    "master": """storage for the bits of a parameter that bfloat16 loses: "float32" (the default),
+        a copy in the state; "split", 16 more bits in the state, which with the
         parameter's own make the same float32; None, nothing: updates round stochastically.""",
-    "state_dtype": """of the moments: torch.float32 (the default); torch.bfloat16, rounded
+    "state_dtype": """dtype of the moments: torch.float32 (the default); torch.bfloat16, rounded
         stochastically; or torch.uint8, codes of 8 bits with a float32 scale for every 128
         elements, except that parameters of fewer than 4,096 elements keep float32.""",
-    "seed": "of stochastic rounding: a run with the same seed repeats bit by bit. 0 by default.",
+    "seed": "seed of stochastic rounding: equal seeds give equal bits. 0 by default.",
     "ema_decay": """keep `state[p]["ema"]`, a float32 moving average of the parameter, with this
         decay, in [0, 1). None, the default, keeps none.""",
     "zero_grads": """zero gradients as they are read, also in a step that is skipped. False by
         default.""",
-    "record_norms": """keep what `norms()` returns; `optimizer.records_norms = False` pauses it.
+    "record_norms": """record what `norms()` returns; `optimizer.records_norms = False` pauses it.
         False by default.""",
 }
-"""What the arguments are that all optimizers share, as their docstrings say it."""
+"""Texts of the arguments that all optimizers share, for their docstrings."""
 
 LABELS = frozenset({
     "params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale",
     "max_momentum", "base_momentum",
 })  # fmt: skip
-"""What may stand in a group and is no option: names, and what torch's schedulers keep there."""
+"""Keys of a group that are no options: names, and keys of torch's schedulers."""
 
 
 def explained(doc: str | None, names: Iterable[str]) -> str | None:
-    """The docstring of an optimizer, with those of its arguments `names` that all share."""
+    """Return the docstring of an optimizer, with those of its arguments `names` that all share."""
     if doc is None:
         return None
     texts = [f"{name}: {' '.join(EXPLAINED[name].split())}" for name in names if name in EXPLAINED]
@@ -72,10 +72,10 @@ def explained(doc: str | None, names: Iterable[str]) -> str | None:
 
 
 def check_keys(op: str, group: dict[str, Any], known: Iterable[str]) -> None:
-    """Raise unless what stands in a parameter group is among the options of groups, or a label.
+    """Raise unless every key of a parameter group is an option of groups, or a label.
 
     Raises:
-        TypeError: something else does.
+        TypeError: there is another key.
     """
     if wide := sorted((_DEFAULTS.keys() - {*known}) & group.keys()):
         raise TypeError(
@@ -90,7 +90,7 @@ def check_keys(op: str, group: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def check_flags(op: str, group: dict[str, Any]) -> None:
-    """Raise where torch's flags ask for what a step here does not do, or contradict themselves.
+    """Raise if torch's flags ask for something unsupported, or contradict each other.
 
     Raises:
         ValueError: `differentiable` is on.
@@ -108,7 +108,7 @@ def check_flags(op: str, group: dict[str, Any]) -> None:
 
 
 class Norms(NamedTuple):
-    """What the last step did, by parameter: float32 tensors `[N]` on the device."""
+    """Norms of the last step by parameter: float32 tensors `[N]` on the device."""
 
     params: list[Tensor]
     """The N parameters that had a gradient."""
@@ -122,7 +122,7 @@ class Norms(NamedTuple):
 
 
 def checked(op: str, options: StepOptions) -> dict[str, Any]:
-    """All options, those left out by their defaults.
+    """Return all options, those left out by their defaults.
 
     Raises:
         TypeError: there is no such option.
@@ -135,9 +135,9 @@ def checked(op: str, options: StepOptions) -> dict[str, Any]:
     if norm is not None and not norm > 0:
         raise ValueError(f"{op}: max_grad_norm must be positive, got {norm}; None does not clip")
     if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise ValueError(f"{op}: ema_decay must lie in [0, 1), got {ema_decay}; None keeps no mean")
+        raise ValueError(f"{op}: ema_decay must be in [0, 1), got {ema_decay}; None keeps no mean")
     if not 0 <= seed < 1 << 32:
-        raise ValueError(f"{op}: seed must lie in [0, 2^32), got {seed}")
+        raise ValueError(f"{op}: seed must be in [0, 2^32), got {seed}")
     for name, choices in _CHOICES.items():
         if every[name] not in choices:
             raise ValueError(f"{op}: {name} must be one of {choices}, got {every[name]!r}")

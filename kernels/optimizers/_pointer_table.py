@@ -1,4 +1,4 @@
-"""Many tensors in one launch: where they lie in device memory, and how programs share them out.
+"""Tables of tensor addresses and chunks, for kernels over many tensors in one launch.
 
 A kernel over N tensors reads two tables, built on the host and kept on the device:
 
@@ -19,20 +19,20 @@ from torch import Tensor
 
 CHUNK = 8192  # elements; a multiple of every kernel's BLOCK
 SLICE = 1 << 18  # elements that a reference takes at a time: 1 MB of float32; a multiple of Q
-THREADS = tl.constexpr(256)  # of every program
+THREADS = tl.constexpr(256)  # threads of every program
 
 # Columns of `tensors`. An optimizer fills those from GROUP to STEP, grad_norm.py GROUP alone.
 SIZE = tl.constexpr(0)  # elements
 DTYPE = tl.constexpr(1)  # of the gradient: its number in DTYPES
 REPLICAS = tl.constexpr(2)  # how many ranks hold these elements
 GROUP = tl.constexpr(3)  # parameter group, or layer
-FORMAT = tl.constexpr(4)  # how the tensors are stored, among the formats of a launch
-KEY = tl.constexpr(5)  # what its random bits are seeded with
+FORMAT_COLUMN = tl.constexpr(4)  # code of the storage format
+KEY = tl.constexpr(5)  # seed of its random bits
 LR = tl.constexpr(6)  # address of a learning rate that lives on the device, or 0
 STEP = tl.constexpr(7)  # address of the step count, or 0
 FIRST = tl.constexpr(8)  # index of the first chunk
 ALIGNED = tl.constexpr(9)  # whether all addresses that follow are multiples of 16
-GRAD = tl.constexpr(10)  # the first of these addresses; that of what there is not is 0
+GRAD = tl.constexpr(10)  # the first of these addresses; 0 for an absent tensor
 
 FLOAT32 = tl.constexpr(0)
 FLOAT16 = tl.constexpr(1)
@@ -45,7 +45,7 @@ DTYPES = {
 
 
 class Tables(NamedTuple):
-    """What a kernel needs to find its elements: `tensors` [N, C] int64, `chunks` [K, 2] int32."""
+    """Tables of where elements are: `tensors` [N, C] int64, `chunks` [K, 2] int32."""
 
     tensors: Tensor
     chunks: Tensor
@@ -57,9 +57,9 @@ def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) 
     Gradients mostly return to the addresses that they had a step or two ago, hence the cache.
 
     Raises:
-        ValueError: two tensors lie at one address.
+        ValueError: two tensors have one address.
     """
-    # What is uploaded inside a CUDA graph is there at its replays only.
+    # An upload inside a CUDA graph happens only at its replays.
     make = _tables.__wrapped__ if is_capturing() else _tables
     return make(rows, chunk, device)
 
@@ -69,18 +69,18 @@ def _tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device)
     addresses = [x for row in rows if row[SIZE.value] for x in row[FIRST.value :] if x]
     if len(set(addresses)) < len(addresses):
         raise ValueError(
-            "multi-tensor: tensors must lie apart, got two at one address; pass each tensor once"
+            "multi-tensor: tensors must not share an address, got two alike; pass each tensor once"
         )
-    about, places = torch.tensor(rows).tensor_split((FIRST.value,), dim=1)
-    aligned = (places % 16 == 0).all(dim=1, keepdim=True)
+    about, addresses = torch.tensor(rows).tensor_split((FIRST.value,), dim=1)
+    aligned = (addresses % 16 == 0).all(dim=1, keepdim=True)
     first_N, chunks = _chunks(tuple(row[SIZE.value] for row in rows), chunk, device)
-    tensors = torch.cat([about, first_N[:, None], aligned, places], dim=1)
+    tensors = torch.cat([about, first_N[:, None], aligned, addresses], dim=1)
     return Tables(upload(tensors, device), chunks)
 
 
 @lru_cache(maxsize=8)
 def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The column FIRST, on the host, and the table of chunks."""
+    """Return the column FIRST, on the host, and the table of chunks."""
     # A tensor without elements has an empty chunk, so that there is always something to launch.
     count_N = ((torch.tensor(sizes) + chunk - 1) // chunk).clamp(min=1)
     first_N = count_N.cumsum(0) - count_N
@@ -90,7 +90,7 @@ def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[T
 
 
 def flat(x: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of memory, `[n]`: a view."""
+    """Return the elements of a dense tensor in the order of memory, `[n]`: a view."""
     return x.as_strided((x.numel(),), (1,))
 
 
@@ -112,7 +112,7 @@ _captured: list[Tensor] = []
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph records what is launched."""
+    """Return whether a CUDA graph records what is launched."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -125,8 +125,8 @@ def check_memory(op: str, x: Tensor, device: torch.device) -> None:
         )
     if x.device != device:
         raise ValueError(
-            f"{op}: tensors must lie on one device, got {device} and {x.device}; "
-            "treat each device's by themselves"
+            f"{op}: tensors must be on one device, got {device} and {x.device}; "
+            "pass those of each device separately"
         )
     if x.numel() and not x.data_ptr():
         raise ValueError(
@@ -136,12 +136,12 @@ def check_memory(op: str, x: Tensor, device: torch.device) -> None:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the elements of `x` fill one range of memory, each once."""
+    """Return whether the elements of `x` fill one range of memory, each once."""
     return x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
 
 
 def in_order_of(op: str, p: Tensor, x: Tensor) -> Tensor:
-    """`x`, or a copy of it that holds its elements in the order in which memory holds those of `p`.
+    """Return `x`, or a copy of it with its elements in the order of memory of `p`.
 
     Raises:
         ValueError: `x` is sparse or "must have the shape" of `p`.
@@ -182,7 +182,7 @@ def load(address, offs, end, DTYPE: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def store(address, offs, x, end, DTYPE: tl.constexpr, FULL: tl.constexpr):
-    """Store `x` where `load` finds it."""
+    """Store `x` at elements `offs` of the tensor at `address`, as `load` loads it."""
     ptr = address.to(tl.pointer_type(DTYPE))
     if FULL:
         tl.store(tl.multiple_of(ptr, 16) + offs, x.to(DTYPE))

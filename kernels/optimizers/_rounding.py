@@ -1,4 +1,4 @@
-"""How an optimizer keeps its numbers: in float32, in bfloat16, or in 8 bits; and how it rounds.
+"""Storage of parameters and states in float32, bfloat16 or 8 bits, and stochastic rounding.
 
 A parameter in bfloat16 changes by less than its last bit in most steps. Three ways out:
 
@@ -8,7 +8,7 @@ A parameter in bfloat16 changes by less than its last bit in most steps. Three w
                 many roundings is exact
 
 State in bfloat16 or 8 bits rounds stochastically too: a mean of squares that decays by a
-thousandth per step would otherwise stay where it is. In 8 bits, blocks of Q = 128 elements share a
+thousandth per step would otherwise never change. In 8 bits, blocks of Q = 128 elements share a
 float32 scale s, and a step of the code is smaller where values are smaller:
 
     signed      s · c · |c|,  |c| <= 127     moments and momentum
@@ -30,13 +30,13 @@ from torch import Tensor
 
 Q = 128  # elements that share a scale: one warp, four per thread
 
-# How a parameter is kept.
+# Storage of a parameter.
 FLOAT32 = tl.constexpr(0)
 MASTER = tl.constexpr(1)
 SPLIT = tl.constexpr(2)
 STOCHASTIC = tl.constexpr(3)
 
-# How a state is kept, except for FLOAT32.
+# Storage of a state, FLOAT32 or:
 ABSENT = tl.constexpr(1)
 BFLOAT16 = tl.constexpr(2)
 SIGNED = tl.constexpr(3)
@@ -55,7 +55,7 @@ def hash_bits(x):
 
 @triton.jit
 def element_bits(offs, key):
-    """The random bits, uint32, of the elements `offs` of a tensor whose `key` is mixed already."""
+    """Return the random bits, uint32, of elements `offs` of a tensor with a mixed `key`."""
     x = tl.mul(offs.to(tl.uint32) ^ key, 0x7FEB352D, sanitize_overflow=False)
     x = tl.mul(x ^ (x >> 15), 0x846CA68B, sanitize_overflow=False)
     return x ^ (x >> 16)
@@ -63,7 +63,7 @@ def element_bits(offs, key):
 
 @triton.jit
 def random_bits(bits, STREAM: tl.constexpr):
-    """16 of the random bits of an element: four streams, two of them complements of the others."""
+    """Return 16 random bits of an element: four streams, two of them complements of the others."""
     if STREAM >= 2:
         bits ^= 0xFFFFFFFF
     return bits >> 16 if STREAM % 2 else bits & 0xFFFF
@@ -92,7 +92,7 @@ def split(x):
 
 @triton.jit
 def join(high, low):
-    """The float32 that `split` split."""
+    """Return the float32 from the parts that `split` returns."""
     raw = high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     low = low.to(tl.int32).to(tl.uint32, bitcast=True)
     return tl.add(raw, low, sanitize_overflow=False).to(tl.float32, bitcast=True)
@@ -100,7 +100,7 @@ def join(high, low):
 
 @triton.jit
 def decode(code, scale, KIND: tl.constexpr):
-    """The float32 values [B, Q] of codes [B, Q] in units of scales [B, 1]."""
+    """Return the float32 values [B, Q] of codes [B, Q] in units of scales [B, 1]."""
     c = code.to(tl.float32)
     if KIND == SIGNED:
         c -= 128
@@ -111,7 +111,7 @@ def decode(code, scale, KIND: tl.constexpr):
 
 @triton.jit
 def encode(x, bits, KIND: tl.constexpr):
-    """The codes [B, Q] of float32 values [B, Q], and their scales [B]; `bits` decide rounding."""
+    """Return codes [B, Q] and scales [B] of float32 values [B, Q]; `bits` decide rounding."""
     size = tl.abs(x)
     # As integers, which are in the same order: a maximum of floats would pass over a NaN.
     largest = tl.max(size.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
@@ -136,32 +136,32 @@ def encode(x, bits, KIND: tl.constexpr):
 
 
 def hash_bits_reference(x: int) -> int:
-    """The reference of `hash_bits`."""
+    """Compute `hash_bits` on int64."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def element_bits_reference(offs: Tensor, key: int) -> Tensor:
-    """The reference of `element_bits`, on int64."""
+    """Compute `element_bits`, on int64."""
     x = (offs & 0xFFFFFFFF ^ key) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def random_bits_reference(bits: Tensor, stream: int) -> Tensor:
-    """The reference of `random_bits`."""
+    """Compute `random_bits` on int64."""
     bits = bits ^ 0xFFFFFFFF if stream >= 2 else bits
     return bits >> stream % 2 * 16 & 0xFFFF
 
 
 def to_bfloat16_reference(x: Tensor, bits: Tensor) -> Tensor:
-    """The reference of `to_bfloat16`."""
+    """Compute `to_bfloat16` in plain PyTorch."""
     return (_raw(x) + bits.int() & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def split_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference of `split`: bfloat16 and int16."""
+    """Compute `split` in plain PyTorch: bfloat16 and int16."""
     raw = _raw(x)
     return (raw + 0x8000 & ~0xFFFF).view(torch.float32).bfloat16(), raw.to(torch.int16)
 
@@ -172,19 +172,19 @@ def _raw(x: Tensor) -> Tensor:
 
 
 def join_reference(high: Tensor, low: Tensor) -> Tensor:
-    """The reference of `join`."""
+    """Compute `join` in plain PyTorch."""
     return (high.float().view(torch.int32) + low.int()).view(torch.float32)
 
 
 def decode_reference(code: Tensor, scale_B: Tensor, kind: int) -> Tensor:
-    """The reference of `decode`, of codes `[n]` and one scale for every Q of them."""
+    """Compute `decode`, of codes `[n]` and one scale for every Q of them."""
     c = code.float()
     value = (c - 128) * (c - 128).abs() if kind == SIGNED.value else c.square().square()
     return value * scale_B.repeat_interleave(Q)[: len(code)]
 
 
 def encode_reference(x: Tensor, bits: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """The reference of `encode`: uint8 codes `[n]` of `x`, and a scale for every Q of them."""
+    """Compute `encode`: uint8 codes `[n]` of `x`, and a scale for every Q of them."""
     size = x.abs()
     blocks = torch.nn.functional.pad(size, (0, -len(x) % Q)).view(-1, Q)
     signed = kind == SIGNED.value

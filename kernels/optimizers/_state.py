@@ -1,7 +1,7 @@
-"""The state of one parameter: which tensors it has, how they are stored, how they begin and load.
+"""State of one parameter: its tensors, their storage, initial values and loading.
 
-Under its name in torch.optim each state of the rule lies in `optimizer.state[p]`, in the shape of
-the parameter. Beside them may lie:
+Each state of the rule is in `optimizer.state[p]` under its name in torch.optim, in the shape of the
+parameter. In addition there may be:
 
     step        the count of steps, float32, 0-dim
     master      the parameter in float32, or
@@ -43,54 +43,54 @@ class Item(NamedTuple):
     group: int
     """Index of its group."""
     number: int
-    """Among all parameters of the optimizer."""
+    """Index among all parameters of the optimizer."""
     replicas: int
-    """How many ranks hold these elements."""
+    """Number of ranks that have these elements."""
     shard: int
-    """Which shard of the parameter they are."""
+    """Number of the shard."""
     param: int
-    """How the parameter is kept, and in `kinds` each state; numbers of `Format`."""
+    """Storage of the parameter, as in `Format`; `kinds` likewise of the states."""
     kinds: tuple[int, ...]
     draws: bool
-    """Whether a step draws random bits."""
+    """True if a step draws random bits."""
     step: Tensor | None
     extra: Any
     """The master, or the remainder, or None."""
     ema: Tensor | None
     states: tuple[Any, ...]
-    """In the order of the rule's states, None for what it does not have here."""
+    """States in the order of the rule, None for an absent one."""
     scales: tuple[Any, ...]
 
     def format(self, g: Tensor) -> Format:
-        """How this parameter is stored, with gradient `g`."""
+        """Return the format of this parameter with gradient `g`."""
         return Format(g.dtype == torch.bfloat16, self.param, self.ema is not None, self.kinds)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of the columns from PARAM on."""
+        """Return its tensors in the order of the columns from PARAM."""
         return self.p, self.extra, self.ema, *self.states, *self.scales
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How one optimizer stores parameters and states."""
+    """Storage options of one optimizer."""
 
     states: tuple[str, ...]
     """Names of the states that its rule may have."""
     squares: tuple[str, ...]
-    """Those that are never negative."""
+    """Names of states that are never negative."""
     master: str | None
     dtype: torch.dtype
     ema: bool
 
     def param(self, p: Tensor) -> int:
-        """How `p` is kept: FLOAT32, MASTER, SPLIT or STOCHASTIC."""
+        """Return the storage of `p`: FLOAT32, MASTER, SPLIT or STOCHASTIC."""
         if p.dtype == torch.float32:
             return FLOAT32.value
         kinds = {"float32": MASTER, "split": SPLIT, None: STOCHASTIC}
         return kinds[self.master].value
 
     def kind(self, name: str, p: Tensor) -> int:
-        """How state `name` of `p` is kept."""
+        """Return the storage of state `name` of `p`."""
         if self.dtype == torch.bfloat16:
             return BFLOAT16.value
         if self.dtype == torch.uint8 and p.numel() >= SMALL:
@@ -98,7 +98,7 @@ class Storage:
         return FLOAT32.value
 
     def names(self, p: Tensor, held: tuple[str, ...]) -> tuple[str, ...]:
-        """The names in the state of `p`, whose rule has the states `held`, perhaps with "step"."""
+        """Return the names in the state of `p`; `held` are the rule's, perhaps with "step"."""
         kinds = {name: self.kind(name, p) for name in held if name != "step"}
         scales = [f"{name}_scale" for name, kind in kinds.items() if kind in _EIGHT_BITS]
         extra = EXTRAS.get(self.param(p))
@@ -109,14 +109,14 @@ class Storage:
         )  # fmt: skip
 
     def draws(self, p: Tensor, held: tuple[str, ...]) -> bool:
-        """Whether a step of `p` draws random bits."""
+        """Return whether a step of `p` draws random bits."""
         kinds = {self.kind(name, p) for name in held if name != "step"}
         return self.param(p) == STOCHASTIC.value or kinds != {FLOAT32.value} & kinds
 
     def start(
         self, p: Tensor, held: tuple[str, ...], state: dict[str, Any], initial: float
     ) -> None:
-        """Make what `state` of `p` lacks."""
+        """Add to `state` of `p` the tensors that it lacks."""
         names = self.names(p, held)
         if "step" in names and "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -134,10 +134,10 @@ class Storage:
     def adopted(
         self, op: str, p: Tensor, held: tuple[str, ...], saved: dict[str, Any]
     ) -> dict[str, Any]:
-        """A saved state of `p` in the form that this optimizer keeps.
+        """Convert a saved state of `p` to the storage of this optimizer.
 
         Raises:
-            ValueError: it lacks a state of the rule, holds one that the rule does not have, was
+            ValueError: it lacks a state of the rule, has one that the rule does not have, was
                 saved with another `master`, for another shape, or without its scales.
         """
         names = self.names(p, held)
@@ -187,7 +187,7 @@ class Storage:
         return {name: code, f"{name}_scale": scale}
 
     def kinds(self, p: Tensor, held: tuple[str, ...]) -> tuple[int, ...]:
-        """How each state that the rule may have is kept, ABSENT if `p` does not have it."""
+        """Return the storage of every possible state of the rule, ABSENT if `p` lacks it."""
         return tuple([self.kind(name, p) if name in held else ABSENT.value for name in self.states])
 
 
@@ -195,7 +195,7 @@ _EIGHT_BITS = (SIGNED.value, UNSIGNED.value)
 
 
 def _constant(p: Tensor, value: float, kind: int) -> tuple[Tensor, Tensor | None]:
-    """A state of `p` that holds `value`, and its scales if it has 8 bits."""
+    """Return a state of `p` that holds `value`, and its scales if it has 8 bits."""
     if kind not in _EIGHT_BITS:
         dtype = torch.bfloat16 if kind == BFLOAT16.value else torch.float32
         return torch.full_like(p, value, dtype=dtype), None

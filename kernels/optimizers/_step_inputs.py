@@ -1,8 +1,8 @@
-"""The tensors of one optimizer's steps: found, checked and listed once, while they stand still.
+"""Collects the tensors of an optimizer step; validates and tabulates them if an address changed.
 
-Gradients move from step to step, parameters and state hardly ever. What a step does on the host is
-therefore to ask every tensor for its address, by functions that loop in C: a loop over the
-parameters of GPT-2 in Python would take several times as long.
+Gradients move from step to step, parameters and state hardly ever. On the host a step therefore
+asks every tensor for its address, by functions that loop in C: a loop over the parameters of GPT-2
+in Python would take several times as long.
 """
 
 from collections.abc import Callable
@@ -46,9 +46,9 @@ class Tensors:
 
     Attributes:
         params: the parameters.
-        items: what is kept of each of them.
+        items: each parameter with its state.
         grads: their gradients, in the order of memory of the parameters.
-        mesh: of the distributed ones, or None.
+        mesh: the mesh of the distributed ones, or None.
     """
 
     def __init__(self, op: str, storage: Storage, seed: int):
@@ -57,15 +57,15 @@ class Tensors:
         self.grads: list[Tensor] = []
         self.mesh = None
         self._op, self._storage, self._seed = op, storage, seed
-        self._held: tuple = ()
+        self._last_inputs: tuple = ()
         self._contiguous = False
         self._keys: list[int] = []
         self._rates: list[int] = []
-        self._places: list[list[int]] = []
-        self._visited: dict[tuple, _Place] = {}
-        self._here = _Place()
+        self._address_rows: list[list[int]] = []
+        self._seen: dict[tuple, _CachedTables] = {}
+        self._current = _CachedTables()
 
-    def find(
+    def collect(
         self,
         groups: list[Group],
         names: list[tuple[str, ...]],
@@ -73,24 +73,24 @@ class Tensors:
         states: Callable[[], States],
         start: Callable[[Tensor, Group], None],
     ) -> bool:
-        """Look for the tensors of a step; return whether there are any.
+        """Collect the tensors of a step; return whether there are any.
 
         By group, `names` are the states of the rule, and `rates` the addresses of learning rates
-        on the device or 0; `states` returns what is kept of all parameters, `start` makes what is
-        lacking of one.
+        on the device or 0; `states` returns the state of all parameters, `start` makes what one
+        lacks.
         """
         counts, ps, gs = [], [], []
         for group in groups:
-            here = list(map(attrgetter("grad"), group["params"]))
-            there = list(map(is_not, here, repeat(None)))
-            ps += group["params"] if all(there) else compress(group["params"], there)
-            gs += here if all(there) else compress(here, there)
+            grads = list(map(attrgetter("grad"), group["params"]))
+            has_grad = list(map(is_not, grads, repeat(None)))
+            ps += group["params"] if all(has_grad) else compress(group["params"], has_grad)
+            gs += grads if all(has_grad) else compress(grads, has_grad)
             counts.append(len(ps))
         if not ps:
             return False
         distributed = are_distributed(ps)
-        held = self._held_by(ps, states(), distributed)
-        if (names, rates, counts, held) != self._held:
+        addresses = self._addresses(ps, states(), distributed)
+        if (names, rates, counts, addresses) != self._last_inputs:
             if is_capturing():
                 raise RuntimeError(
                     f"{self._op}: a CUDA graph must capture a step like the one before it, got "
@@ -98,21 +98,21 @@ class Tensors:
                 )
             self._list(groups, names, ps, states, start)
             self._rates = [rates[item.group] for item in self.items]
-            self._held = names, rates, counts, self._held_by(ps, states(), distributed)
+            self._last_inputs = names, rates, counts, self._addresses(ps, states(), distributed)
         if distributed:
             check_alike(self._op, ps, gs)
             gs, ps = list(map(local, gs)), [item.p for item in self.items]
-        self._find_grads(ps, gs)
+        self._collect_grads(ps, gs)
         return True
 
-    def _held_by(self, ps: list[Tensor], states: States, distributed: bool) -> list[int]:
-        # All the state there is: to look up that of `ps` would take a third of the time.
+    def _addresses(self, ps: list[Tensor], states: States, distributed: bool) -> list[int]:
+        # The state of all parameters: looking up that of `ps` alone would take a third of the time.
         xs = chain(ps, chain.from_iterable(map(dict.values, states.values())))
         try:
             return list(map(Tensor.data_ptr, map(local, xs) if distributed else xs))
         except TypeError as error:
             raise TypeError(
-                f"{self._op}: the state must hold tensors only; keep what else there is elsewhere"
+                f"{self._op}: the state must hold tensors only; keep other values elsewhere"
             ) from error
 
     def _list(
@@ -138,10 +138,10 @@ class Tensors:
                 number += 1
         self._keys = list(map(self.key, self.items))
         self._contiguous = _are_contiguous([item.p for item in self.items])
-        self._places = [
+        self._address_rows = [
             [0 if x is None else x.data_ptr() for x in item.tensors()] for item in self.items
         ]
-        self._visited.clear()
+        self._seen.clear()
 
     def _item(
         self, p: Tensor, group: int, number: int, own: tuple[str, ...], state: dict[str, Any]
@@ -164,57 +164,57 @@ class Tensors:
             tuple(states), tuple(scales),
         )  # fmt: skip
 
-    def _find_grads(self, ps: list[Tensor], gs: list[Tensor]) -> None:
+    def _collect_grads(self, ps: list[Tensor], gs: list[Tensor]) -> None:
         if not (self._contiguous and _are_contiguous(gs)) and not _are_alike(ps, gs):
             gs = [in_order_of(self._op, p, g) for p, g in zip(ps, gs, strict=True)]
         self.grads = gs
-        place = tuple(map(Tensor.data_ptr, gs)), tuple(map(attrgetter("dtype"), gs))
-        known = self._visited.get(place)
+        key = tuple(map(Tensor.data_ptr, gs)), tuple(map(attrgetter("dtype"), gs))
+        known = self._seen.get(key)
         if known is None:
             for item, g in zip(self.items, gs, strict=True):
                 check_memory(self._op, g, self.device)
                 self._check_grad(item.p, g)
-            if len(self._visited) == REMEMBERED:
-                self._visited.clear()
-            known = self._visited[place] = _Place()
-        self._here = known
+            if len(self._seen) == REMEMBERED:
+                self._seen.clear()
+            known = self._seen[key] = _CachedTables()
+        self._current = known
 
     def release(self) -> None:
-        """Let go of the gradients, which `zero_grad` would not free otherwise."""
+        """Release the gradients, which `zero_grad` would not free otherwise."""
         self.grads = []
 
     def raw_grads(self) -> list[Tensor]:
-        """The gradients as their parameters hold them."""
+        """Return the gradients in the order of memory of `.grad` itself."""
         return list(map(attrgetter("grad"), self.params))
 
     def copied_grads(self) -> list[Tensor]:
-        """The gradients of which a step has read a copy."""
+        """Return the gradients of which a step has read a copy."""
         pairs = zip(self.raw_grads(), self.grads, strict=True)
         return [g for g, read in pairs if local(g).data_ptr() != read.data_ptr()]
 
     @property
     def device(self) -> torch.device:
-        """Where all of them lie."""
+        """The device of all tensors."""
         return self.items[0].p.device
 
     def key(self, item: Item) -> int:
-        """What the random bits of a parameter's shard are seeded with, in every step."""
+        """Return the seed of the random bits of a parameter's shard, the same in every step."""
         key = self._seed
         for part in (item.number, item.shard):
             key = hash_bits_reference(hash_bits_reference(key) + part & 0xFFFFFFFF)
         return key
 
     def tables(self) -> tuple[Tables, list[Format]]:
-        """The tables of all tensors, and the formats that there are; uploaded if they moved.
+        """Return the tables of all tensors and the formats present, uploaded if addresses changed.
 
         Raises:
-            ValueError: two tensors lie at one address.
+            ValueError: two tensors have one address.
         """
-        if self._here.tables is not None:
-            return self._here.tables
+        if self._current.tables is not None:
+            return self._current.tables
         made = self._make_tables()
         if not is_capturing():
-            self._here.tables = made
+            self._current.tables = made
         return made
 
     def _make_tables(self) -> tuple[Tables, list[Format]]:
@@ -223,10 +223,11 @@ class Tensors:
         rows = [
             (
                 item.p.numel(), DTYPES[g.dtype], item.replicas, item.group, code, key, rate,
-                0 if item.step is None else item.step.data_ptr(), g.data_ptr(), *places,
+                0 if item.step is None else item.step.data_ptr(), g.data_ptr(), *addresses,
             )
-            for item, g, code, key, rate, places in zip(
-                self.items, self.grads, codes, self._keys, self._rates, self._places, strict=True
+            for item, g, code, key, rate, addresses in zip(
+                self.items, self.grads, codes, self._keys, self._rates, self._address_rows,
+                strict=True,
             )
         ]  # fmt: skip
         by_code = dict(sorted(zip(codes, formats, strict=True)))
@@ -258,14 +259,14 @@ class Tensors:
 
 
 @dataclass
-class _Place:
-    """Where gradients lay that were checked."""
+class _CachedTables:
+    """Tables of a set of gradients whose addresses were checked; None before they are needed."""
 
     tables: tuple[Tables, list[Format]] | None = None
 
 
 def _are_alike(ps: list[Tensor], gs: list[Tensor]) -> bool:
-    """Whether each of `gs` holds its elements in the order in which its parameter does."""
+    """Return whether each of `gs` stores its elements in the order of its parameter."""
     if _are_contiguous(gs) and _are_contiguous(ps):
         return True
     strided = {*map(attrgetter("layout"), gs)} == {torch.strided}

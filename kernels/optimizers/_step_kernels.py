@@ -1,9 +1,9 @@
-"""The update of every optimizer here: one launch for its coefficients, and one for its elements.
+"""Kernels of every optimizer step: one launch for its coefficients, one for its elements.
 
 A rule is two functions of Triton. The first turns hyper-parameters and step counts, which live on
 the device, into a few coefficients per tensor; the second turns elements of a gradient and of the
-state, with those coefficients, into how far the parameter moves down, and new state. What surrounds
-them is written here, once. For gradient g, parameter p and the rule's step u:
+state, with those coefficients, into the distance that the parameter moves down, and new state. The
+rest of the step is in this file, once for all rules. For gradient g, parameter p and step u:
 
     g := sign · clip · g + l2 · p + l1 · sign(p)
     p := p - (lr · decay · p + u)
@@ -12,7 +12,7 @@ them is written here, once. For gradient g, parameter p and the rule's step u:
 where sign is -1 to maximise, clip comes from grad_norm.py, and weight decay is either l2 or
 decoupled. A norm that is not finite makes both launches leave everything as it was.
 
-Tensors of one model may be stored in several formats (_formats.py): the kernel has a branch for
+Tensors of one model may be stored in several formats (_storage.py): the kernel has a branch for
 each, so that there is one launch however they are mixed.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from tritium.kernels.optimizers import _pointer_table
 from tritium.kernels.optimizers._pointer_table import (
     FIRST,
-    FORMAT,
+    FORMAT_COLUMN,
     GRAD,
     GROUP,
     KEY,
@@ -43,9 +43,11 @@ from tritium.kernels.optimizers._pointer_table import (
 from tritium.kernels.optimizers._rounding import element_bits, hash_bits
 from tritium.kernels.optimizers._storage import (
     Format,
+    has_ema,
     load_grad,
     load_param,
     load_state,
+    state_kind,
     store_grad,
     store_param,
     store_state,
@@ -56,7 +58,7 @@ from tritium.kernels.runtime import Launcher
 BLOCK = 1024  # elements of each tensor that a program holds at a time: 16 bytes per thread
 
 # Columns of the table of tensors: the address of the parameter, of its master or its other bits, of
-# its mean, then of the states, then of their scales.
+# its moving average, then of the states, then of their scales.
 PARAM = tl.constexpr(GRAD.value + 1)
 EXTRA = tl.constexpr(GRAD.value + 2)
 EMA = tl.constexpr(GRAD.value + 3)
@@ -70,8 +72,8 @@ PENALTY1 = tl.constexpr(3)
 DECAY = tl.constexpr(4)
 HYPER = tl.constexpr(5)
 
-# First columns of the coefficients of a tensor, float32 except for the key, which is uint32.
-BASE = tl.constexpr(5)  # clip and sign, l2, l1, decay, key
+# First columns of the coefficients of a tensor: clip · sign, l2, l1, decay, float32; key, uint32.
+BASE = tl.constexpr(5)
 
 # Columns of the sums of squares over a chunk.
 GRADS = tl.constexpr(0)
@@ -84,8 +86,8 @@ class Rule(NamedTuple):
     """An update rule, in Triton.
 
     `prepare(lr_N, hyper_ptr_N, t_N)` returns `coefs` coefficients for steps t_N; `update(g, state,
-    coefs, FORMAT)` returns u and state. Where `held(FORMAT, i)` is false the tensors have no state
-    i: `state[i]` is no tile, and what is returned for it is not stored.
+    coefs, FORMAT)` returns u and state. Where `has_state(FORMAT, i)` is false the tensors have no
+    state i: `state[i]` is no tile, and what is returned for it is not stored.
     """
 
     prepare: triton.JITFunction
@@ -93,8 +95,8 @@ class Rule(NamedTuple):
     coefs: int
 
 
-class Options(NamedTuple):
-    """What else an update does."""
+class StepFlags(NamedTuple):
+    """Optional parts of an update."""
 
     l1: bool = False
     """Some group has a penalty l1."""
@@ -163,14 +165,14 @@ def _optimizer_update_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     tensor, start, full, end = locate(tensors_ptr, chunks_ptr, chunk, COLUMNS, CHUNK, BLOCK)
     row_ptr = tensors_ptr + tensor * COLUMNS
-    code = tl.load(row_ptr + FORMAT)
+    code = tl.load(row_ptr + FORMAT_COLUMN)
     apply = True
     if norm_ptr is not None:
         apply = is_finite(tl.load(norm_ptr))
     if apply:
-        places = ()
+        addresses = ()
         for i in tl.static_range(COLUMNS - GRAD):
-            places += (tl.load(row_ptr + GRAD + i),)
+            addresses += (tl.load(row_ptr + GRAD + i),)
         coef_ptr = coefs_ptr + tensor * (BASE + COEFS)
         coefs = ()
         for i in tl.static_range(BASE + COEFS):
@@ -178,8 +180,8 @@ def _optimizer_update_kernel(
         for i in tl.static_range(len(FORMATS)):
             if code == FORMATS[i]:
                 g, u, w = _update_chunk(
-                    places, coefs, ema_weight, start, full, end, RULE, STATES, FORMATS[i], L1, L2,
-                    ZERO, sums_ptr is not None, BLOCK,
+                    addresses, coefs, ema_weight, start, full, end, RULE, STATES, FORMATS[i], L1,
+                    L2, ZERO, sums_ptr is not None, BLOCK,
                 )  # fmt: skip
                 if sums_ptr is not None:
                     if norm_ptr is None:
@@ -201,7 +203,7 @@ def _optimizer_update_kernel(
 
 @triton.jit
 def _update_chunk(
-    places, coefs, ema_weight, start, full, end, RULE: tl.constexpr, STATES: tl.constexpr,
+    addresses, coefs, ema_weight, start, full, end, RULE: tl.constexpr, STATES: tl.constexpr,
     FORMAT: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -210,8 +212,8 @@ def _update_chunk(
     u, w = g, g
     for first in range(full, end, THREADS):
         g, u, w = _update_block(
-            places, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, L2, ZERO, SUM,
-            THREADS, False,
+            addresses, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, L2, ZERO,
+            SUM, THREADS, False,
         )  # fmt: skip
     g_sum, u_sum, w_sum = 0.0, 0.0, 0.0
     if SUM:
@@ -220,8 +222,8 @@ def _update_chunk(
     u, w = g, g
     for first in range(start, full, BLOCK):
         g, u, w = _update_block(
-            places, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, L2, ZERO, SUM,
-            BLOCK, True,
+            addresses, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, L2, ZERO,
+            SUM, BLOCK, True,
         )  # fmt: skip
     if SUM:
         g_sum, u_sum, w_sum = g_sum + tl.sum(g), u_sum + tl.sum(u), w_sum + tl.sum(w)
@@ -230,54 +232,56 @@ def _update_chunk(
 
 @triton.jit
 def _update_block(
-    places, coefs, ema_weight, first, end, g_squares, u_squares, w_squares, RULE: tl.constexpr,
+    addresses, coefs, ema_weight, first, end, g_squares, u_squares, w_squares, RULE: tl.constexpr,
     STATES: tl.constexpr, FORMAT: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
     ZERO: tl.constexpr, SUM: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
+    grad, param, extra, ema = addresses[:4]
+    clip, l2, l1, decay, key = coefs[:5]
     offs = first + tl.arange(0, N)
-    g = load_grad(places[0], offs, end, FORMAT, FULL)
-    p = load_param(places[1], places[2], offs, end, FORMAT, FULL)
+    g = load_grad(grad, offs, end, FORMAT, FULL)
+    p = load_param(param, extra, offs, end, FORMAT, FULL)
     if SUM:
         g_squares += g * g
     if ZERO:
-        store_grad(places[0], offs, tl.zeros((N,), dtype=tl.float32), end, FORMAT, FULL)
-    g *= coefs[0]
+        store_grad(grad, offs, tl.zeros((N,), dtype=tl.float32), end, FORMAT, FULL)
+    g *= clip
     if L2:
-        g += coefs[1] * p
+        g += l2 * p
     if L1:
-        g += tl.where(p > 0, coefs[2], tl.where(p < 0, -coefs[2], 0.0))
-    key = coefs[4].to(tl.uint32, bitcast=True)
+        g += tl.where(p > 0, l1, tl.where(p < 0, -l1, 0.0))
+    key = key.to(tl.uint32, bitcast=True)
     bits = element_bits(offs, key)
     state = ()
     for i in tl.static_range(STATES):
         state += (
             load_state(
-                places[4 + i], places[4 + STATES + i], first, offs, end,
-                FORMAT >> (4 + 3 * i) & 7, N, FULL,
+                addresses[4 + i], addresses[4 + STATES + i], first, offs, end,
+                state_kind(FORMAT, i), N, FULL,
             ),
         )  # fmt: skip
     u, state = RULE(g, state, coefs[5:], FORMAT)
-    u += coefs[3] * p
+    u += decay * p
     p -= u
     if SUM:
         inside = offs < end
         u_squares += tl.where(inside, u * u, 0.0)
         w_squares += tl.where(inside, p * p, 0.0)
-    store_param(places[1], places[2], offs, p, bits, end, FORMAT, FULL)
-    if FORMAT >> 3 & 1:
-        mean = load(places[3], offs, end, tl.float32, FULL)
-        store(places[3], offs, mean + ema_weight * (p - mean), end, tl.float32, FULL)
+    store_param(param, extra, offs, p, bits, end, FORMAT, FULL)
+    if has_ema(FORMAT):
+        mean = load(ema, offs, end, tl.float32, FULL)
+        store(ema, offs, mean + ema_weight * (p - mean), end, tl.float32, FULL)
     for i in tl.static_range(STATES):
         store_state(
-            places[4 + i], places[4 + STATES + i], first, offs, state[i], bits, end,
-            FORMAT >> (4 + 3 * i) & 7, i + 1, N, FULL,
+            addresses[4 + i], addresses[4 + STATES + i], first, offs, state[i], bits, end,
+            state_kind(FORMAT, i), i + 1, N, FULL,
         )  # fmt: skip
     return g_squares, u_squares, w_squares
 
 
 @triton.jit
 def divide(x, y):
-    """x / y for y >= 0, off by two units in the last place more, in 3 instructions and not 8."""
+    """Return x / y for y >= 0 in 3 instructions instead of 8; up to 2 ulp less accurate."""
     root = tl.rsqrt(y)
     return x * root * root
 
@@ -309,9 +313,9 @@ def launch_update(
     skipped: Tensor,
     max_norm: float,
     sums: Tensor | None,
-    options: Options,
+    options: StepFlags,
 ) -> None:
-    """Launch one step of `rule`; with `norm`, which it fills, only if that turns out finite.
+    """Launch one step of `rule`; with `norm`, which it fills, only if that norm is finite.
 
     `sums` [K, 3], if given, receives the squares of gradients, updates and weights by chunk; with
     `norm`, those of the gradients are there already.
@@ -320,7 +324,7 @@ def launch_update(
     n_coefs = BASE.value + rule.coefs
     coefs = torch.empty(n_tensors, n_coefs, dtype=torch.float32, device=hyper.device)
     n_partials = 0 if partials_P is None else len(partials_P)
-    block = BLOCK * (2 if all(format.is_narrow for format in formats) else 1)
+    block = BLOCK * (2 if all(format.is_16_bit for format in formats) else 1)
     _prepare(
         1,
         (tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials),

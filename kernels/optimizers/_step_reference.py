@@ -1,7 +1,7 @@
-"""The reference of `_update.py` in plain PyTorch: one parameter, a slice at a time.
+"""Reference of `_step_kernels.py` in plain PyTorch: one parameter, a slice at a time.
 
-Elements are taken in the order of memory, as the kernel takes them; what a slice reads and writes
-stays in a CPU's cache from the first of its operations to the last.
+Elements are taken in the order of memory, as in the kernel; the tensors of a slice stay in a CPU's
+cache from the first of its operations to the last.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from tritium.kernels.optimizers._state import Item
 
 
 class Move(NamedTuple):
-    """How far a parameter moves down: factor · numerator / denominator, or without the latter."""
+    """Distance that a parameter moves down: factor · numerator, / denominator if there is one."""
 
     factor: float
     numerator: Tensor
@@ -50,14 +50,14 @@ Step = Callable[[Tensor, list[Tensor | None]], Move]
 
 
 class Terms(NamedTuple):
-    """What a step does to all parameters of a group, besides the rule."""
+    """Terms of a step outside the rule, the same for all parameters of a group."""
 
     scale: float
-    """Of gradients: the clip coefficient, negative to maximise."""
+    """Factor of gradients: the clip coefficient, negative to maximise."""
     l2: float
     l1: float
     decay: float
-    """How much a parameter shrinks."""
+    """Fraction by which a parameter shrinks."""
     ema_weight: float
 
 
@@ -97,12 +97,12 @@ def update_reference(
 
 
 def key_reference(seed: int, t: int) -> int:
-    """What the random bits of step `t` of a parameter are hashed with."""
+    """Return the key of the random bits of a parameter in step `t`."""
     return hash_bits_reference(hash_bits_reference(t % (1 << 32)) ^ seed)
 
 
 def _cut(x: Tensor, part: slice | None) -> Tensor:
-    """A part of the elements in the order of memory; without one all of them as they are."""
+    """Return a part of the elements in the order of memory; without one all of them as they are."""
     return x if part is None else flat(x)[part]
 
 

@@ -64,7 +64,7 @@ def _step(
 
 
 def _calls(found: Tensors, chosen: list[int]) -> Iterator[list[_Part]]:
-    """Cut the parameters into parts, and share these out over calls of `SLICE` elements."""
+    """Cut the parameters into parts, and group them into calls of `SLICE` elements."""
     parts, n = [], 0
     for i in chosen:
         for part in _parts(i, found.items[i], found.grads[i]):
@@ -91,6 +91,6 @@ def _parts(index: int, item: Item, g: Tensor) -> Iterator[_Part]:
 
 
 def _is_plain(item: Item, g: Tensor) -> bool:
-    """Whether everything is float32, and nothing is kept besides the states of the rule."""
+    """Return whether everything is float32, and there is no state other than the rule's."""
     kinds = {item.param, *item.kinds} - {ABSENT.value}
     return kinds == {FLOAT32.value} and g.dtype == torch.float32 and item.ema is None

@@ -1,7 +1,7 @@
-"""What a format stores, read and written by kernels: gradient, parameter and state, in blocks.
+"""Loads and stores of gradients, parameters and states in every storage format.
 
-A format says how one parameter, its gradient and its state are kept. A kernel is specialized on the
-number that a format is, and computes in float32 whatever it is.
+A format says how one parameter, its gradient and its state are stored. Kernels are specialized on
+its code, an integer, and compute in float32 whatever the format.
 """
 
 from typing import NamedTuple
@@ -30,31 +30,49 @@ Q = tl.constexpr(_rounding.Q)
 
 
 class Format(NamedTuple):
-    """How the tensors of one parameter are stored: a specialization of the update."""
+    """Storage of the tensors of one parameter: a specialization of the update."""
 
     bf16_grad: bool
     param: int
     """FLOAT32, MASTER, SPLIT or STOCHASTIC."""
     ema: bool
     states: tuple[int, ...]
-    """In the order of the rule's states, FLOAT32, ABSENT, BFLOAT16, SIGNED or UNSIGNED."""
+    """FLOAT32, ABSENT, BFLOAT16, SIGNED or UNSIGNED, in the order of the rule's states."""
 
     def __int__(self) -> int:
-        """The format in bits: 0 the gradient, 1 and 2 the parameter, 3 the mean; 3 per state."""
+        """Return the code: bit 0 the gradient, 1-2 the parameter, 3 the EMA; 3 bits per state."""
         code = self.bf16_grad | self.param << 1 | self.ema << 3
         return code | sum(kind << 4 + 3 * i for i, kind in enumerate(self.states))
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether everything has 16 bits: then 8 elements are one access of 128."""
-        narrow = self.param == STOCHASTIC.value and self.bf16_grad and not self.ema
-        return narrow and {*self.states} <= {ABSENT.value, BFLOAT16.value}
+    def is_16_bit(self) -> bool:
+        """True if everything has 16 bits: then 8 elements are one access of 128 bits."""
+        bf16 = self.param == STOCHASTIC.value and self.bf16_grad and not self.ema
+        return bf16 and {*self.states} <= {ABSENT.value, BFLOAT16.value}
 
 
 @triton.constexpr_function
-def held(FORMAT, i):
-    """Whether the tensors of a format have state `i`."""
+def state_kind(FORMAT, i):
+    """Return how a format stores state `i`."""
+    return FORMAT >> (4 + 3 * i) & 7
+
+
+@triton.constexpr_function
+def has_state(FORMAT, i):
+    """Return whether the tensors of a format have state `i`."""
     return FORMAT >> (4 + 3 * i) & 7 != ABSENT.value
+
+
+@triton.constexpr_function
+def has_ema(FORMAT):
+    """Return whether a format has a moving average of the parameter."""
+    return FORMAT >> 3 & 1 != 0
+
+
+@triton.constexpr_function
+def param_kind(FORMAT):
+    """Return how a format stores the parameter."""
+    return FORMAT >> 1 & 3
 
 
 @triton.jit
@@ -78,8 +96,8 @@ def store_grad(address, offs, g, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def load_param(address, extra, offs, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    """Load a block of the parameter as it is kept best: `extra` is its master or its other bits."""
-    KIND: tl.constexpr = FORMAT >> 1 & 3
+    """Load a block of the parameter, most precisely; `extra` is its master or its other bits."""
+    KIND: tl.constexpr = param_kind(FORMAT)
     if KIND == FLOAT32:
         p = load(address, offs, end, tl.float32, FULL)
     elif KIND == MASTER:
@@ -94,8 +112,8 @@ def load_param(address, extra, offs, end, FORMAT: tl.constexpr, FULL: tl.constex
 
 @triton.jit
 def store_param(address, extra, offs, p, bits, end, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    """Store what `load_param` loads."""
-    KIND: tl.constexpr = FORMAT >> 1 & 3
+    """Store a block of the parameter as `load_param` loads it."""
+    KIND: tl.constexpr = param_kind(FORMAT)
     if KIND == FLOAT32:
         store(address, offs, p, end, tl.float32, FULL)
     elif KIND == MASTER:
@@ -134,7 +152,7 @@ def store_state(
     address, scales, first, offs, x, bits, end, KIND: tl.constexpr, STREAM: tl.constexpr,
     N: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Store what `load_state` loads."""
+    """Store a block of a state as `load_state` loads it."""
     if KIND == FLOAT32:
         store(address, offs, x, end, tl.float32, FULL)
     elif KIND == BFLOAT16:

@@ -29,7 +29,7 @@ LR_DECAY = tl.constexpr(HYPER.value + 1)
 def adagrad_reference(
     g: Tensor, s: Tensor, t: float, *, lr: float, lr_decay: float, eps: float
 ) -> Move:
-    """The update rule in plain PyTorch; `s` changes in place."""
+    """Apply the update rule in plain PyTorch; `s` changes in place."""
     s.addcmul_(g, g)
     return Move(lr / (1 + (t - 1) * lr_decay), g, s.sqrt().add_(eps))
 
@@ -51,7 +51,7 @@ class Adagrad(MultiTensorOptimizer):
     """Update every parameter by Adagrad in one launch, clipping the global gradient norm too.
 
     Arguments, groups and state are those of `torch.optim.Adagrad`, and each loads the other's
-    `state_dict`; what `AdamW` says of launches, clipping and skipped steps holds here too. The
+    `state_dict`; what `AdamW` says of launches, clipping and skipped steps applies here too. The
     state is made with the optimizer, hence on the device of the parameters at that time.
 
     Args:
@@ -59,7 +59,7 @@ class Adagrad(MultiTensorOptimizer):
         lr: step size; a float, or a tensor of one element, which may change on the device.
         lr_decay: how fast the step size falls with the count of steps.
         weight_decay: how much of a parameter is added to its gradient.
-        initial_accumulator_value: of the sum of squares; unlike torch's it may differ by group.
+        initial_accumulator_value: initial sum of squares; unlike torch's it may differ by group.
         eps: added to the root of the sum of squares.
 
     Attributes:

@@ -26,7 +26,7 @@ from tritium.kernels.optimizers._base import MultiTensorOptimizer
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._step_kernels import HYPER, Rule, divide
 from tritium.kernels.optimizers._step_reference import Move
-from tritium.kernels.optimizers._storage import held
+from tritium.kernels.optimizers._storage import has_state
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -48,7 +48,7 @@ def adam_reference(
     betas: tuple[float, float],
     eps: float,
 ) -> Move:
-    """The update rule in plain PyTorch; `m`, `v` and with amsgrad `largest` change in place."""
+    """Apply the update rule in plain PyTorch; `m`, `v` and `largest` change in place."""
     beta1, beta2 = betas
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -76,8 +76,8 @@ def _adam_update(g, state, coefs, FORMAT: tl.constexpr):
     m += weight1 * (g - m)
     v = beta2 * v + weight2 * g * g
     square = v
-    # In the order of `Adam.states`: the largest v is held with amsgrad.
-    if held(FORMAT, 2):
+    # In the order of `Adam.states`: the largest v is a state with amsgrad.
+    if has_state(FORMAT, 2):
         largest = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)
         square = largest
     return divide(step_size * m, tl.sqrt(square) * rsqrt + eps), (m, v, largest)
@@ -100,7 +100,7 @@ class Adam(MultiTensorOptimizer):
     """Update every parameter by Adam in one launch, clipping the global gradient norm on the way.
 
     Arguments, groups and state are those of `torch.optim.Adam`, and each loads the other's
-    `state_dict`; what `AdamW` says of launches, clipping and skipped steps holds here too.
+    `state_dict`; what `AdamW` says of launches, clipping and skipped steps applies here too.
 
     Args:
         params: parameters or groups, as for `AdamW`.

@@ -7,8 +7,8 @@ For step t and gradient g, in which clipping is already:
     p := p - lr · decay · p - lr · (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
 One launch turns the counts t, which live on the device, into coefficients per tensor; the next
-updates the whole model, however its tensors are stored (_update.py, _precision.py). A norm that is
-not finite makes both of them leave everything as it was. Nothing is read back to the host.
+updates all parameters, in any storage format (_step_kernels.py, _rounding.py). If the norm is not
+finite, both leave everything as it was. Nothing is read back to the host.
 
 Kingma & Ba, "Adam", 2014. https://arxiv.org/abs/1412.6980
 Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2017. https://arxiv.org/abs/1711.05101
@@ -31,8 +31,8 @@ class AdamW(Adam):
     may capture it.
 
     Parameters may be float32 or bfloat16, in one model too. A bfloat16 parameter has a float32 copy
-    in the state, made in the first step, unless `master` says otherwise; from then on the copy is
-    the parameter, and what others write to the bfloat16 one is lost. Gradients are float32 or
+    in the state, made in the first step, unless `master` is another; from then on the copy is the
+    parameter, and values written to the bfloat16 one are lost. Gradients are float32 or
     bfloat16 whatever the parameter: with `p.grad_dtype = torch.float32` PyTorch accumulates those
     of a bfloat16 parameter in float32.
 

@@ -4,9 +4,9 @@
     coef = min(1, max_norm / (norm + 1e-6))
     g   := coef · g
 
-P programs, as many on every GPU, each sum their chunks of the gradients in a fixed order; whoever
-needs the norm sums the P partials in a fixed order again. So the norm is the same on every run. For
-layers the sums of single chunks are kept, and one program per layer adds up its own, in order too.
+A fixed number P of programs, the same on every GPU, sums chunks of the gradients in a fixed order;
+consumers sum the P partials in a fixed order, so the norm is reproducible. For layers the sums of
+single chunks are stored, and one program per layer adds its own, in order.
 
 Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013.
 https://arxiv.org/abs/1211.5063
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
 P = 512  # programs that share the gradients, not the number of multiprocessors
 BLOCK = 4096  # elements that one of them sums at a time, 64 bytes per thread in float32
 CLIP_BLOCK = 2048  # and that it scales at a time: 16 bytes per thread in bfloat16
-LAYER_BLOCK = 1024  # sums of chunks, or of layers, that one program reads at a time
+LAYER_BLOCK = 1024  # sums of chunks, or of layers, read by one program at a time
 
 
 def squares_reference(grads: Sequence[Tensor]) -> Tensor:
-    """The reference of the sums of squares in plain PyTorch: `[N]` for N gradients, float32."""
+    """Compute the sums of squares in plain PyTorch: `[N]` for N gradients, float32."""
     return torch.stack([_square_sum(g) for g in grads])
 
 
@@ -74,14 +74,14 @@ def _square_sum(x: Tensor) -> Tensor:
 
 
 def norm_reference(squares_N: Tensor, replicas: Sequence[int], mesh: "DeviceMesh | None") -> Tensor:
-    """The reference of the norm, of gradients of which `replicas` ranks hold a copy each."""
+    """Compute the norm in plain PyTorch; `replicas` ranks have a copy of each gradient."""
     return norms_reference(squares_N, [len(squares_N)], replicas, mesh)[0]
 
 
 def norms_reference(
     squares_N: Tensor, sizes: Sequence[int], replicas: Sequence[int], mesh: "DeviceMesh | None"
 ) -> Tensor:
-    """The reference of the norms `[G]` of layers, of `sizes` gradients each."""
+    """Compute the norms `[G]` of layers of `sizes` gradients each in plain PyTorch."""
     shares_N = squares_N / torch.tensor(replicas).to(squares_N)
     total_G = torch.stack([share.sum() for share in shares_N.split(list(sizes))])
     if mesh is not None:
@@ -95,7 +95,7 @@ def _scale_reference(g: Tensor, coef: Tensor) -> None:
 
 
 def clip_coefficient_reference(norm: Tensor, max_norm: float) -> Tensor:
-    """The reference of the factor that brings gradients of norm `norm` to `max_norm` at most."""
+    """Compute the factor that brings gradients of norm `norm` to `max_norm` at most."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -108,13 +108,13 @@ def total_norm(partials_ptr, n_partials, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def is_finite(norm):
-    """Whether `norm` is neither infinite nor NaN."""
+    """Return whether `norm` is neither infinite nor NaN."""
     return norm < float("inf")
 
 
 @triton.jit
 def clip_coefficient(norm, max_norm):
-    """The factor that brings gradients of norm `norm` to `max_norm` at most; NaN for NaN."""
+    """Return the factor that brings gradients of norm `norm` to `max_norm` at most; NaN for NaN."""
     coef = max_norm / (norm + 1e-6)
     return tl.where(coef > 1.0, 1.0, coef)
 
@@ -315,7 +315,7 @@ def _launch_clip_layers(
 
 
 def _found(op: str, grads: list[Tensor]) -> tuple[list[Tensor], list[int], "DeviceMesh | None"]:
-    """The shards of `grads` on this rank, how many ranks hold each, and the mesh; all checked."""
+    """Check `grads`; return their shards on this rank, the replicas of each, and the mesh."""
     mesh = mesh_of(op, grads) if are_distributed(grads) else None
     counts = [1 if mesh is None else replicas(op, g, mesh) for g in grads]
     grads = list(map(local, grads))
@@ -341,7 +341,7 @@ def clip_grad_norm_(
 
     As `torch.nn.utils.clip_grad_norm_` with norm 2, in two launches and without reading back to the
     host. A gradient that holds an infinity or a NaN makes the factor 0 or NaN, as it does there.
-    Of DTensors each rank scales its shards by the norm of all ranks of the mesh, which must call
+    With DTensors each rank scales its shards by the norm of all ranks of the mesh, which must call
     this together; plain gradients beside them must be the same on every rank.
 
     Args:
@@ -359,9 +359,9 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: a gradient "must be float32, float16 or bfloat16".
-        ValueError: gradients "must be dense", "must lie on one device", "must hold their own
-            memory" or "must lie apart"; distributed ones "must share one device mesh" or "must be
-            sharded or replicated"; or norm_type "must be 2".
+        ValueError: gradients "must be dense", "must be on one device", "must hold their own
+            memory" or "must not share an address"; distributed ones "must share one device mesh"
+            or "must be sharded or replicated"; or norm_type "must be 2".
         RuntimeError: the norm "must be finite", with `error_if_nonfinite`.
     """
     if norm_type != 2:
@@ -412,7 +412,7 @@ def clip_grad_norms_(layers: Iterable[Tensor | Iterable[Tensor]], max_norm: floa
 
     Args:
         layers: G layers, each a tensor or an iterable of tensors, as `clip_grad_norm_` takes them:
-            `model.parameters()` clips every parameter by itself,
+            `model.parameters()` clips every parameter alone,
             `[block.parameters() for block in model.blocks]` every block. No tensor is in two.
         max_norm: the norm that each layer is to stay below.
 

@@ -26,7 +26,7 @@ ONE_MINUS_BETA2 = tl.constexpr(HYPER.value + 1)
 
 
 def lion_reference(g: Tensor, m: Tensor, *, lr: float, betas: tuple[float, float]) -> Move:
-    """The update rule in plain PyTorch; `m` changes in place."""
+    """Apply the update rule in plain PyTorch; `m` changes in place."""
     beta1, beta2 = betas
     u = m.lerp(g, 1 - beta1).sign_()
     m.lerp_(g, 1 - beta2)
@@ -51,7 +51,7 @@ class Lion(MultiTensorOptimizer):
     """Update every parameter by Lion in one launch, clipping the global gradient norm on the way.
 
     PyTorch has no Lion. Arguments and state are those of its authors' class for PyTorch; what
-    `AdamW` says of launches, clipping and skipped steps holds here too.
+    `AdamW` says of launches, clipping and skipped steps applies here too.
 
     Args:
         params: parameters or groups, as for `AdamW`.

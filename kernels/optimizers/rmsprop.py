@@ -27,7 +27,7 @@ from tritium.kernels.optimizers._base import MultiTensorOptimizer
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._step_kernels import HYPER, Rule, divide
 from tritium.kernels.optimizers._step_reference import Move
-from tritium.kernels.optimizers._storage import held
+from tritium.kernels.optimizers._storage import has_state
 
 # Columns of the table of parameter groups.
 EPS = tl.constexpr(HYPER.value)
@@ -47,7 +47,7 @@ def rmsprop_reference(
     eps: float,
     momentum: float,
 ) -> Move:
-    """The update rule in plain PyTorch; `v`, `a` and `b` change in place."""
+    """Apply the update rule in plain PyTorch; `v`, `a` and `b` change in place."""
     v.mul_(alpha).addcmul_(g, g, value=1 - alpha)
     variance = v
     if a is not None:
@@ -73,13 +73,13 @@ def _rmsprop_update(g, state, coefs, FORMAT: tl.constexpr):
     v, a, b = state
     v = alpha * v + weight * g * g
     variance = v
-    # In the order of `RMSprop.states`: a is held if centered, b with momentum.
-    if held(FORMAT, 1):
+    # In the order of `RMSprop.states`: a is a state if centered, b with momentum.
+    if has_state(FORMAT, 1):
         a += weight * (g - a)
         variance = v - a * a
         variance = tl.where(variance < 0, 0.0, variance)
     u = divide(g, tl.sqrt(variance) + eps)
-    if held(FORMAT, 2):
+    if has_state(FORMAT, 2):
         b = momentum * b + u
         u = b
     return lr * u, (v, a, b)
@@ -89,7 +89,7 @@ class RMSprop(MultiTensorOptimizer):
     """Update every parameter by RMSprop in one launch, clipping the global gradient norm too.
 
     Arguments, groups and state are those of `torch.optim.RMSprop`, and each loads the other's
-    `state_dict`; what `AdamW` says of launches, clipping and skipped steps holds here too.
+    `state_dict`; what `AdamW` says of launches, clipping and skipped steps applies here too.
 
     Args:
         params: parameters or groups, as for `AdamW`.
@@ -148,7 +148,7 @@ class RMSprop(MultiTensorOptimizer):
         if group["centered"] and self._options["state_dtype"] == torch.uint8:
             raise ValueError(
                 "RMSprop: centered must be off with state_dtype=torch.uint8, got both; the "
-                "variance is a difference, of which 8 bits leave nothing"
+                "variance is a difference, and 8 bits are too few for it"
             )
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from tritium.kernels.optimizers._base import MultiTensorOptimizer
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._step_kernels import HYPER, Rule
 from tritium.kernels.optimizers._step_reference import Move
-from tritium.kernels.optimizers._storage import held
+from tritium.kernels.optimizers._storage import has_state
 
 # Columns of the table of parameter groups.
 MOMENTUM = tl.constexpr(HYPER.value)
@@ -38,7 +38,7 @@ def sgd_reference(
     dampening: float,
     nesterov: bool,
 ) -> Move:
-    """The update rule in plain PyTorch; `b` changes in place."""
+    """Apply the update rule in plain PyTorch; `b` changes in place."""
     if b is not None:
         b.mul_(momentum).add_(g, alpha=1 - dampening if t > 1 else 1.0)
         g = g.add(b, alpha=momentum) if nesterov else b
@@ -57,7 +57,7 @@ def _sgd_prepare(lr_N, hyper_ptr_N, t_N):
 def _sgd_update(g, state, coefs, FORMAT: tl.constexpr):
     momentum, weight, nesterov, ahead, lr = coefs
     b = state[0]
-    if held(FORMAT, 0):
+    if has_state(FORMAT, 0):
         b = momentum * b + weight * g
         g = nesterov * g + ahead * b
     return lr * g, (b,)
@@ -67,15 +67,15 @@ class SGD(MultiTensorOptimizer):
     """Update every parameter by SGD in one launch, clipping the global gradient norm on the way.
 
     Arguments, groups and state are those of `torch.optim.SGD`, and each loads the other's
-    `state_dict`; what `AdamW` says of launches, clipping and skipped steps holds here too.
+    `state_dict`; what `AdamW` says of launches, clipping and skipped steps applies here too.
 
     Args:
         params: parameters or groups, as for `AdamW`.
         lr: step size; a float, or a tensor of one element, which may change on the device.
         momentum: decay rate of the running sum of gradients, in [0, 1); 0 keeps none.
-        dampening: what part of a gradient stays out of that sum, except of the first.
+        dampening: fraction of the gradient withheld from the momentum buffer, except the first.
         weight_decay: how much of a parameter is added to its gradient.
-        nesterov: look one step of the momentum ahead.
+        nesterov: use Nesterov momentum.
 
     Attributes:
         grad_norm, skipped: as in `AdamW`.
@@ -111,7 +111,7 @@ class SGD(MultiTensorOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
         # Which step is the first, where that matters. Torch's state holds no count, and a state
-        # that is saved must hold what `state` does, by parameter, or nothing finds its way back.
+        # that is saved must hold what `state` does, by parameter, or it cannot be loaded.
         self._counts: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults, options)
 

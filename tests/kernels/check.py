@@ -1,4 +1,4 @@
-"""Hold a kernel against its reference: outputs and gradients, in the dtype it will train in."""
+"""Comparison of a kernel with its reference: outputs and gradients, in the dtype of training."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ def check(
 
     The error of each is its distance from `reference` run in float64 on the same inputs: the
     rounding that the dtype itself imposes is the measure, so no tolerance is chosen by hand. One
-    unit of the dtype's rounding is allowed besides, at the scale of the largest value, or of
+    unit of the dtype's rounding is allowed in addition, at the scale of the largest value, or of
     `unit` if that is larger: the size of the terms that a small result is the difference of.
 
     Both functions take the tensors `inputs` alone and return a tensor or a tuple of tensors.

@@ -1,4 +1,4 @@
-"""How the gate and the other half of a gated activation may lie in memory, and their gradient."""
+"""Memory layouts of the gate and the other half of a gated activation, and of their gradient."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ GRADIENTS = {
 
 
 def laid_out(y: Tensor, gradient: str) -> Tensor:
-    """`y`, whose gradient arrives in the strides of `gradient`."""
+    """Return `y`; its gradient arrives in the strides of `gradient`."""
     if y.requires_grad:
         y.register_hook(GRADIENTS[gradient])
     return y
@@ -31,7 +31,7 @@ def laid_out(y: Tensor, gradient: str) -> Tensor:
 def check_halves(
     kernel: Callable, reference: Callable, packed: Tensor, layout: str, gradient: str
 ) -> None:
-    """Hold kernel and reference together on views of one leaf, so that no copy hides a stride."""
+    """Compare kernel and reference on views of one leaf, so that no copy hides a stride."""
 
     def of(f):
         return lambda packed: laid_out(f(*LAYOUTS[layout](packed)), gradient)

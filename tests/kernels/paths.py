@@ -1,4 +1,4 @@
-"""The path of a check on ranks, which are processes without the fixtures of conftest.py."""
+"""Kernel or reference path for checks on ranks, processes without the fixtures of conftest.py."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""Processes on gloo that stay, and take one check after another: to start them takes seconds.
+"""Pool of gloo processes that run one check after another, since starting them takes seconds.
 
 On the CPU always: kernels run in the strict interpreter, wherever the tests themselves run.
 """

@@ -1,4 +1,4 @@
-"""Which kernels are launched, on what grids."""
+"""Recorder of kernel launches and their grids."""
 
 from types import ModuleType
 

@@ -1,4 +1,4 @@
-"""What the tests of optimizers share: models, gradients, training, and comparison."""
+"""Models, gradients, training and comparison for the tests of optimizers."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -36,7 +36,7 @@ def train(make, ps, steps, *, clip=None, start=0, optimizer=None):
 
 
 def assert_no_worse(actual, expected, exact, slack=2.0):
-    """Our distance from float64 is at most `slack` times torch's own."""
+    """Assert that Tritium's distance from float64 is at most `slack` times torch's own."""
     for o, t, e in zip(actual, expected, exact, strict=True):
         if o.numel():
             floor = torch.finfo(o.dtype).eps * e.abs().max()

@@ -1,4 +1,4 @@
-"""Gradients hand-written for CPUs are those of the references, to the second derivative."""
+"""Hand-written CPU gradients equal those of the references, to the second derivative."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritium.kernels import add_rms_norm, rms_norm, rope, swiglu
-from tritium.kernels._cpu_backward import is_written_out
+from tritium.kernels._cpu_backward import uses_cpu_backward
 from tritium.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from tritium.kernels.rope import rope_reference
 from tritium.kernels.runtime import references
@@ -22,7 +22,7 @@ def of(op, definition, *shapes, **options):
 
 
 def over_rows(f):
-    """`f` over the last axis alone, with one eps in every dtype."""
+    """Wrap `f` to the last axis alone, with one eps in every dtype."""
     return lambda x, weight, eps=1e-6, **options: f(x, x.shape[-1:], weight, eps, **options)
 
 
@@ -82,13 +82,13 @@ def test_derivatives_are_exact(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_those_of_the_definition(case, dtype):
+def test_gradients_equal_those_of_the_reference(case, dtype):
     op, definition, shapes = case
     inputs = draw(shapes, dtype)
     outputs, grads, dys = results(op, inputs)
     expected, expected_grads, _ = results(definition, inputs, dys)
-    assert any("WrittenOut" in str(node_of(y)) for y in outputs)
-    assert not any("WrittenOut" in str(node_of(y)) for y in expected)
+    assert any("CpuBackward" in str(node_of(y)) for y in outputs)
+    assert not any("CpuBackward" in str(node_of(y)) for y in expected)
     assert all(map(torch.equal, outputs, expected))
     for g, e in zip(grads, expected_grads, strict=True):
         assert g.dtype == e.dtype
@@ -96,7 +96,7 @@ def test_equal_those_of_the_definition(case, dtype):
 
 
 def node_of(y):
-    """All that led to `y`, in words."""
+    """Return the names of all nodes of the graph of `y`."""
     found, todo = [], [y.grad_fn]
     while todo:
         node = todo.pop()
@@ -125,7 +125,7 @@ def test_inputs_of_two_dtypes():
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "swiglu"])
-def test_only_what_wants_a_gradient_gets_one(name, first):
+def test_only_wanted_gradients_are_computed(name, first):
     op, definition, shapes = CASES[name]
     inputs = draw(shapes, torch.float32)
     for i, x in enumerate(inputs):
@@ -156,7 +156,7 @@ def test_gradients_that_come_in_are_left_as_they_are(case):
     assert all(map(torch.equal, dys, before))
 
 
-def test_keeps_less_than_the_definition():
+def test_saves_less_than_the_reference():
     def kept(op, inputs):
         found = {}
 
@@ -174,7 +174,7 @@ def test_keeps_less_than_the_definition():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.jvp
-def test_functions_of_torch_func_see_the_definition():
+def test_torch_func_differentiates_the_reference():
     x, w = torch.randn(4, K), torch.randn(K)
     expected = torch.autograd.functional.jacobian(lambda w: norm(x, w).sum(), w)
     found = torch.func.grad(lambda w: norm(x, w).sum())(w)
@@ -183,11 +183,11 @@ def test_functions_of_torch_func_see_the_definition():
     torch.testing.assert_close(tangent, expected @ w)
 
 
-def test_is_for_a_gradient_only():
+def test_applies_only_where_a_gradient_is_wanted():
     x = torch.randn(3, requires_grad=True)
-    assert is_written_out(x)
-    assert not is_written_out(x.detach())
-    assert not is_written_out(torch.empty(0, requires_grad=True))
-    assert not is_written_out(torch.empty(3, device="meta", requires_grad=True))
+    assert uses_cpu_backward(x)
+    assert not uses_cpu_backward(x.detach())
+    assert not uses_cpu_backward(torch.empty(0, requires_grad=True))
+    assert not uses_cpu_backward(torch.empty(3, device="meta", requires_grad=True))
     with torch.no_grad():
-        assert not is_written_out(x)
+        assert not uses_cpu_backward(x)

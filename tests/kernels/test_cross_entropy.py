@@ -30,7 +30,7 @@ def random_probabilities(T, V, dtype):
 
 
 def check_both(logits, target, weight, options, unit):
-    """Hold the plain and the in-place kernel against the reference; `unit` is that of a loss."""
+    """Compare the plain and the in-place kernel with the reference; `unit` is that of a loss."""
 
     def reference(x):
         return cross_entropy_reference(x, target, weight=weight, **options)
@@ -330,7 +330,7 @@ X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
         (X, T, dict(weight=torch.ones(2)), r"weight must have shape \[3\], got \[2\]"),
         (X, T, dict(weight=torch.ones(3, requires_grad=True)), "weight gets no gradient"),
         (X, T, dict(reduction="avg"), 'reduction must be "none", "mean" or "sum", got \'avg\''),
-        (X, T, dict(label_smoothing=1.5), r"label_smoothing must lie in \[0, 1\], got 1.5"),
+        (X, T, dict(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], got 1.5"),
         (X, T, dict(z_loss=-1.0), "z_loss must be at least 0, got -1.0"),
         (X, T, dict(softcap=0.0), "softcap must be above 0"),
         (torch.zeros(2, 3, requires_grad=True), T, dict(inplace=True), "overwrite a leaf"),

@@ -1,6 +1,6 @@
 """Prove that losses whose classes are split over ranks equal those of one: loss, gradients, stats.
 
-Two processes on gloo, each of which also computes the whole, through kernels and references.
+Two processes on gloo, each of which also computes the unsplit loss, through kernels and references.
 """
 
 import math
@@ -22,7 +22,7 @@ OPTIONS = [
 ]
 
 
-def test_ranks_agree_with_the_whole(tmp_path):
+def test_ranks_agree_with_one_process(tmp_path):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mp.spawn(_rank, (f"file://{tmp_path}/store", device), RANKS)
 

@@ -1,4 +1,4 @@
-"""Prove that dropout_add drops what its reference drops, at the rate it is told, twice alike."""
+"""Prove that dropout_add drops what its reference drops, at the rate asked for, repeatably."""
 
 from math import sqrt
 
@@ -80,7 +80,7 @@ def test_every_combination_of_options(
 
 
 @pytest.mark.parametrize("N", [1, 4095, 4096, 4097, 3 * 4096 + 1025])
-def test_the_mask_is_the_definition_s(N, device):
+def test_kernel_and_reference_draw_one_mask(N, device):
     x, residual = torch.ones(N, device=device), torch.zeros(N, device=device)
     expected = dropout_add_reference(x, residual, 0.5, seed=N)
     assert torch.equal(dropout_add(x, residual, 0.5, seed=N), expected)
@@ -95,7 +95,7 @@ def _words_kernel(counter_ptr, seed_ptr, words_ptr, N: tl.constexpr, ROUNDS: tl.
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 1 << 31, 1 << 32, -(1 << 63), (1 << 63) - 1])
-def test_the_definition_s_words_are_triton_s(seed, device):
+def test_reference_words_are_triton_s(seed, device):
     seed = torch.tensor(seed, device=device)
     counter = torch.arange(256, device=device) * ((1 << 55) + 12345)
     words = torch.empty(4, 256, dtype=torch.int64, device=device)
@@ -103,7 +103,7 @@ def test_the_definition_s_words_are_triton_s(seed, device):
     assert torch.equal(_philox(counter, seed), words)
 
 
-def test_the_definition_s_words_are_the_published_ones():
+def test_reference_words_are_the_published_ones():
     # Random123's kat_vectors, "philox4x32 7" for a counter and a key of zeros.
     words = _philox(torch.tensor(0), torch.tensor(0))
     assert words.tolist() == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
@@ -134,7 +134,7 @@ def test_counters_beyond_two_to_the_31(device, monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-def test_keeps_as_many_as_it_is_told(p, device):
+def test_keeps_the_expected_share(p, device):
     N = 1 << 18
     kept = mask((N,), p, 7, device).mean().item()
     assert abs(kept - (1 - p)) < 4 * sqrt(p * (1 - p) / N)
@@ -307,7 +307,7 @@ def test_inputs_may_change_before_backward(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     x, residual = torch.randn(3, 33, device=device, dtype=dtype), torch.randn(3, 33, device=device)
     seed = torch.tensor(5, device=device)
     torch.library.opcheck(_forward, (x, residual, seed, 1 << 30))
@@ -344,11 +344,11 @@ X = torch.ones(2, 4)
     [
         (X, X[0], {}, r"one shape, got .*\[2, 4\].* and .*\[4\]"),
         (X, X.to("meta"), {}, "one device, got cpu and meta"),
-        (X, X.bfloat16(), {}, "residual must be torch.float32 or wider, .* got torch.bfloat16"),
-        (X.half(), X.bfloat16(), {}, "residual must be torch.float16 or wider"),
+        (X, X.bfloat16(), {}, "must be torch.float32 as x, or more precise, got torch.bfloat16"),
+        (X.half(), X.bfloat16(), {}, "residual must be torch.float16 as x, or more precise"),
         (X.int(), X, {}, "floating point, got torch.int32"),
-        (X, X, {"p": 1.5}, r"p must lie in \[0, 1\], got 1.5"),
-        (X, X, {"p": float("nan")}, r"p must lie in \[0, 1\], got nan"),
+        (X, X, {"p": 1.5}, r"p must be in \[0, 1\], got 1.5"),
+        (X, X, {"p": float("nan")}, r"p must be in \[0, 1\], got nan"),
         (X, X, {"seed": 1 << 63}, "seed must fit 64 bits with a sign, got 9223372036854775808"),
         (X, X, {"seed": torch.tensor([1])}, r"seed must be int64 of no axes .*, got .* \[1\]"),
         (X, X, {"seed": torch.tensor(1.0)}, "seed must be int64 .*, got torch.float32"),

@@ -125,7 +125,7 @@ def test_bitwise_the_same_in_every_order_of_programs(device):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_definition_is_pytorch_s(reference, device, monkeypatch):
+def test_reference_agrees_with_pytorch(reference, device, monkeypatch):
     monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", reference)
     tokens, weight = torch.randint(9, (2, 7), device=device), torch.randn(9, 5, device=device)
     expected = F.embedding(tokens, weight)
@@ -232,7 +232,7 @@ def test_gradient_offsets_beyond_two_to_the_31(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     tokens = torch.tensor([1, 2, 2, 0], device=device)
     dy, weight = torch.randn(2, 4, 33, device=device, dtype=dtype)
     torch.library.opcheck(_forward, (tokens, weight[:3]))
@@ -286,8 +286,8 @@ TOKEN, WEIGHT = torch.zeros(2, dtype=torch.long), torch.ones(3, 4)
         (TOKEN.byte(), WEIGHT, None, "input must be int64 or int32, got torch.uint8"),
         (TOKEN.float(), WEIGHT, None, "input must be int64 or int32, got torch.float32"),
         (TOKEN, WEIGHT.to("meta"), None, "input is on cpu; move it to meta"),
-        (TOKEN, WEIGHT, 3, r"padding_idx must lie in \[-3, 3\), got 3"),
-        (TOKEN, WEIGHT, -4, r"padding_idx must lie in \[-3, 3\), got -4"),
+        (TOKEN, WEIGHT, 3, r"padding_idx must be in \[-3, 3\), got 3"),
+        (TOKEN, WEIGHT, -4, r"padding_idx must be in \[-3, 3\), got -4"),
     ],
     ids=str,
 )

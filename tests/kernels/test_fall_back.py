@@ -77,7 +77,7 @@ def test_every_operation_is_known():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
 @pytest.mark.parametrize("op", CALLS)
-def test_its_kernel_is_launched_no_more(op, monkeypatch, pointer_tables):
+def test_its_kernel_is_not_launched(op, monkeypatch, pointer_tables):
     x = torch.linspace(-1, 1, 12).view(3, 4)
     with launches(monkeypatch) as launched:
         call = partial(CALLS[op], getattr(kernels, op), x)
@@ -94,7 +94,7 @@ def test_its_kernel_is_launched_no_more(op, monkeypatch, pointer_tables):
     assert fallen_back() == OPERATIONS
 
 
-def test_the_block_alone_is_on_the_reference():
+def test_the_reference_runs_only_in_the_block():
     with references("rope", "AdamW"):
         assert fallen_back() == {"rope", "AdamW"}
         with references("info_nce"):
@@ -102,7 +102,7 @@ def test_the_block_alone_is_on_the_reference():
     assert not fallen_back()
 
 
-def test_refuses_what_is_no_operation():
+def test_refuses_an_unknown_operation():
     with pytest.raises(ValueError, match=r"there is no kernel of 'ropes'; name some of .*rope"):
         fall_back("swiglu", "ropes")
     assert not fallen_back()

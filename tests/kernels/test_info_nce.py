@@ -76,7 +76,7 @@ def test_gradient_in_float64(symmetric, device, path):
 
 
 @pytest.mark.parametrize("options", [{}, dict(symmetric=True), dict(temperature=1.0)], ids=str)
-def test_matches_its_definition_in_float64_exactly(options, device, path):
+def test_matches_its_reference_in_float64_exactly(options, device, path):
     query, key = torch.randn(2, 7, 4, device=device, dtype=torch.float64)
     torch.testing.assert_close(
         info_nce(query, key, chunk_bytes=100, **options), info_nce_reference(query, key, **options)
@@ -119,7 +119,7 @@ def test_one_pair_has_no_loss(device, path):
     assert info_nce(query, key).abs() < 1e-6
 
 
-def test_never_holds_the_similarities_whole(device, path):
+def test_never_stores_all_similarities(device, path):
     B, D, widest = 96, 4, 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -23,7 +23,7 @@ SHORT_AND_LONG = pytest.mark.parametrize("longest", [64, 8192], ids=["loop", "ti
 
 
 def over_rows(f):
-    """`f` over the last axis alone."""
+    """Wrap `f` to the last axis alone."""
     return lambda x, weight, *args, **options: f(x, x.shape[-1:], weight, *args, **options)
 
 
@@ -31,7 +31,7 @@ norm, reference = over_rows(layer_norm), over_rows(layer_norm_reference)
 
 
 def laid_out(y, gradient):
-    """`y`, whose gradient arrives in the strides of `gradient`."""
+    """Return `y`; its gradient arrives in the strides of `gradient`."""
     y = y.view_as(y)  # which nothing else depends on
     if y.requires_grad:
         y.register_hook(GRADIENTS[gradient])
@@ -65,7 +65,7 @@ def test_every_combination_of_options(
     apart = 8 * (torch.arange(D, device=device) % 2)
     x = ((torch.randn(*batch, T, D, device=device) + mean + apart) * size).to(dtype)
     parameters = [torch.randn(D, device=device).to(d) for d in parameter_dtypes if d]
-    # A stream as wide as its branch: a narrower one's rounding is not measured in x's dtype.
+    # A stream in the dtype of its branch: rounding to a less precise one is not measured in x's.
     residual = torch.randn(*batch, T, D, device=device) * size
     residual = residual.to(torch.promote_types(dtype, stream_dtype or dtype))
 
@@ -119,7 +119,7 @@ def test_more_rows_than_programs(device):
             check(norm, reference, x, weight, bias)
 
 
-def test_definition_is_the_formula(device):
+def test_reference_is_the_formula(device):
     x, weight, bias = torch.randn(3, 7, 48, device=device)
     z = x - x.mean(-1, keepdim=True)
     r = (z.square().mean(-1, keepdim=True) + 1e-5).rsqrt()

@@ -135,12 +135,12 @@ def test_one_chunk_while_that_costs_no_more_memory(T, D, rows, monkeypatch):
     monkeypatch.setattr(MODULE, "CHUNK_BYTES_CPU", 400 * 1000 * 2)
     hidden = torch.empty(T, D)
 
-    def planned(narrow, chunk_bytes=None):
-        rows = MODULE.chunk_rows("op", hidden, 1000, torch.bfloat16, narrow, chunk_bytes)
+    def planned(saves_memory, chunk_bytes=None):
+        rows = MODULE.chunk_rows("op", hidden, 1000, torch.bfloat16, saves_memory, chunk_bytes)
         return min(rows, T)
 
-    assert planned(narrow=True) == rows
-    assert planned(narrow=False) == planned(True, chunk_bytes=400 * 1000 * 2) == min(384, T)
+    assert planned(saves_memory=True) == rows
+    assert planned(saves_memory=False) == planned(True, chunk_bytes=400 * 1000 * 2) == min(384, T)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

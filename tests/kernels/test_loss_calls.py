@@ -39,7 +39,7 @@ def path(request, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_begins_with_the_parameters_of_pytorch(name):
+def test_signature_starts_with_pytorch_s(name):
     actual = list(inspect.signature(getattr(kernels, name)).parameters.values())
     torch_result = list(inspect.signature(getattr(F, name)).parameters.values())
     for own, other in zip(actual, torch_result, strict=False):
@@ -67,7 +67,7 @@ def test_begins_with_the_parameters_of_pytorch(name):
         ("log_softmax", (), dict(input=X, dim=0)),
     ],
 )
-def test_answers_as_pytorch(name, args, options, path):
+def test_agrees_with_pytorch(name, args, options, path):
     if name == "linear_cross_entropy":
         torch_result = F.linear_cross_entropy(*args, **options)
     else:
@@ -89,7 +89,7 @@ def test_answers_as_pytorch(name, args, options, path):
         (lambda: kernels.mse_loss(X, P, weight=P[0]), r"weight must be \[6, 8\]"),
     ],
 )
-def test_says_what_it_does_not_take(call, message, path):
+def test_refuses_in_a_sentence(call, message, path):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -86,7 +86,7 @@ def test_tiles_as_large_as_they_are(reduction, N, device):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("reference", [False, True])
-def test_definition_is_pytorch_s(reduction, reference, device, monkeypatch):
+def test_reference_agrees_with_pytorch(reduction, reference, device, monkeypatch):
     monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", reference)
     input, target = torch.randn(2, 5, 300, device=device)
     expected = F.mse_loss(input, target, reduction=reduction)
@@ -132,7 +132,7 @@ def test_incoming_gradient_scales(reduction, device):
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("reference", [False, True])
-def test_of_nothing(shape, reference, device, monkeypatch):
+def test_of_empty_tensors(shape, reference, device, monkeypatch):
     monkeypatch.setattr("tritium.kernels.runtime.REFERENCE", reference)
     input = torch.ones(shape, device=device, requires_grad=True)
     assert mse_loss(input, input).isnan()
@@ -153,7 +153,7 @@ def test_a_scalar(reduction, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_not_finite(value, reduction, device):
-    # By itself, in the tail and in a full tile.
+    # Alone, in the tail and in a full tile.
     for N, i in ((5, 2), (200, 3), (200, 199)):
         results = []
         for f in (mse_loss, mse_loss_reference):
@@ -226,7 +226,7 @@ def test_the_sum_reaches_beyond_two_to_the_31(device, monkeypatch):
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(needs, dtype, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     input, target = torch.randn(33, device=device, dtype=dtype), torch.randn(33, device=device)
     torch.library.opcheck(_elements, (input, target))
     torch.library.opcheck(_forward, (input, target, 33))

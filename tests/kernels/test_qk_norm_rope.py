@@ -352,7 +352,7 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     qkv, _, _, q_weight, k_weight = drawn(device, dtype=dtype)
     angles = tables(9, 4, device)
     offset = torch.tensor([0, 3], device=device)
@@ -418,8 +418,8 @@ QKV, TABLE, W = torch.ones(2, 3, 4), torch.ones(2, 2), torch.ones(4)
         ((QKV.int(), TABLE, TABLE), {}, "qkv must be floating point .*, got torch.int32"),
         ((QKV[:, :2], TABLE, TABLE), {}, "a third of the heads are queries, got 2 heads; pass kv"),
         ((QKV[:, :0], TABLE, TABLE), {}, "a third of the heads are queries, got 0 heads"),
-        ((QKV, TABLE, TABLE), {"kv_heads": 0}, r"must lie in \[1, 1\], as qkv has 3 heads .* 0"),
-        ((QKV, TABLE, TABLE), {"kv_heads": 2}, r"must lie in \[1, 1\], as qkv has 3 heads .* 2"),
+        ((QKV, TABLE, TABLE), {"kv_heads": 0}, r"must be in \[1, 1\], as qkv has 3 heads .* 0"),
+        ((QKV, TABLE, TABLE), {"kv_heads": 2}, r"must be in \[1, 1\], as qkv has 3 heads .* 2"),
         ((QKV, TABLE, TABLE, W), {}, "must both be given, or both be None"),
         ((QKV, TABLE, TABLE, None, W), {}, "must both be given, or both be None"),
         ((QKV, TABLE, TABLE, W, W[:3]), {}, r"k_weight must have shape \[4\], got \[3\]"),

@@ -33,7 +33,7 @@ GRADIENTS = {
 
 
 def laid_out(y, gradient):
-    """`y`, whose gradient arrives in the strides of `gradient`."""
+    """Return `y`; its gradient arrives in the strides of `gradient`."""
     if y.requires_grad:
         y.register_hook(GRADIENTS[gradient])
     return y
@@ -181,7 +181,7 @@ def test_inplace_gradient_reaches_all_of_the_projection(device):
     torch.autograd.gradcheck(inplace, leaf[:1, :, 1:].clone().requires_grad_())
 
 
-def test_inplace_is_noticed_by_who_needs_what_was_overwritten(device):
+def test_inplace_is_noticed_where_the_old_value_is_needed(device):
     qkv = packed_projection(device, requires_grad=True) * 1
     loss = qkv.square().sum()
     rope(qkv[:, :, :3], *tables(5, 8, device), inplace=True)
@@ -235,7 +235,7 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     x = torch.randn(2, 5, 3, 12, device=device, dtype=dtype)
     cos, sin = tables(9, 12, device)
     offset = torch.tensor([4, 0], device=device)

@@ -64,7 +64,7 @@ GRADIENTS = {
 
 
 def laid_out(ys, gradient):
-    """`ys`, whose gradients arrive in the strides of `gradient`."""
+    """Return `ys`; their gradients arrive in the strides of `gradient`."""
     y, *lse = ys if isinstance(ys, tuple) else (ys,)
     if y.requires_grad:
         y.register_hook(GRADIENTS[gradient])
@@ -186,7 +186,7 @@ def test_lse_of_extreme_rows(path, at, device):
 @each_op
 @each_path
 @pytest.mark.parametrize("Lq", [3, 20])
-def test_whole_blocks_of_hidden_keys(op, path, Lq, device):
+def test_complete_blocks_of_hidden_keys(op, path, Lq, device):
     def of(f):
         return lambda x: finite(f(x, causal=True))
 
@@ -331,7 +331,7 @@ def test_offsets_beyond_two_to_the_31(path, device, monkeypatch):
 @each_path
 @pytest.mark.parametrize("log", [False, True])
 def test_is_a_well_formed_operator(path, log, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     x = torch.randn(3, 33, device=device, dtype=torch.bfloat16)
     with through(path):
         for return_lse in (False, True):

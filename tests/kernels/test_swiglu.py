@@ -100,7 +100,7 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
-    # The raw operators have no gradient of their own: the autograd.Function around them has.
+    # The raw operators have no gradient: the autograd.Function around them has.
     dh, gate, up = torch.randn(3, 5, 33, device=device, dtype=dtype)
     torch.library.opcheck(_forward, (gate, up, "silu"))
     torch.library.opcheck(_backward, (dh, gate, up, "silu"))

@@ -1,6 +1,6 @@
-"""Prove that the losses multiply and return no memory that nobody has written, whatever its width.
+"""Prove that the losses multiply and return no unwritten memory, for any number of classes.
 
-What `torch.empty` returns is NaN here. A matrix product may read what lies between the rows of its
+What `torch.empty` returns is NaN here. A matrix product may read the memory between the rows of its
 operands and multiply it by 0, as oneDNN does on CPUs with AMX: it must be finite, on every CPU.
 """
 
@@ -31,7 +31,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, _, name = func._schema.name.partition("::")
-        if space == "tritium":  # look into our own operators
+        if space == "tritium":  # look into Tritium's operators
             key = torch._C.DispatchKey.CUDA if args[0].is_cuda else torch._C.DispatchKey.CPU
             with self:
                 return func._op_dk(key, *args, **(kwargs or {}))
@@ -45,13 +45,13 @@ class Products(TorchDispatchMode):
 
 
 def _span(x):
-    """The memory of `x` as one vector: its elements, what lies between them and behind each row."""
+    """The memory of `x` as one vector: its elements, the gaps between them and after each row."""
     reach = [n * s for n, s in zip(x.shape, x.stride(), strict=True)]
     length = min(max(reach), x.untyped_storage().nbytes() // x.element_size() - x.storage_offset())
     return x.detach().as_strided((length,), (1,))
 
 
-def test_sees_what_lies_between_the_rows():
+def test_sees_memory_between_the_rows():
     x = torch.full((3, 8), torch.nan)
     x[:, :5] = 1
     with Products() as products:

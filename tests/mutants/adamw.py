@@ -1,4 +1,4 @@
-"""Faults of kernels/optimizers/adamw.py, adam.py and _step_kernels.py: rule, corrections, groups, clip, skip."""
+"""Faults of adamw.py, adam.py and _step_kernels.py: rule, corrections, groups, clip, skip."""
 
 from functools import partial
 
@@ -31,8 +31,8 @@ MUTANTS = [
     ),
     _update(
         what="weight decay with the wrong sign",
-        original="u += coefs[3] * p",
-        replacement="u -= coefs[3] * p",
+        original="u += decay * p",
+        replacement="u -= decay * p",
     ),
     _update(
         what="weight decay not in units of the learning rate",

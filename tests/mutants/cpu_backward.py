@@ -1,10 +1,10 @@
-"""Faults of gradients that are hand-written beside their references."""
+"""Faults of hand-written CPU gradients."""
 
 from functools import partial
 
 from tests.mutants import Mutant
 
-_written_out = partial(Mutant, file="kernels/_cpu_backward.py")
+_cpu_backward = partial(Mutant, file="kernels/_cpu_backward.py")
 _rms_norm = partial(Mutant, file="kernels/rms_norm.py")
 _swiglu = partial(Mutant, file="kernels/swiglu.py")
 _rope = partial(Mutant, file="kernels/rope.py")
@@ -55,17 +55,17 @@ MUTANTS = [
         original="rope_reference(dy, cos, -sin, **ctx.how)",
         replacement="rope_reference(dy, cos, -sin, interleaved=ctx.how['interleaved'])",
     ),
-    _written_out(
+    _cpu_backward(
         what="torch.func meets a gradient it cannot see through",
         original="and not runtime.sees_through()",
         replacement="and True",
     ),
-    _written_out(
+    _cpu_backward(
         what="never",
         original="torch.is_grad_enabled()\n",
         replacement="not torch.is_grad_enabled()\n",
     ),
-    _written_out(
+    _cpu_backward(
         what="without a graph",
         original="create_graph=True",
         replacement="create_graph=False",

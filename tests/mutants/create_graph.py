@@ -4,20 +4,20 @@ from functools import partial
 
 from tests.mutants import Mutant
 
-_written_out = partial(Mutant, file="kernels/_cpu_backward.py")
+_cpu_backward = partial(Mutant, file="kernels/_cpu_backward.py")
 
 MUTANTS = [
-    _written_out(
+    _cpu_backward(
         what="what reaches one input by way of another counted twice",
         original="ends = [x.view_as(x) for x in xs]",
         replacement="ends = xs",
     ),
-    _written_out(
+    _cpu_backward(
         what="inputs cut off from their history",
         original="x.view_as(x) for x in xs",
         replacement="x.detach().requires_grad_() for x in xs",
     ),
-    _written_out(
+    _cpu_backward(
         what="one end for inputs that are the same tensor",
         original="ends = [x.view_as(x) for x in xs]",
         replacement="ends = [*{id(x): x.view_as(x) for x in xs}.values()] * len(xs)",

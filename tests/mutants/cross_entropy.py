@@ -1,4 +1,4 @@
-"""Faults of _cross_entropy_rows.py and cross_entropy.py: masks, signs, scales, rows, the field's traps."""
+"""Faults of _cross_entropy_rows.py and cross_entropy.py: masks, signs, scales, rows, traps."""
 
 from functools import partial
 

@@ -20,7 +20,7 @@ MUTANTS = [
     ),
     _mutant(
         what="weight gradient summed in the dtype of the weight",
-        original="dtype=weight.dtype if narrow else loss.dtype",
+        original="dtype=weight.dtype if single_bf16_chunk else loss.dtype",
         replacement="dtype=weight.dtype",
     ),
     _mutant(
@@ -70,13 +70,13 @@ MUTANTS = [
     ),
     _mutant(
         what="one chunk: the mean divides twice",
-        original="first = scale if plan.narrow else _row_scale",
+        original="first = scale if plan.single_bf16_chunk else _row_scale",
         replacement="first = scale if False else _row_scale",
     ),
     _mutant(
         what="one chunk where several were meant",
-        original="chunk_bytes is None and narrow and max(rows, D) + D >= T",
-        replacement="chunk_bytes is None and narrow",
+        original="chunk_bytes is None and single_chunk_saves_memory and max(rows, D) + D >= T",
+        replacement="chunk_bytes is None and single_chunk_saves_memory",
     ),
     _mutant(
         what="the weight's buffer gets the gradient unscaled",

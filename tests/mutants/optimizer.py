@@ -11,13 +11,13 @@ _states = partial(Mutant, file="kernels/optimizers/_state.py")
 MUTANTS = [
     _tensors(
         what="moved gradients not noticed",
-        original="known = self._visited.get(place)",
-        replacement="known = next(iter(self._visited.values()), None)",
+        original="known = self._seen.get(key)",
+        replacement="known = next(iter(self._seen.values()), None)",
     ),
     _tensors(
         what="moved parameters and moments not noticed",
-        original="if (names, rates, counts, held) != self._held:",
-        replacement="if (names, rates, counts) != self._held[:3]:",
+        original="if (names, rates, counts, addresses) != self._last_inputs:",
+        replacement="if (names, rates, counts) != self._last_inputs[:3]:",
     ),
     _tensors(
         what="parameters that joined not noticed",

@@ -13,8 +13,8 @@ _tensors = partial(Mutant, file="kernels/optimizers/_step_inputs.py")
 MUTANTS = [
     _update(
         what="l1 at zero",
-        original="tl.where(p > 0, coefs[2],",
-        replacement="tl.where(p >= 0, coefs[2],",
+        original="tl.where(p > 0, l1,",
+        replacement="tl.where(p >= 0, l1,",
     ),
     _update(
         what="l1 clipped with the gradient",
@@ -23,13 +23,13 @@ MUTANTS = [
     ),
     _update(
         what="a mean that forgets as fast as it should keep",
-        original="store(places[3], offs, mean + ema_weight * (p - mean)",
-        replacement="store(places[3], offs, p + ema_weight * (mean - p)",
+        original="store(ema, offs, mean + ema_weight * (p - mean)",
+        replacement="store(ema, offs, p + ema_weight * (mean - p)",
     ),
     _update(
         what="gradients not zeroed",
-        original="    if ZERO:\n        store_grad(places[0]",
-        replacement="    if False:\n        store_grad(places[0]",
+        original="    if ZERO:\n        store_grad(grad",
+        replacement="    if False:\n        store_grad(grad",
     ),
     _update(
         what="gradients of a skipped step kept",
@@ -39,7 +39,7 @@ MUTANTS = [
     _update(
         what="the norm of the update without decay",
         original="u_squares += tl.where(inside, u * u, 0.0)",
-        replacement="u_squares += tl.where(inside, (u - coefs[3] * p) * (u - coefs[3] * p), 0.0)",
+        replacement="u_squares += tl.where(inside, (u - decay * p) * (u - decay * p), 0.0)",
     ),
     _update(
         what="the norm of the weight before the step",

@@ -17,7 +17,7 @@ _optimizer = partial(Mutant, file="kernels/optimizers/_base.py")
 MUTANTS = [
     _update(
         what="Adam without decay",
-        original="        g += coefs[1] * p\n",
+        original="        g += l2 * p\n",
         replacement="        g += 0 * p\n",
     ),
     _adam(

@@ -1,4 +1,4 @@
-"""Faults of kernels/optimizers/_state.py: how state begins, what it is kept in, how it loads."""
+"""Faults of kernels/optimizers/_state.py: initial state, storage, loading."""
 
 from functools import partial
 
@@ -63,7 +63,7 @@ MUTANTS = [
         replacement="halves = torch.full((x.numel(),), (1 << 16) - 1, device=x.device)",
     ),
     _mutant(
-        what="moments of bfloat16 not widened",
+        what="moments of bfloat16 not converted to float32",
         original="return {name: x.to(torch.bfloat16 if kind == BFLOAT16.value else torch.float32)}",
         replacement="return {name: x}",
     ),

@@ -1,4 +1,4 @@
-"""Faults of kernels/optimizers/_step_kernels.py and its reference: formats, masks, streams, keys."""
+"""Faults of _step_kernels.py and its reference: formats, masks, streams, keys."""
 
 from functools import partial
 
@@ -57,7 +57,7 @@ MUTANTS = [
         replacement="bits = element_bits(offs - first, key)",
     ),
     _formats(
-        what="what lies beyond a tensor in the scale of its last block",
+        what="memory after a tensor in the scale of its last block",
         original="            x = tl.where(offs < end, x, 0.0)\n",
         replacement="            x = x\n",
     ),
@@ -75,10 +75,10 @@ MUTANTS = [
     ),
     _update(
         what="all states in the format of the first",
-        original="                places[4 + i], places[4 + STATES + i], first, offs, end,\n"
-        "                FORMAT >> (4 + 3 * i) & 7, N, FULL,",
-        replacement="                places[4 + i], places[4 + STATES + i], first, offs, end,\n"
-        "                FORMAT >> 4 & 7, N, FULL,",
+        original="addresses[4 + STATES + i], first, offs, end,\n"
+        "                state_kind(FORMAT, i), N, FULL,",
+        replacement="addresses[4 + STATES + i], first, offs, end,\n"
+        "                state_kind(FORMAT, 0), N, FULL,",
     ),
     _reference(
         what="the parameter's bits for the states too, by reference",

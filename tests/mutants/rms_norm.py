@@ -69,7 +69,7 @@ MUTANTS = [
         replacement="",
     ),
     _kernels(
-        what="only whole blocks of a long row summed",
+        what="only complete blocks of a long row summed",
         original="gz_D += g_D * (s_D - m)",
         replacement="gz_D += tl.where(start + BLOCK_D <= D, g_D * (s_D - m), 0.0)",
     ),

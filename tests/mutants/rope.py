@@ -84,7 +84,7 @@ MUTANTS = [
     ),
     _mutant(
         what="positions outside the tables taken for the nearest inside",
-        original="    # A position outside the tables turns by NaN.\n",
+        original="    # A position outside the tables gives NaN.\n",
         replacement="    row_L = tl.minimum(tl.maximum(row_L, 0), S - 1)\n",
     ),
     _mutant(

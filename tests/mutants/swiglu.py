@@ -29,7 +29,8 @@ MUTANTS = [
     ),
     _mutant(
         what="a tile too many",
-        original="    # Neighbouring programs walk along F first.\n    n_F = tl.cdiv(F, BLOCK_F)",
+        original="    # Neighbouring programs are neighbours along F.\n"
+        "    n_F = tl.cdiv(F, BLOCK_F)",
         replacement="    n_F = F // BLOCK_F + 1",
     ),
     _mutant(

@@ -1,4 +1,4 @@
-"""What a launcher launches on a stub of a GPU, beside Triton with the same arguments."""
+"""Launches of a Launcher on a stub of a GPU, and of Triton with the same arguments."""
 
 import random
 

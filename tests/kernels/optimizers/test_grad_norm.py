@@ -1,4 +1,4 @@
-"""clip_grad_norm_ is torch's with norm 2, summed in float32 whatever the gradients are kept in.
+"""clip_grad_norm_ is torch's with norm 2, summed in float32 for gradients of any dtype.
 
 clip_grad_norms_ is that of one layer after another.
 """
@@ -133,7 +133,7 @@ def test_leaves_small_gradients_alone(max_norm, dtype, path, device):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_treats_what_is_not_finite_as_torch_does(bad, path, device):
+def test_treats_nonfinite_gradients_as_torch_does(bad, path, device):
     ps = parameters([torch.float32], device)
     ps[3].grad[5] = bad
     qs = [with_gradient(p.grad.clone()) for p in ps]
@@ -221,7 +221,7 @@ def grads_on_two_devices():
 
 ERRORS = [
     (lambda: with_gradient(torch.ones(2).double()), TypeError, "must be float32, float16 or bf"),
-    (grads_on_two_devices, ValueError, "must lie on one device, got cpu and meta"),
+    (grads_on_two_devices, ValueError, "must be on one device, got cpu and meta"),
     (lambda: with_gradient(torch.ones(8)[::2]), ValueError, "must be dense"),
     (
         lambda: with_gradient(torch.ones(2).to_sparse()),
@@ -243,7 +243,7 @@ def test_rejects_shared_memory(device):
     p = with_gradient(torch.ones(2, device=device))
     q = nn.Parameter(torch.ones(2, device=device))
     q.grad = p.grad
-    with pytest.raises(ValueError, match="must lie apart"):
+    with pytest.raises(ValueError, match="must not share an address"):
         clip_grad_norm_([p, q], 1.0)
-    with pytest.raises(ValueError, match="must lie apart"):
+    with pytest.raises(ValueError, match="must not share an address"):
         clip_grad_norms_([p, q], 1.0)

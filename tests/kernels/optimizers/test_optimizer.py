@@ -1,4 +1,4 @@
-"""Optimizers keep torch's manners: state, groups, layouts, launches; and say what they refuse."""
+"""Optimizers follow torch.optim's interface: state, groups, layouts, launches, errors."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def test_launches_do_not_depend_on_the_model(max_grad_norm, launches, shapes, mo
     assert len(grids) == launches
 
 
-def test_uploads_nothing_while_addresses_stand(monkeypatch, device):
+def test_uploads_nothing_while_addresses_stay(monkeypatch, device):
     ps = parameters(SMALL, device)
     gradients(ps, seed=1)
     optimizer = AdamW(ps, max_grad_norm=1.0)
@@ -172,7 +172,7 @@ ARGUMENTS = [
     (([W], -1.0), ValueError, "lr must be at least 0"),
     (([W], float("nan")), ValueError, "lr must be at least 0"),
     (([W], torch.ones(2)), ValueError, "a tensor of one element"),
-    (([W], 0.1, (1.0, 0.9)), ValueError, r"betas must lie in \[0, 1\)"),
+    (([W], 0.1, (1.0, 0.9)), ValueError, r"betas must be in \[0, 1\)"),
     (([W], 0.1, (0.9, 0.9), -1.0), ValueError, "eps must be at least 0"),
     (([W], 0.1, (0.9, 0.9), 0.1, float("nan")), ValueError, "weight_decay must be at least 0"),
     (([],), ValueError, "empty parameter list"),
@@ -223,7 +223,7 @@ def test_rejects_several_devices(path, device):
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     optimizer = AdamW([p])
     optimizer.param_groups[0]["params"].append(q)
-    with pytest.raises(ValueError, match="must lie on one device"):
+    with pytest.raises(ValueError, match="must be on one device"):
         optimizer.step()
 
 
@@ -248,7 +248,7 @@ def test_rejects_shared_memory(device):
     p = nn.Parameter(torch.ones(2, device=device))
     q = nn.Parameter(p.detach())
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(p)
-    with pytest.raises(ValueError, match="must lie apart"):
+    with pytest.raises(ValueError, match="must not share an address"):
         AdamW([p, q]).step()
 
 

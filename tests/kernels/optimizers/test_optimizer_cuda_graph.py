@@ -38,7 +38,7 @@ def make(dtype, lr, device, **options) -> tuple[AdamW, list[torch.Tensor]]:
 
 
 def fill(grads: list[torch.Tensor], step: int, infinite: bool) -> None:
-    """Overwrite the gradients where they lie, which a graph remembers."""
+    """Overwrite the gradients in place: a graph keeps their addresses."""
     generator = torch.Generator().manual_seed(step)
     for g in grads:
         g.copy_(torch.randn(g.shape, generator=generator) * 10.0 ** (step % 5 - 3))

@@ -56,7 +56,7 @@ def test_steps_as_torch(name, options, path, device):
 
 
 @pytest.mark.parametrize(("name", "error"), ERRORS)
-def test_refuses_what_torch_refuses(name, error):
+def test_refuses_the_errors_of_torch(name, error):
     params = [nn.Parameter(torch.ones(2))] if error.params is None else error.params
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch only warns of a parameter that comes twice

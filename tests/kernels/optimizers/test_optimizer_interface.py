@@ -1,4 +1,4 @@
-"""Optimizers take and explain what torch.optim's do, whatever the process-wide default dtype."""
+"""Optimizers take and document torch.optim's arguments, under any default dtype."""
 
 import copy
 import inspect
@@ -76,7 +76,7 @@ def test_takes_the_groups_and_defaults_of_torch(actual):
 
 
 @pytest.mark.parametrize("actual", THEIRS)
-def test_refuses_what_it_cannot_honour(actual):
+def test_refuses_unsupported_options(actual):
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=f"{actual.__name__}: differentiable must be False"):
         actual([p], differentiable=True)

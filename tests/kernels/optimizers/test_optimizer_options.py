@@ -1,4 +1,4 @@
-"""What every optimizer takes beyond torch.optim's arguments does what it says, and nothing else."""
+"""Options beyond torch.optim's arguments do what they document, and nothing else."""
 
 import copy
 import gc
@@ -306,7 +306,7 @@ def test_gradients_of_float16_are_refused(path, device):
         AdamW([p]).step()
 
 
-def test_lets_go_of_gradients(path, device):
+def test_step_releases_gradients(path, device):
     p = nn.Parameter(torch.ones(4, device=device))
     optimizer = AdamW([p], max_grad_norm=1.0, record_norms=True)
     p.grad = torch.ones_like(p)
@@ -354,9 +354,9 @@ def test_everything_at_once_is_never_read_back(actual, options, monkeypatch, dev
 
 BAD = [
     ({"nesterow": True}, TypeError, r"options must be among \[.*\], got \['nesterow'\]"),
-    ({"ema_decay": 1.0}, ValueError, r"ema_decay must lie in \[0, 1\), got 1.0"),
-    ({"ema_decay": nan}, ValueError, r"ema_decay must lie in \[0, 1\)"),
-    ({"seed": -1}, ValueError, r"seed must lie in \[0, 2\^32\)"),
+    ({"ema_decay": 1.0}, ValueError, r"ema_decay must be in \[0, 1\), got 1.0"),
+    ({"ema_decay": nan}, ValueError, r"ema_decay must be in \[0, 1\)"),
+    ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^32\)"),
     ({"master": "half"}, ValueError, "master must be one of"),
     ({"state_dtype": torch.float16}, ValueError, "state_dtype must be one of"),
     ({"l1": -0.1}, ValueError, "l1 must be at least 0"),

@@ -25,7 +25,7 @@ FIXED = (2301,)  # in every model, to see how much rounding there is
 
 
 class Spec(NamedTuple):
-    """One parameter: how it and its gradients lie in memory, and which gradients there are."""
+    """One parameter: its memory layout, that of its gradients, and which gradients there are."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -104,7 +104,7 @@ def gradients_of(run, device):
 
 
 def trained(run, values, grads):
-    """The float32 parameters, or masters, that our optimizer ends with."""
+    """The float32 parameters, or masters, that Tritium's optimizer ends with."""
     ps = []
     for value, spec in zip(values, run.specs, strict=True):
         ps.append(nn.Parameter(laid_out(value.to(spec.dtype), spec.offset, spec.transposed)))

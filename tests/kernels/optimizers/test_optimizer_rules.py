@@ -272,7 +272,7 @@ def test_lion_does_not_move_without_a_gradient(path, device):
 
 W = nn.Parameter(torch.ones(4))
 ARGUMENTS = [
-    (Adam, {"betas": (1.0, 0.9)}, r"Adam: betas must lie in \[0, 1\)"),
+    (Adam, {"betas": (1.0, 0.9)}, r"Adam: betas must be in \[0, 1\)"),
     (Adam, {"eps": -1.0}, "Adam: eps must be at least 0"),
     (Adam, {"max_grad_norm": 0.0}, "Adam: max_grad_norm must be positive"),
     (SGD, {"lr": -1.0}, "SGD: lr must be at least 0"),
@@ -283,7 +283,7 @@ ARGUMENTS = [
     (RMSprop, {"momentum": -1.0}, "RMSprop: momentum must be at least 0"),
     (Adagrad, {"lr_decay": -1.0}, "Adagrad: lr_decay must be at least 0"),
     (Adagrad, {"initial_accumulator_value": -1.0}, "Adagrad: initial_accumulator_value must be"),
-    (Lion, {"betas": (0.9, 1.0)}, r"Lion: betas must lie in \[0, 1\)"),
+    (Lion, {"betas": (0.9, 1.0)}, r"Lion: betas must be in \[0, 1\)"),
     (Lion, {"weight_decay": -1.0}, "Lion: weight_decay must be at least 0"),
 ]
 

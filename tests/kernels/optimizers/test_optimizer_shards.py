@@ -1,6 +1,6 @@
-"""Optimizers over DTensors do on several ranks what they do, and what torch's do, on one.
+"""Optimizers over DTensors step on several ranks as they, and torch's, do on one.
 
-Four processes on gloo take one check after another; each computes the whole as well.
+Four processes on gloo take one check after another; each computes the unsharded step as well.
 """
 
 import copy
@@ -53,7 +53,7 @@ def full(x):
 
 
 def alike_on_all_ranks(x):
-    """Whether all ranks hold the same bits."""
+    """Return whether all ranks have the same bits."""
     every = [torch.empty_like(x) for _ in range(RANKS)]
     dist.all_gather(every, x)
     return all(torch.equal(x, y) for y in every)
@@ -74,7 +74,7 @@ def spread(ps, mesh, *placements):
 
 
 def set_gradients(ps, qs, seed, scale=1.0):
-    """The same gradients for whole parameters `ps` and those of `qs`, which are spread."""
+    """Set the same gradients on complete parameters `ps` and on distributed `qs`."""
     generator = torch.Generator().manual_seed(seed)
     for p, q in zip(ps, qs, strict=True):
         p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p)
@@ -257,11 +257,11 @@ def _all_ranks_skip_where_one_is_not_finite(bad, reference):
         assert not any(full(s["exp_avg"]).any() for s in optimizer.state.values())
 
 
-def test_waits_for_gradients_on_their_way(ranks):
-    ranks(_waits_for_gradients_on_their_way)
+def test_waits_for_pending_gradients(ranks):
+    ranks(_waits_for_pending_gradients)
 
 
-def _waits_for_gradients_on_their_way():
+def _waits_for_pending_gradients():
     ps = whole()
     mesh = mesh_of(4)
     qs = spread(ps, mesh, (Replicate(),))
@@ -278,11 +278,11 @@ def _waits_for_gradients_on_their_way():
 # What is refused.
 
 
-def test_refuses_what_it_could_not_compute(ranks):
-    ranks(_refuses_what_it_could_not_compute)
+def test_refuses_unsupported_placements(ranks):
+    ranks(_refuses_unsupported_placements)
 
 
-def _refuses_what_it_could_not_compute():
+def _refuses_unsupported_placements():
     ps, qs = tensors("sharded")
     mesh = mesh_of(4)
     set_gradients(ps, qs, seed=1)
@@ -372,11 +372,11 @@ def _resumes_bitwise(master, reference, folder):
         assert_equal(everything(other, resumed), everything(net, optimizer))
 
 
-def test_rounds_shards_apart_and_replicas_alike(ranks):
-    ranks(_rounds_shards_apart_and_replicas_alike)
+def test_rounds_shards_independently_and_replicas_alike(ranks):
+    ranks(_rounds_shards_independently_and_replicas_alike)
 
 
-def _rounds_shards_apart_and_replicas_alike():
+def _rounds_shards_independently_and_replicas_alike():
     p = nn.Parameter(torch.ones(256, dtype=torch.bfloat16))
     (q,) = spread([p], mesh_of(2, 2), (Replicate(), Shard(0)))
     set_gradients([p], [q], seed=1)

@@ -92,7 +92,7 @@ def random_16(n, device):
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2, 3])
-def test_bits_are_their_definition(stream, device):
+def test_bits_equal_the_reference(stream, device):
     x = torch.randint(1 << 40, (4096,), device=device)
     x[:3] = torch.tensor([0, (1 << 32) - 1, 1 << 32])
     key = torch.randint(1 << 32, (1,), device=device)
@@ -104,7 +104,7 @@ def test_bits_are_their_definition(stream, device):
     assert torch.equal(out[2], _rounding.random_bits_reference(hashed, stream))
 
 
-def test_rounding_and_splitting_are_their_definition(device):
+def test_rounding_and_splitting_equal_the_reference(device):
     n = 1 << 14
     x, random = anything(n, device), random_16(n, device)
     random[: len(SPECIAL)] = 0xFFFF
@@ -131,7 +131,7 @@ def test_split_rounds_to_nearest_and_ties_away_from_zero(device):
     assert_same_bits(_rounding.join_reference(high, torch.zeros_like(low)), high.float())
 
 
-def test_a_nan_of_any_bits_stays_one(device):
+def test_any_nan_stays_a_nan(device):
     raw = torch.tensor([-1, -0x7FFF, 0x7FFFFFFF, 0x7F80FFFF, 0x7FC00001], device=device)
     x = raw.int().view(torch.float32)
     assert x.isnan().all()
@@ -173,7 +173,7 @@ def blocks(kind, device):
 
 
 @pytest.mark.parametrize("kind", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
-def test_codes_are_their_definition(kind, device):
+def test_codes_equal_the_reference(kind, device):
     x = blocks(kind, device).repeat(4)
     random = random_16(len(x), device)
     random[: len(x) // 2] = torch.tensor([0, 0xFFFF]).repeat_interleave(len(x) // 4)
@@ -192,7 +192,7 @@ def test_codes_are_their_definition(kind, device):
 
 
 @pytest.mark.parametrize("kind", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
-def test_a_code_is_exact_on_the_mean(kind, device):
+def test_mean_of_codes_is_exact(kind, device):
     # Evenly spaced draws of each value: small ones, large ones, and the largest of its block.
     x_Q = torch.randn(Q, device=device) * torch.logspace(-3, 0, Q, device=device)
     x_Q = x_Q if kind == SIGNED else x_Q.square()

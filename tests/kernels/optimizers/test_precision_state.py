@@ -80,7 +80,7 @@ def test_copies_continue_alike(copied, dtype, options, path, device):
 
 
 @BY_PRECISION
-def test_keeps_what_it_says(dtype, options, device):
+def test_state_has_the_documented_tensors(dtype, options, device):
     optimizer = train(AdamW(parameters(dtype, device), ema_decay=0.9, **options), 1)
     small, large = map(optimizer.state.__getitem__, optimizer.param_groups[0]["params"])
     extra = {None: None, "split": "remainder"}.get(options.get("master", ""), "master")

@@ -83,7 +83,7 @@ def test_kernel_is_the_reference(actual, options, monkeypatch, device):
     monkeypatch.setattr(runtime, "REFERENCE", True)
     step(reference, seed=1)
     kernel = loaded(reference, make)
-    # Small gradients, so that what lies beyond a tensor could be the largest of its last block.
+    # Small gradients, so that memory after a tensor could be the largest of its last block.
     step(reference, seed=2, scale=1e-3)
     monkeypatch.setattr(runtime, "REFERENCE", False)
     step(kernel, seed=2, scale=1e-3)
@@ -135,7 +135,7 @@ def test_master_and_split_are_float32_rounded(dtype, path, device):
 def large_blocks(monkeypatch):
     """Let a program take LARGE elements at a time: in the interpreter its cost is by the block."""
     monkeypatch.setattr(_pointer_table, "CHUNK", LARGE)
-    monkeypatch.setattr(_step_kernels, "BLOCK", LARGE // 2)  # twice that where all is narrow
+    monkeypatch.setattr(_step_kernels, "BLOCK", LARGE // 2)  # twice that where all has 16 bits
 
 
 def ulp(x):
@@ -143,7 +143,7 @@ def ulp(x):
     return 2.0 ** (x.double().abs().log2().floor() - 7)
 
 
-def test_a_million_roundings_are_exact_on_the_mean(path, large_blocks, device):
+def test_mean_of_a_million_roundings_is_exact(path, large_blocks, device):
     p = nn.Parameter(torch.randn(64 * LARGE, device=device).to(BF16))
     p.grad_dtype = F32
     p.grad = torch.randn(64 * LARGE, device=device)
@@ -219,7 +219,7 @@ def test_a_seed_repeats_and_another_does_not(options, path, device):
         assert (x != y).float().mean() > 0.02
 
 
-def test_equal_parameters_round_apart_and_so_do_equal_steps(path, large_blocks, device):
+def test_equal_parameters_and_equal_steps_round_independently(path, large_blocks, device):
     n = LARGE
     ps = [nn.Parameter(torch.ones(n, device=device, dtype=BF16)) for _ in range(2)]
     optimizer = SGD(ps, lr=2**-9, master=None)  # halfway to the next number

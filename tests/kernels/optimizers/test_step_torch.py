@@ -60,7 +60,7 @@ def trained(kind, options, ps, *, by_definition, steps=6, dtype=torch.float32):
 @pytest.mark.parametrize(
     "options", [{}, {"max_grad_norm": 1.0}, {"max_grad_norm": 1e9}, {"record_norms": True}], ids=str
 )
-def test_steps_are_those_of_the_definition(kind, options, calls):
+def test_steps_equal_the_reference(kind, options, calls):
     mine = parameters()
     torch_result = copy.deepcopy(mine)
     actual = trained(kind, options, mine, by_definition=False)
@@ -98,7 +98,7 @@ def test_gradients_stay_as_they_are():
 @pytest.mark.parametrize(
     "options", [{"l1": 0.1}, {"ema_decay": 0.9}, {"state_dtype": torch.bfloat16}], ids=str
 )
-def test_what_pytorch_does_not_know_is_left_to_the_definition(options, calls):
+def test_unsupported_options_use_the_reference(options, calls):
     mine = parameters()
     torch_result = copy.deepcopy(mine)
     trained(AdamW, options, mine, by_definition=False)
@@ -107,7 +107,7 @@ def test_what_pytorch_does_not_know_is_left_to_the_definition(options, calls):
     assert all(map(torch.equal, mine, torch_result))
 
 
-def test_bfloat16_parameters_are_left_to_the_definition():
+def test_bfloat16_parameters_use_the_reference():
     mine = [*parameters()[:5], *parameters(torch.bfloat16)[5:]]
     torch_result = copy.deepcopy(mine)
     trained(AdamW, {"max_grad_norm": 1.0}, mine, by_definition=False)
@@ -115,7 +115,7 @@ def test_bfloat16_parameters_are_left_to_the_definition():
     torch.testing.assert_close(mine, torch_result, rtol=1e-5, atol=1e-7)
 
 
-def test_a_norm_that_is_not_finite_leaves_everything():
+def test_a_nonfinite_norm_changes_nothing():
     ps = parameters()
     optimizer = AdamW(ps, max_grad_norm=1.0)
     with references("AdamW"):
