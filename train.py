@@ -17,6 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tritium
+
+tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
+
 import torch
 import tyro
 
