@@ -185,7 +185,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "qk_norm_rope": Operation(
         {"GPT-2 124M": {"H": 12, "G": 12, "K": 64}}, "K", {"T": 64, "H": 4, "G": 4, "K": 64},
-        _qk_norm_rope_inputs, {"ours": ours("qk_norm_rope")}, EAGER["qk_norm_rope"], rows=TOKENS,
+        _qk_norm_rope_inputs, {"Tritium": own("qk_norm_rope")}, EAGER["qk_norm_rope"], rows=TOKENS,
     ),
     "swiglu": _activation("swiglu", 2, {"liger": liger("swiglu")}),
     "geglu": _activation("geglu", 2, {"liger": liger("geglu")}, approximate="tanh"),

@@ -138,7 +138,7 @@ def test_resident_warps(target, registers, shared, threads, warps):
 
 
 def test_finds_each_fault_in_what_triton_compiles():
-    done = run("-m", "tests.bench.faulty_kernels")
+    done = run("-m", "tests.bench.compiled.faulty_kernels")
     found = json.loads(done.stdout or done.stderr)
     assert found["sm_90"] == {
         "sound": [],
