@@ -93,8 +93,13 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in OTHERS}
 
 
-# Set by pytest for every test, and by torch.compile once.
-OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+# Set by pytest for every test, by torch.compile once, and by `data` where nobody has set it.
+OTHERS = {
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "TOKENIZERS_PARALLELISM",
+}
 
 
 @pytest.fixture(autouse=True)
