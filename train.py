@@ -13,169 +13,48 @@ import math
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import tritium
 
 tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
 
 import torch
-import tyro
 
 from tritium.data import LOADERS, DataError, Loader, Tokenizer, atomic, prepare
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer
+from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
 from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
 from tritium.training.evaluation import evaluate
 from tritium.training.gc_pause import collected_on_request
-from tritium.training.memory.plan import MemoryConfig, Planner
+from tritium.training.memory.plan import Planner
 from tritium.training.memory.predict import Memory
 from tritium.training.memory.retry import Fallback
 from tritium.training.monitor.display import Display, console, count, group_table, show_end
-from tritium.training.monitor.observer import ObserveConfig, Observer
+from tritium.training.monitor.observer import Observer
 from tritium.training.monitor.plot import LossPicture
 from tritium.training.monitor.terminal import tolerant_output
 from tritium.training.monitor.throughput import Meter
-from tritium.training.optim import Optimizer, OptimizerConfig, set_rate
-from tritium.training.precision import ComputeConfig
-from tritium.training.recovery import Recovery, RecoveryConfig, UnrecoverableError, restore
-from tritium.training.run import checkpoint, random_state
+from tritium.training.optim import Optimizer, set_rate
+from tritium.training.recovery import Recovery, UnrecoverableError
 from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
 from tritium.training.run.json_text import to_json
+from tritium.training.run.random_state import seed
 from tritium.training.run.run_folder import RunFolderError, RunLog, claim
-from tritium.training.run.saver import SaveConfig, SaveError, Saver
-from tritium.training.schedule import Budget, Length, Schedule
+from tritium.training.run.run_state import RunState
+from tritium.training.run.saver import SaveError, Saver
+from tritium.training.schedule import Budget
 from tritium.training.self_check import check
+from tritium.training.settings import TrainConfig, fit_to_data
 from tritium.training.signals import StopRequest
+from tritium.training.validation import ConfigError
 from tritium.training.waiting import ThreadWaiting
 
-UNPREFIXED = tyro.conf.arg(name="")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
-
-
-class ConfigError(ValueError):
-    """The command line asks for something that cannot be done."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run."""
-
-    data: str | None = None
-    """Text file, folder, .jsonl or .parquet to learn from. None: Python's standard library."""
-    text_field: str = "text"
-    """Column of .jsonl and .parquet files that holds the text."""
-    tokenizer: str | None = None
-    """A tokenizer.json to use. None: learn one of model.vocab-size tokens from the data."""
-    out: str | None = None
-    """Run folder, made by the run. None: runs/PRESET-DATE-TIME."""
-    resume: bool = False
-    """Go on from the last checkpoint in --out."""
-    resume_anyway: bool = False
-    """Resume although data, settings, code or device differ from those of the checkpoint."""
-    seed: int = 1
-    """Seed of the weights, of dropout and of the order of the data."""
-    eval_every: int = 100
-    """Steps from one validation to the next; the last step is always validated."""
-    eval_tokens: int = 32768
-    """Validation tokens, the same ones every time."""
-    log_every: int = 1
-    """Steps from one reading of the losses to the next; each stalls a GPU for a moment."""
-    batch_size: int = 16
-    """Sequences per optimizer step."""
-    label_smoothing: float = 0.0
-    """Share of the target's probability that is spread over the vocabulary, in training."""
-    z_loss: float = 0.0
-    """Weight of the squared logarithm of the softmax's denominator in the loss, in training."""
-    dropout: float = 0.0
-    """Probability with which an element of a block's output is left out, in training."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train. auto: a GPU if there is one."""
-    threads: int = 0
-    """CPU threads. 0: as many as this process may use."""
-    packing: Literal["contiguous", "documents"] = "contiguous"
-    """What a sequence holds: text as it comes, or whole documents, each attending to itself."""
-    length: Annotated[Length, UNPREFIXED] = field(default_factory=Length)
-    """When the run ends."""
-    schedule: Annotated[Schedule, UNPREFIXED] = field(default_factory=Schedule)
-    """The learning rate."""
-    optimizer: Annotated[OptimizerConfig, UNPREFIXED] = field(default_factory=OptimizerConfig)
-    """The update of the parameters."""
-    compute: Annotated[ComputeConfig, UNPREFIXED] = field(default_factory=ComputeConfig)
-    """The arithmetic of a step."""
-    saving: Annotated[SaveConfig, UNPREFIXED] = field(default_factory=SaveConfig)
-    """The checkpoints."""
-    recovery: Annotated[RecoveryConfig, UNPREFIXED] = field(default_factory=RecoveryConfig)
-    """Losses that are not finite or far too high."""
-    observing: Annotated[ObserveConfig, UNPREFIXED] = field(default_factory=ObserveConfig)
-    """What is looked at."""
-    memory: Annotated[MemoryConfig, UNPREFIXED] = field(default_factory=MemoryConfig)
-    """What is kept of a step, so that it fits the device."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the model."""
-
-    def __post_init__(self):
-        for name in ("eval_every", "log_every", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("threads", "z_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("label_smoothing", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        self.memory.check(self.model.n_layers)
-        redraws = self.dropout > 0 and self.memory.activation_checkpointing != "none"
-        self.compute.check(choose_device(self.device), self.optimizer, redraws=redraws)
-
-    def decisive(self) -> dict:
-        """Return the settings that decide a run's weights.
-
-        Data, tokenizer and device are left out: what they turn out to be is compared instead.
-        """
-        free = FREE if self.schedule.has_end else FREE | {"length"}
-        kept = {name: value for name, value in asdict(self).items() if name not in free}
-        return kept | {"micro_batch_size": self.memory.micro_batch_size}
-
-
-FREE = {
-    "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
-    "log_every", "compute", "device", "threads", "observing", "memory",
-}  # fmt: skip
-
-PRESETS = {
-    "small": TrainConfig(
-        model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
-        length=Length(max_steps=1500),
-        schedule=Schedule(learning_rate=1.5e-3, warmup_steps=75),
-        batch_size=4,
-        eval_every=250,
-    ),
-    "gpt2": TrainConfig(
-        model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
-        batch_size=64,
-        memory=MemoryConfig(micro_batch_size=32),
-        schedule=Schedule(warmup_steps=100),
-        log_every=10,
-        eval_tokens=131072,
-    ),
-    "tiny": TrainConfig(
-        model=ModelConfig(
-            vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64
-        ),
-        batch_size=4,
-        length=Length(max_steps=20),
-        schedule=Schedule(warmup_steps=5),
-        eval_every=10,
-        eval_tokens=1024,
-        observing=ObserveConfig(sample_tokens=20),
-        compute=ComputeConfig(precision="float32"),
-    ),
-}
 
 
 def train(config: TrainConfig, preset: str, run: Path) -> bool:
@@ -193,46 +72,58 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         SaveError: the last step could not be saved.
         UnrecoverableError: the losses went wrong and nothing helped.
     """
+    # Where it runs, and from which checkpoint.
     started = time.perf_counter()
     device = choose_device(config.device)
     saver = Saver(run / "checkpoints", config.saving, report=console.print)
-    last = saver.to_resume()
-    if config.resume and last is None:
+    resume_from = saver.to_resume()
+    if config.resume and resume_from is None:
         console.print(f"No checkpoint in {run} yet: starting from the beginning.")
-    saved = {} if last is None else checkpoint.read_record(last)["state"]
-    threads = set_threads(config.threads or saved.get("threads", 0))
+    state = RunState(resume_from)
+    threads = set_threads(config.threads or state.threads)
     if device.type == "cpu":
         keep_freed_memory()
 
-    random_state.seed(config.seed)
+    # Data, and the length that fits it.
+    seed(config.seed)
+    vocab_size = config.model.vocab_size
     folder = prepare(
-        config.data, vocab_size=config.model.vocab_size, tokenizer=config.tokenizer,
-        field=config.text_field,
-    )  # fmt: skip
+        config.data, vocab_size=vocab_size, tokenizer=config.tokenizer, field=config.text_field
+    )
     verification = Verification(folder)
     tokenizer = Tokenizer.load(folder)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
-    per_step = config.batch_size * shape.max_seq_len
-    budget = config.length.budget(per_step)
-    plan = Fallback(make_planner(config, device), saved.get("plan"), console.print)
+    memory_plan = Fallback(make_planner(config, device), state.plan, console.print)
     loader, validation = (
         LOADERS[config.packing](
             folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed
         )
-        for split, size in (("train", config.batch_size), ("val", plan.first.micro_batch_size))
+        for split, size in (
+            ("train", config.batch_size),
+            ("val", memory_plan.first.micro_batch_size),
+        )
     )
+    epoch = loader.n_windows / config.batch_size
+    config = fit_to_data(config, preset, loader.n_tokens, epoch, console.print)
+    tokens_per_step = config.batch_size * shape.max_seq_len
+    budget = config.length.budget(tokens_per_step, epoch)
+
+    # Model and optimizer.
     model = make_model(config, shape)
     arithmetic = config.compute.apply(model, device)
     cast = arithmetic.cast
     optimizer = config.optimizer.make(model, record_norms=config.observing.records_norms)
     if config.compute.self_check:
         check(
-            model, optimizer, config.optimizer, batch=plan.now.micro_batch_size,
+            model, optimizer, config.optimizer, batch=memory_plan.now.micro_batch_size,
             arithmetic=arithmetic, samples=config.observing.sample_tokens > 0,
             report=console.print,
         )  # fmt: skip
+    recovery = Recovery(config.recovery, model, config.batch_size, console.print)
+
+    # Resume: the same data, settings, code and machine, or a refusal.
     fingerprint = {
         "data": loader.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -241,43 +132,52 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         | config.compute.fingerprint(arithmetic),
         "code": code_version(),
     }
-    recovery = Recovery(config.recovery, model, config.batch_size, console.print)
     step = 0
-    if last is not None:
-        differ = require_same(saved["fingerprint"], fingerprint, last, anyway=config.resume_anyway)
-        console.print(differ, end="")
-        same = not config.resume_anyway
-        step, saved = restore(last, model, optimizer, device, same_model=same)
-        go_to(loader, saved["loader"], anyway=config.resume_anyway)
-        recovery.load_state(saved.get("recovery", {}), same_data=not differ)
+    if resume_from is not None:
+        anyway = config.resume_anyway
+        differences = require_same(state.fingerprint, fingerprint, resume_from, anyway=anyway)
+        console.print(differences, end="")
+        step = state.restore(
+            loader, recovery, model, optimizer, device, anyway=anyway, same=not differences,
+            log=console.print,
+        )  # fmt: skip
+        if state.budget not in (None, budget):
+            console.print(f"The run lasts {budget} instead of {state.budget}.")
 
-    record = {"preset": preset, "config": asdict(config), "fingerprint": fingerprint}
+    # What the run leaves.
+    record = {
+        "preset": preset, "vocab_size": vocab_size, "config": asdict(config),
+        "fingerprint": fingerprint,
+    }  # fmt: skip
     atomic.write(run / "config.json", f"{to_json(record, indent=2)}\n")
     tokenizer.save(run / "tokenizer.json")
-    times = len(recovery.went_back)
-    log = RunLog(run / "log.jsonl", step, console.print, times)
-    observer = Observer(run, config.observing, model, tokenizer, step, record, console.print, times)
+    n_rollbacks = len(recovery.went_back)
+    log = RunLog(run / "log.jsonl", step, console.print, n_rollbacks)
+    observer = Observer(
+        run, config.observing, model, tokenizer, step, record, console.print, n_rollbacks
+    )
     saver.on_failure = observer.save_failed
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
-
-    best, used_before = saved.get("best"), saved.get("seconds", 0.0)
-    unread: list[dict] = []  # steps whose loss is still on the device
-    meter = Meter(shape, per_step, device, arithmetic.dtype)
+    meter = Meter(shape, tokens_per_step, device, arithmetic.dtype)
     console.print(meter)
 
+    # One step.
     def gradients(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         def of_batch(micro_batch: int) -> torch.Tensor:
             return accumulate_gradients(model, batch, micro_batch, cast)
 
-        return recovery.guard(plan.attempt(model, of_batch))
+        return recovery.guard(memory_plan.attempt(model, of_batch))
 
     take_step = training_step(
         gradients, optimizer, graph=config.compute.cuda_graph, report=console.print
     )
+    unread: list[dict] = []  # steps whose loss is still on the device
+    used_before = state.seconds
 
     def seconds() -> float:
         return used_before + time.perf_counter() - started
 
+    # The loop.
     picture = LossPicture(run / "loss.png", f"{run.name}: {count(model)}", console.print)
     display = Display(budget, step, seconds(), run.name, log.entries)
     with saver, observer, StopRequest() as stop, display, collected_on_request() as collect:
@@ -291,7 +191,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             step += 1
             observer.take(step, optimizer)
             unread.append(
-                {"step": step, "tokens": step * per_step, "epoch": round(loader.epoch, 4),
+                {"step": step, "tokens": step * tokens_per_step, "epoch": round(loader.epoch, 4),
                  "loss": loss, "lr": lr, "grad_norm": grad_norm}
             )  # fmt: skip
             # Decided once: a signal that comes from here on stops after the next step.
@@ -301,6 +201,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             samples = observer.samples(step) and not final
             if not (evaluates or saves or samples or step % config.log_every == 0):
                 continue
+
+            # Where losses are read: the host waits for the device here alone.
             entries = read_losses(unread)
             recovery.judge(entries, loader.state()["windows"])
             meter.read(entries)
@@ -308,8 +210,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                 batches = validation.fixed_batches(config.eval_tokens)
                 entries[-1] |= evaluate(model, batches, byte_lengths, cast)
                 val_loss = entries[-1]["val_loss"]
+                best = state.best
                 if math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
-                    best = {"step": step, "val_loss": val_loss}
+                    state.best = {"step": step, "val_loss": val_loss}
                     saves = saves or config.saving.keep_best
             log.append(entries)
             observer.log(entries)
@@ -319,19 +222,17 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             if samples:
                 observer.sample(step)
             if back := recovery.climb(saver, log, model, optimizer):
-                (step, best), final, stopping = back, False, False
+                (step, state.best), final, stopping = back, False, False
                 observer.rewind(step, len(recovery.went_back))
             elif saves:
                 log.sync()
-                state = {
-                    "loader": loader.state(), "random": random_state.capture(device),
-                    "seconds": seconds(), "best": best, "skipped": optimizer.skipped.item(),
-                    "threads": threads, "plan": plan.state(), "fingerprint": fingerprint,
-                    "recovery": recovery.state(),
-                }  # fmt: skip
+                captured = state.capture(
+                    loader, recovery, memory_plan, optimizer, device, seconds=seconds(),
+                    budget=budget, fingerprint=fingerprint, threads=threads,
+                )  # fmt: skip
                 saver.save(
-                    step, model, optimizer, state, healthy=recovery.healthy(model, optimizer),
-                    best_step=best["step"] if best else None,
+                    step, model, optimizer, captured, healthy=recovery.healthy(model, optimizer),
+                    best_step=state.best["step"] if state.best else None,
                 )  # fmt: skip
             verification.check()
             collect()
@@ -340,12 +241,22 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         if step:
             saver.finish(step)
 
+    # The end.
     if not final:
-        console.print(f"Stopped by {stop.name} after step {step:,}, which is saved in {run}.")
+        observer.stopped(step, stop.name or "")
+        console.print(
+            f"Stopped by {stop.name} after step {step:,}, which is saved in {run}. Resume it by\n"
+            f"{resume_command(run)}"
+        )
         return False
     picture.draw(log.entries)
     observer.draw(f"{run.name}: {count(model)}")
-    show_end(run, log.entries, observer.sample(step), time.perf_counter() - started)
+    show_end(run, log.entries, observer.sample(step), seconds())
+    if state.best and state.best["step"] != step:
+        console.print(
+            f"Lowest validation loss: {state.best['val_loss']:.4f} nats per token, after step "
+            f"{state.best['step']:,}"
+        )
     return True
 
 
@@ -403,16 +314,6 @@ def show_plan(config: TrainConfig) -> None:
     make_planner(config, choose_device(config.device)).show(console.print)
 
 
-def go_to(loader: Loader, position: dict, *, anyway: bool) -> None:
-    """Put the loader where the checkpoint was; other data is begun at its start, if `anyway`."""
-    try:
-        loader.load_state(position)
-    except DataError as error:
-        if not anyway:
-            raise
-        console.print(f"The data is read from its beginning: {error}")
-
-
 def print_start(
     config: TrainConfig, preset: str, run: Path, model: Transformer,
     optimizer: Optimizer, loader: Loader, machine: dict, step: int,
@@ -431,29 +332,10 @@ def print_start(
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"
         f"Length: {length}"
-        + (f", resuming from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
+        + (f"; resumed from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
         + f"\nRun folder: {run}"
     )
     console.print(group_table(optimizer))
-
-
-def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
-    """Return the configuration that a command line asks for, its preset, and the run folder."""
-    preset = "gpt2" if torch.cuda.is_available() else "small"
-    if arguments and not arguments[0].startswith("-"):
-        preset, *arguments = arguments
-    if preset not in PRESETS:
-        raise ConfigError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    try:
-        config = tyro.cli(
-            TrainConfig, prog=f"train.py {preset}", args=arguments, default=PRESETS[preset],
-            description=f"Presets: {', '.join(PRESETS)}. Shown are the settings of {preset}.",
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if config.resume and config.out is None:
-        raise ConfigError("--resume needs --out, the folder of the run to continue with")
-    return config, preset, Path(config.out or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 @tolerant_output()
@@ -465,6 +347,7 @@ def main() -> None:
     75 after a signal, with the step saved, to be resumed; that of the signal if it killed the
     process, before the first step or as the second one.
     """
+    run = Path()
     try:
         config, preset, run = parse(sys.argv[1:])
         if config.memory.plan:
@@ -482,10 +365,10 @@ def main() -> None:
     except (SaveError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
-        print(f"train.py: {error}; make room, then --resume", file=sys.stderr)
+        print(f"train.py: {error}; make room, then: {resume_command(run)}", file=sys.stderr)
         sys.exit(74)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; --resume resumes from the last checkpoint", file=sys.stderr)
+        print(f"\ntrain.py: stopped; to resume: {resume_command(run)}", file=sys.stderr)
         sys.exit(130)
     if not finished:
         sys.exit(75)

@@ -3,7 +3,8 @@
 Time is that of single calls, between CUDA events or by the host's clock. Every call takes the next
 of several copies of its inputs, together more than twice the last-level cache, and its outputs live
 until that copy's next turn: no call finds its data in a cache. On a GPU the queue is filled behind
-a sleeping kernel first, so that the host's launches are not measured.
+a kernel that sleeps for twice the time that the host takes to fill it, so that the host's launches
+are not measured. Where it wakes too early and the host is slower than the GPU, no time is given.
 """
 
 import itertools
@@ -24,7 +25,9 @@ Outputs = dict[str, list[Tensor]]  # by pass
 
 PASSES = ("forward", "backward", "both")
 BATCH = 50  # calls between two synchronisations with the GPU
-SLEEP = 20_000_000  # GPU cycles, about 10 ms: the host's lead over a batch
+CYCLES = 2e9  # of a GPU in a second, about
+LEAST_LEAD, MOST_LEAD = 0.01, 0.5  # seconds of the host's lead over a batch
+GAPS = 0.05  # of a call's time: where the host leaves more of the GPU idle, it is what is timed
 MOST_CALLS = 500
 
 
@@ -96,8 +99,7 @@ def time_calls(
     estimate = _warm_up(call, device, seconds / 4, clock)
     n = min(max(int(seconds / max(estimate, 1e-7)), 5), MOST_CALLS)
     if device.type == "cuda":
-        sizes = [min(BATCH, n - done) for done in range(0, n, BATCH)]
-        return list(itertools.chain.from_iterable(_cuda_batch(call, size) for size in sizes))
+        return _cuda_calls(call, n, clock)
     taken = []
     for _ in range(n):
         start = clock()
@@ -130,15 +132,51 @@ def _warm_up(
     return (clock() - start) / n
 
 
-def _cuda_batch(call: Callable[[], None], n: int) -> list[float]:
+class HostBoundError(RuntimeError):
+    """The GPU waits for the host, so that its time cannot be told from the host's."""
+
+
+def _cuda_calls(call: Callable[[], None], n: int, clock: Callable[[], float]) -> list[float]:
+    """GPU seconds of `n` calls, none of which waited for the host."""
+    host = _host_seconds(call, clock)
+    batch = min(BATCH, max(int(MOST_LEAD / max(2 * host, 1e-9)), 1))
+    lead = min(max(2 * host * batch, LEAST_LEAD), MOST_LEAD)
+    taken, late = [], False
+    for done in range(0, n, batch):
+        seconds, ahead = _cuda_batch(call, min(batch, n - done), lead)
+        taken += seconds
+        late |= not ahead
+    # A late host that is the faster of the two leaves no gaps: the queue is full again at once.
+    if late and host > (1 - GAPS) * statistics.median(taken):
+        raise HostBoundError(f"the host takes {host * 1e6:.0f} us for a call")
+    return taken
+
+
+def _host_seconds(call: Callable[[], None], clock: Callable[[], float], n: int = 5) -> float:
+    """Seconds that the host takes to launch a call: the median of `n` on an idle GPU."""
+    taken = []
+    for _ in range(n):
+        torch.cuda.synchronize()
+        start = clock()
+        call()
+        taken.append(clock() - start)
+    torch.cuda.synchronize()
+    return statistics.median(taken)
+
+
+def _cuda_batch(call: Callable[[], None], n: int, lead: float) -> tuple[list[float], bool]:
+    """GPU seconds of `n` calls, and whether all were launched while the GPU still slept."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
-    torch.cuda._sleep(SLEEP)
+    awake = torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(int(lead * CYCLES))
+    awake.record()
     for start, end in pairs:
         start.record()
         call()
         end.record()
+    ahead = not awake.query()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs], ahead
 
 
 @dataclass(frozen=True)
@@ -234,5 +272,7 @@ def reason(problem: Exception) -> str:
     """One short line about why a implementation has no numbers."""
     if isinstance(problem, torch.OutOfMemoryError):
         return "out of memory"
+    if isinstance(problem, HostBoundError):
+        return f"host-bound: {problem}"
     lines = str(problem).splitlines() or [""]
     return f"{type(problem).__name__}: {lines[0]}"[:100]

@@ -327,7 +327,8 @@ def _whole(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """The loss from whole logits in plain PyTorch, which can be transformed as one likes."""
     h, w, b = (None if x is None else x.to(dtype) for x in inputs[:3])
-    with nullcontext() if h.is_meta else torch.autocast(h.device.type, enabled=False):
+    device = inputs.hidden.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         x_TV = F.linear(h, w, b)
     if inputs.excluded is not None:
         x_TV = x_TV.masked_fill(inputs.excluded, -torch.inf)

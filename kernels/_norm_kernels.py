@@ -125,7 +125,7 @@ def _norm_forward_loop_kernel(
 def _norm_backward_tile_kernel(
     dy_ptr, ds_ptr, s_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, dbranch_ptr, dw_ptr, db_ptr,
     T, D, stride_dyT, stride_dsT, stride_sT, offset: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Program p owns tiles p, p + P, p + 2P, ... and keeps its share of dw and db in registers: no
     # atomics, so the result is the same on every run.
@@ -135,7 +135,7 @@ def _norm_backward_tile_kernel(
     w_1D = _norm_scale(tl.full((1, BLOCK_D), 1.0, ACC), w_ptr, cols_1D, D, offset)
     dw_TD = tl.zeros((BLOCK_T, BLOCK_D), dtype=ACC)
     db_TD = tl.zeros((BLOCK_T, BLOCK_D), dtype=ACC)
-    for t in range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+    for t in tl.range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T, num_stages=STAGES):
         offs_T = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
         rows_T1 = offs_T[:, None]
         mask_TD = (rows_T1 < T) & (cols_1D < D)

@@ -24,9 +24,13 @@ from tritium.kernels._norm_kernels import (
 from tritium.kernels.runtime import accumulator, once_differentiable, operator, unit_stride
 
 TILE = 2048  # elements per program where rows are short: 16 a thread
+BACKWARD_TILE = TILE  # the same in backward
 MAX_TILE = 8192  # the longest row whose dw and db fit in registers beside it
 LOOP_BLOCK = 4096  # features per step over a longer row
-P_MAX = 512  # not the number of multiprocessors: dw is the same sum on every GPU
+# Programs of backward: not the number of multiprocessors, so dw is the same sum on every GPU. 80
+# registers let six of four warps share one of an H100's 132 multiprocessors; all run at once.
+P_MAX = 768  # half as many where rows are longer than TILE, and programs of eight warps
+STAGES = 1  # tiles of backward on their way to shared memory; 1: none before its turn
 P_LOOP_MAX = 64  # the same where the columns of long rows are shared out, too
 
 
@@ -35,12 +39,12 @@ def _is_short(D: int) -> bool:
     return (MAX_TILE if D % 16 == 0 else MAX_TILE // 2) >= D
 
 
-def _tile(D: int, r_dtype: torch.dtype, crowded: bool = False) -> dict[str, Any]:
+def _tile(D: int, r_dtype: torch.dtype, crowded: bool = False, tile: int = TILE) -> dict[str, Any]:
     """Several rows per program where they are short, else one: a warp never waits for idle ones."""
     block_D = triton.next_power_of_2(max(D, 1))
     num_warps = block_D // (1024 if crowded else 512)  # the fewer, the more registers for each
     return {
-        "BLOCK_T": max(TILE // block_D, 1), "BLOCK_D": block_D, "ACC": accumulator(r_dtype),
+        "BLOCK_T": max(tile // block_D, 1), "BLOCK_D": block_D, "ACC": accumulator(r_dtype),
         "num_warps": max(num_warps, 4 if D % 16 == 0 or block_D < 2048 else 8),
     }  # fmt: skip
 
@@ -84,15 +88,18 @@ def _launch_backward(
     )
     short = _is_short(D)
     crowded = m_T is not None and len(dbranch_TD) > 0  # a second sum, a second layout
-    tile = _tile(D, r_T.dtype, crowded) if short else _columns(r_T.dtype)
-    P = min(triton.cdiv(T, tile["BLOCK_T"]), P_MAX if short else P_LOOP_MAX)
+    tile = _tile(D, r_T.dtype, crowded, BACKWARD_TILE) if short else _columns(r_T.dtype)
+    P = P_LOOP_MAX if not short else P_MAX if tile["BLOCK_D"] <= TILE else triton.cdiv(P_MAX, 2)
+    P = min(triton.cdiv(T, tile["BLOCK_T"]), P)
     dw_PD, db_PD = (
         None if dtype is None else r_T.new_empty(P, D) for dtype in (dw_dtype, db_dtype)
     )
     rows = dy_TD, ds_TD, s_TD, w_D, m_T, r_T, dx_TD, dbranch_TD if len(dbranch_TD) else None
     strides = dy_TD.stride(0), 0 if ds_TD is None else ds_TD.stride(0), s_TD.stride(0)
     if short:
-        _norm_backward_tile_kernel[(P,)](*rows, dw_PD, db_PD, T, D, *strides, offset, **tile)
+        _norm_backward_tile_kernel[(P,)](
+            *rows, dw_PD, db_PD, T, D, *strides, offset, STAGES=STAGES, **tile
+        )
     else:
         _norm_backward_loop_kernel[(T,)](*rows, D, *strides, offset, **_loop(r_T.dtype))
         if dw_PD is not None or db_PD is not None:

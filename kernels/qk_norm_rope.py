@@ -64,7 +64,7 @@ def qk_norm_rope_reference(
 
     def turned(x: Tensor, weight: Tensor | None) -> Tensor:
         x = widen(x)
-        z = x if weight is None else rms_norm_reference(x, x.shape[-1:], weight, eps)
+        z = x if weight is None else rms_norm_reference(x, weight.shape, weight, eps)
         z, rest = z.tensor_split([2 * cos.shape[1]], dim=-1)
         y = rope_reference(z, cos, sin, offset=offset, interleaved=interleaved)
         return torch.cat([y, rest], -1).to(qkv.dtype)

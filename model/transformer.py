@@ -29,6 +29,7 @@ from tritium.model.attention import attend, document_mask, document_numbers, wid
 from tritium.model.config import ModelConfig, check_share
 from tritium.model.cpu_linear import Linear
 from tritium.model.kv_cache import Cache
+from tritium.model.saved import newest, read_model
 
 
 class Transformer(nn.Module):
@@ -83,9 +84,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the folder holds no checkpoint, or one that is damaged.
         """
-        from tritium.training.run.checkpoint import load_model, newest
-
-        return load_model(newest(Path(run)), cls).to(device).eval()
+        return read_model(newest(Path(run)), cls).to(device).eval()
 
     @property
     def activation_checkpointing(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from inspect import signature
-from math import inf
 from typing import Annotated, Any, Literal
 
 import torch
@@ -64,13 +63,11 @@ class OptimizerConfig:
     """Of the moments: bfloat16 is rounded stochastically, uint8 is 8 bits with a scale for every
     128. None: float32."""
 
-    def __post_init__(self):
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+    def check(self) -> None:
+        """Raise ValueError unless the optimizer takes these options, by its own checks."""
         self.options()
-        # The optimizer's own checks, before anything is prepared for it. Defaults pass them, and
-        # the first optimizer of a process imports torch._dynamo, 1.1 s of processor time in --help.
+        # Defaults pass them, and the first optimizer of a process imports torch._dynamo, 1.1 s of
+        # processor time.
         if any(getattr(self, field.name) != field.default for field in fields(self)):
             self.make_of([{"params": [nn.Parameter(torch.zeros(1))]}])
 

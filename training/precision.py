@@ -31,9 +31,9 @@ class ComputeConfig:
     """How a step is computed."""
 
     precision: Literal["auto", "float32", "bfloat16", "bfloat16-true"] = "auto"
-    """float32; bfloat16: matrix products in bfloat16 (autocast), weights in float32; bfloat16-true:
-    weights and activations in bfloat16, see --master-weights. auto: bfloat16 where the device
-    multiplies it natively, else float32."""
+    """Numbers of a step. float32; bfloat16: matrix products in bfloat16 (autocast), weights in
+    float32; bfloat16-true: weights and activations in bfloat16, see --master-weights. auto:
+    bfloat16 where the device multiplies it natively, else float32."""
     compile: bool = False
     """Compile the model by torch.compile, without graph breaks: the first step waits for it."""
     cuda_graph: bool = False

@@ -52,16 +52,6 @@ class RecoveryConfig:
     lower_lr: float = 0.5
     """Factor of the learning rate where going back alone did not help."""
 
-    def __post_init__(self):
-        if not self.spike_zscore > 0:
-            raise ValueError(f"spike_zscore must be above 0, got {self.spike_zscore}")
-        if self.spike_window < 2:
-            raise ValueError(f"spike_window must be at least 2, got {self.spike_window}")
-        if self.max_skips < 1:
-            raise ValueError(f"max_skips must be at least 1, got {self.max_skips}")
-        if not 0 < self.lower_lr < 1:
-            raise ValueError(f"lower_lr must lie between 0 and 1, got {self.lower_lr}")
-
 
 class UnrecoverableError(RuntimeError):
     """Nothing on the ladder helped; the message is the report."""
@@ -239,7 +229,7 @@ class Recovery:
     def _account(self, source: Path | None) -> str:
         tried = "".join(f"\n  after step {x['from_step']:,} {_told(x)}" for x in self.went_back)
         bad = self._first_bad
-        last = "none; start anew" if source is None else f"step {checkpoint.step_of(source):,}"
+        last = "none; start a new run" if source is None else f"step {checkpoint.step_of(source):,}"
         return (
             f"the losses do not recover, stopped after step {bad['step'] + self._streak - 1:,}\n"
             f"What happened: {self._streak} bad steps in a row, first {_place(bad)}\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, inf, pi, sqrt
+from math import ceil, cos, pi, sqrt
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -17,6 +17,9 @@ class Budget:
     """Steps of the whole run."""
     seconds: float | None = None
     """Seconds of the whole run, those before a resume included."""
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps" if self.seconds is None else f"{self.seconds / 60:g} minutes"
 
     def used(self, step: int, seconds: float, *, after: int = 0) -> float:
         """Return how much of it is used, from 0 to 1, after `step` steps and `seconds` seconds.
@@ -38,32 +41,47 @@ class Budget:
 
 @dataclass(frozen=True)
 class Length:
-    """When a run ends: after so many steps, or instead after so many tokens or minutes."""
+    """When a run ends: at the first of so many steps, epochs or tokens, or after so many minutes.
 
-    max_steps: int = 1000
+    What the command line gives replaces all that the preset has.
+    """
+
+    max_steps: int | None = None
     """Optimizer steps of the whole run."""
+    max_epochs: float | None = None
+    """Passes over the data, rounded up to whole steps."""
     max_tokens: int | None = None
-    """Tokens of the whole run, rounded up to whole steps, in place of max-steps."""
+    """Tokens of the whole run, rounded up to whole steps."""
     max_minutes: float | None = None
-    """Minutes of the whole run in place of max-steps; start-ups and the time before a resume count,
-    the last validation and the sample do not. The learning rate follows the clock."""
+    """Minutes of the whole run; start-ups and the time before a resume count, the last validation
+    and the sample do not. The learning rate follows the clock."""
 
-    def __post_init__(self):
-        for name in ("max_steps", "max_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.max_minutes is not None and not 0 < self.max_minutes < inf:
-            raise ValueError(f"max_minutes must be above 0, got {self.max_minutes}")
-        if self.max_minutes is not None and self.max_tokens is not None:
-            raise ValueError("max_tokens and max_minutes exclude each other; drop one")
+    def given(self) -> list[str]:
+        """Name the lengths that are set."""
+        return [name for name, value in vars(self).items() if value is not None]
 
-    def budget(self, tokens_per_step: int) -> Budget:
-        """Return it in steps or in seconds."""
+    def check(self) -> None:
+        """Raise ValueError unless they can hold together."""
+        if not self.given():
+            raise ValueError("a run needs an end; give --max-steps")
+        if self.max_minutes is not None and len(self.given()) > 1:
+            raise ValueError(f"{' and '.join(self.given())} exclude each other; drop one")
+
+    def budget(self, tokens_per_step: int, epoch: float) -> Budget:
+        """Return it in steps or in seconds.
+
+        Args:
+            tokens_per_step: of a whole batch.
+            epoch: steps of an epoch, not rounded.
+        """
         if self.max_minutes is not None:
             return Budget(seconds=60 * self.max_minutes)
+        steps = [] if self.max_steps is None else [self.max_steps]
+        if self.max_epochs is not None:
+            steps.append(max(1, ceil(self.max_epochs * epoch)))
         if self.max_tokens is not None:
-            return Budget(steps=-(-self.max_tokens // tokens_per_step))
-        return Budget(steps=self.max_steps)
+            steps.append(-(-self.max_tokens // tokens_per_step))
+        return Budget(steps=min(steps))
 
 
 @dataclass(frozen=True)
@@ -83,16 +101,6 @@ class Schedule:
     """Learning rate that a decay ends at, as a fraction of the peak."""
     decay_fraction: float = 0.2
     """Share of the run after the warm-up in which a trapezoid decays."""
-
-    def __post_init__(self):
-        if not 0 < self.learning_rate < inf:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final_lr must lie in [0, 1], got {self.final_lr}")
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
 
     @property
     def has_end(self) -> bool:

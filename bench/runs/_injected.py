@@ -14,7 +14,7 @@ import torch
 import train
 from tritium.data import TokenLoader
 from tritium.data.verification import Verification
-from tritium.training.run import checkpoint
+from tritium.training.run import checkpoint, run_state
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 VOCABULARY = 512  # of the runs
@@ -76,10 +76,10 @@ def garbage(batch: Batch) -> Batch:
 def further(windows: int) -> AbstractContextManager:
     """Resume at another place of the data: what a run that went back must equal."""
 
-    def go_to(loader, position, *, anyway):
+    def seek(loader, position, *, anyway, log):
         loader.load_state(position | {"windows": windows})
 
-    return mock.patch.object(train, "go_to", go_to)
+    return mock.patch.object(run_state, "seek", seek)
 
 
 def full_disk(step: int) -> AbstractContextManager:

@@ -26,6 +26,8 @@ from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.bench.runs.resume import final_state
 from tritium.data.shards import open_prepared
+from tritium.model.saved import read_model
+from tritium.model.transformer import Transformer
 from tritium.training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,7 @@ TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 ARGUMENTS = (
     "tiny", "--max-steps", "36", "--save-every", "5", "--eval-every", "9", "--dropout", "0.1",
     "--learning-rate", "3e-3", "--spike-window", "10", "--max-skips", "3", "--sample-tokens", "0",
+    "--no-keep-best",
 )  # fmt: skip
 COLUMNS = ("fault", "what is said", "exit status", "end state, compared with", "right")
 SMALL_SHARDS = """
@@ -274,7 +277,7 @@ def _text(run: Path) -> str:
 
 def _readable(run: Path) -> bool:
     for path in checkpoint.checkpoints(run / "checkpoints"):
-        checkpoint.load_model(path)
+        read_model(path, Transformer)
     return True
 
 

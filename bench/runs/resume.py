@@ -29,6 +29,8 @@ from rich.table import Table
 
 from tritium.bench import tables
 from tritium.bench.harness import device_name
+from tritium.model.saved import read_model
+from tritium.model.transformer import Transformer
 from tritium.training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +211,7 @@ def _interrupted(run: Path) -> str:
 
 def _is_readable(path: Path) -> bool:
     try:
-        checkpoint.load_model(path)
+        read_model(path, Transformer)
     except checkpoint.CheckpointError:
         return False
     return True

@@ -325,9 +325,10 @@ def launch_update(
         1,
         (tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials),
         (rule.prepare, rule.coefs, columns, hyper.shape[1], 128, P),
+        enable_fp_fusion=False,
     )
-    # Products are rounded before they are added: where a compiler fuses the two depends on format
-    # and alignment, and equal numbers would take unequal steps.
+    # Products are rounded before they are added: where a compiler fuses the two depends on format,
+    # alignment and what else is computed, and equal numbers would take unequal steps.
     _update(
         len(tables.chunks),
         (*tables, coefs, norm, sums, options.ema_weight),

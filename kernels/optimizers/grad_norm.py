@@ -49,7 +49,7 @@ from tritium.kernels.optimizers._pointer_table import (
     upload,
 )
 from tritium.kernels.optimizers._pointer_table import tables as tables_of
-from tritium.kernels.runtime import Launcher, uses_triton
+from tritium.kernels.runtime import Launcher, uses_triton, widen
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -87,6 +87,11 @@ def norms_reference(
     if mesh is not None:
         sum_over_ranks(total_G, mesh)
     return total_G.sqrt()
+
+
+def _scale_reference(g: Tensor, coef: Tensor) -> None:
+    # Rounded once. On a GPU `g.mul_(coef)` would round the factor to the dtype of g before.
+    g.copy_(widen(g) * coef)
 
 
 def clip_coefficient_reference(norm: Tensor, max_norm: float) -> Tensor:

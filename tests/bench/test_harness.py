@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import weakref
@@ -69,30 +70,78 @@ def test_does_not_time_the_first_call():
     assert harness.time_calls([call], CPU, 10.0, clock) == [1.0] * 10
 
 
+class FakeGPU:
+    """A GPU on the host's clock, in seconds, and a host that launches a call in `host` of them."""
+
+    def __init__(self, monkeypatch, host: float, kernel: float) -> None:
+        self.host, self.kernel = host, kernel
+        self.now = self.free = 0.0  # where the host is, and when the GPU has done all it was given
+        self.log: list[str] = []
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+
+    def sleep(self, cycles: int) -> None:
+        self.log.append("sleep")
+        self.free = max(self.free, self.now) + cycles / harness.CYCLES
+
+    def call(self) -> None:
+        self.now += self.host
+        self.free = max(self.free, self.now) + self.kernel
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+        self.now = max(self.now, self.free)
+
+    def taken(self, seconds: float) -> list[float]:
+        return harness.time_calls([self.call], torch.device("cuda"), seconds, lambda: self.now)
+
+
 class FakeEvent:
-    """A CUDA event that reads a clock of milliseconds."""
+    """A CUDA event on a `FakeGPU`."""
 
-    clock = FakeClock()
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
+    def __init__(self, gpu: FakeGPU) -> None:
+        self.gpu = gpu
 
     def record(self) -> None:
-        self.time = self.clock.now
+        self.time = max(self.gpu.free, self.gpu.now)
+
+    def query(self) -> bool:
+        return self.gpu.now >= self.time
 
     def elapsed_time(self, end: "FakeEvent") -> float:
-        return end.time - self.time
+        return (end.time - self.time) * 1e3
 
 
 def test_times_between_cuda_events_behind_a_sleeping_kernel(monkeypatch):
-    log, clock = [], FakeEvent.clock
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-    device = torch.device("cuda")
-    taken = harness.time_calls([clock.call(2.0)], device, 0.15 * 1e3, lambda: clock.now)
-    assert taken == [pytest.approx(2e-3)] * 75
-    assert log[-4:] == ["sleep", "synchronize"] * 2
+    gpu = FakeGPU(monkeypatch, host=1e-5, kernel=2e-3)
+    taken = gpu.taken(75 * 2.01e-3)
+    assert 50 < len(taken) <= 75
+    assert taken == [pytest.approx(2e-3)] * len(taken)
+    assert gpu.log[-4:] == ["sleep", "synchronize"] * 2
+
+
+@pytest.mark.parametrize("host", [1e-6, 1e-4, 1e-3, 1e-2, 0.1])
+def test_a_slow_host_is_not_measured(monkeypatch, host):
+    # The sleep grows with the host's time for a launch; 10 ms would end before 50 such launches.
+    gpu = FakeGPU(monkeypatch, host, kernel=2e-5)
+    taken = gpu.taken(1.0)
+    assert len(taken) >= 5
+    assert taken == pytest.approx([2e-5] * len(taken), rel=1e-6)
+
+
+def test_says_host_bound_where_the_gpu_waits(monkeypatch):
+    gpu = FakeGPU(monkeypatch, host=1.0, kernel=2e-5)  # slower than any sleep
+    with pytest.raises(harness.HostBoundError) as caught:
+        gpu.taken(10.0)
+    assert harness.reason(caught.value) == "host-bound: the host takes 1000000 us for a call"
+
+
+def test_a_late_host_that_is_faster_than_the_gpu_leaves_no_gaps(monkeypatch):
+    monkeypatch.setattr(harness, "MOST_LEAD", 0.0)
+    monkeypatch.setattr(harness, "LEAST_LEAD", 0.0)
+    gpu = FakeGPU(monkeypatch, host=1e-4, kernel=1e-3)
+    assert statistics.median(gpu.taken(0.1)) < 1.11e-3
 
 
 def test_peak_memory_is_what_a_call_adds(monkeypatch):

@@ -61,7 +61,9 @@ def _hold_together(rank, device, options, soft, weighted):
     target = torch.tensor([0, 3, IGNORE, V // 2 - 1, V // 2, V - 1], device=device)
     if "ignore_index" in options:
         target[2] = 5
-    target = torch.randn(T, V, device=device).softmax(1) if soft else target
+    if soft:  # none of which can be ignored
+        target = torch.randn(T, V, device=device).softmax(1)
+        options = {name: value for name, value in options.items() if name != "ignore_index"}
     class_weight = torch.rand(V, device=device) + 0.1 if weighted else None
     mine = slice(rank * V // RANKS, (rank + 1) * V // RANKS)
     shard = target[:, mine] if soft else target

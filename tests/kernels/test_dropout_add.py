@@ -287,7 +287,8 @@ def test_gradient_in_float64(device):
 
 def test_refuses_a_seed_that_changed_before_backward(device):
     seed = torch.tensor(1, device=device)
-    y = dropout_add(torch.ones(5, device=device, requires_grad=True), torch.ones(5), seed=seed)
+    x, residual = torch.ones(2, 5, device=device).requires_grad_()
+    y = dropout_add(x, residual, seed=seed)
     seed += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

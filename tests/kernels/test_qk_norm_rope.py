@@ -128,7 +128,7 @@ def test_is_rms_norm_then_rope(interleaved, norm, device, each_path):
     eps = 0.1  # which float32 does not hold
     q, k, v = qk_norm_rope(qkv.requires_grad_(), cos, sin, *w, eps=eps, kv_heads=2, **options)
     for y, x, weight in ((q, qkv[:, :, :4], w[:1]), (k, qkv[:, :, 4:6], w[1:])):
-        z = rms_norm(x, *weight, eps) if norm else x
+        z = rms_norm(x, weight[0].shape, *weight, eps) if norm else x
         turned = rope(z[..., :6], cos, sin, **options)
         torch.testing.assert_close(y, torch.cat([turned, z[..., 6:]], -1), rtol=1e-14, atol=1e-14)
     assert torch.equal(v, qkv[:, :, 6:])
@@ -211,7 +211,7 @@ def test_features_behind_the_pairs_are_not_turned(norm, device, each_path):
     qkv, cos, sin, *weights = drawn(device, J=1, norm=norm)
     q, k, _ = qk_norm_rope(qkv, cos, sin, *weights, kv_heads=2)
     for y, x, w in ((q, qkv[:, :, :4], weights[:1]), (k, qkv[:, :, 4:6], weights[1:])):
-        expected = rms_norm(x, *w) if norm else x
+        expected = rms_norm(x, w[0].shape, *w, 1e-6) if norm else x
         torch.testing.assert_close(y[..., 2:], expected[..., 2:])
         assert norm or torch.equal(y[..., 2:], x[..., 2:])
 

@@ -41,8 +41,8 @@ MUTANTS = [
     ),
     _adamw(
         what="decay inside the gradient",
-        original="    decoupled = True\n",
-        replacement="",
+        original="decoupled_weight_decay: bool = True",
+        replacement="decoupled_weight_decay: bool = False",
     ),
     _update(
         what="every group gets the options of the first",

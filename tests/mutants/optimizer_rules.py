@@ -117,8 +117,8 @@ MUTANTS = [
     ),
     _lion(
         what="decay inside the gradient",
-        original="    decoupled = True\n",
-        replacement="",
+        original="decoupled_weight_decay: bool = True",
+        replacement="decoupled_weight_decay: bool = False",
     ),
     _update(
         what="maximize ignored",
@@ -147,7 +147,7 @@ MUTANTS = [
     ),
     _sgd(
         what="momentum saved that there is not",
-        original='if names or "momentum_buffer" in state:',
-        replacement="if True:",
+        original=" is None or not self._names(group):",
+        replacement=" is None:",
     ),
 ]

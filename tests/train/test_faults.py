@@ -13,11 +13,11 @@ from tritium.bench.runs import resume
 from tritium.bench.runs._injected import disturbed, garbage, nan_in_a_gradient, no_gradient
 from tritium.data import prepare
 from tritium.data.verification import Verification
-from tritium.training.run import checkpoint
+from tritium.training.run import checkpoint, run_state
 
 SPIKES = ("--max-steps", "36", "--save-every", "5", "--eval-every", "9", "--dropout", "0.1",
           "--learning-rate", "3e-3", "--spike-window", "10", "--max-skips", "3",
-          "--layer-norms-every", "4")  # fmt: skip
+          "--layer-norms-every", "4", "--no-keep-best")  # fmt: skip
 BAD = 4 * 22  # the first window of step 23
 ENDLESS = range(BAD, 10**6)
 
@@ -89,10 +89,10 @@ def test_goes_back_and_past_the_data(crash_at, run, tmp_path, monkeypatch):
     with pytest.raises(CrashError):
         run(other, *SPIKES, *more)
 
-    def further(loader, position, *, anyway):
+    def further(loader, position, *, anyway, log):
         loader.load_state(position | {"windows": 100})
 
-    monkeypatch.setattr(train, "go_to", further)
+    monkeypatch.setattr(run_state, "seek", further)
     assert run(other, *SPIKES, *more, "--resume") == 0
     assert files(back) == files(other)
     assert curve(back) == curve(other)

@@ -12,6 +12,7 @@ from tokenizers import processors
 
 from tritium.data import Tokenizer
 from tritium.model import Transformer
+from tritium.model.saved import read_model
 from tritium.training.generate import load_tokenizer, main
 from tritium.training.run import checkpoint
 
@@ -43,7 +44,7 @@ def test_a_run_is_read_into_python(folder):
     first, last = checkpoint.checkpoints(folder / "checkpoints")
     for path, expected in ((str(folder), last), (folder / "checkpoints", last), (first, first)):
         weights = Transformer.load(path, torch.device("cpu")).state_dict()
-        saved = checkpoint.load_model(expected).state_dict()
+        saved = read_model(expected, Transformer).state_dict()
         assert all(torch.equal(x, saved[name]) for name, x in weights.items())
     assert not torch.equal(weights["norm.weight"], model.state_dict()["norm.weight"])
     with pytest.raises(ValueError, match="holds no checkpoint; name the folder of a run"):

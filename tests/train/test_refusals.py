@@ -39,14 +39,23 @@ def write(path: Path, content: str | bytes) -> Path:
         (["tiny", "--model.vocab-size", "100"], "257"),
         (["tiny", "--model.n-heads", "5"], "n_heads must divide d_model"),
         (["tiny", "--model.n-layers", "-1"], "n_layers must be at least 1, got -1"),
-        (["tiny", "--micro-batch-size", "0"], "micro_batch_size must be at least 1, got 0"),
+        (
+            ["tiny", "--micro-batch-size", "0"],
+            "micro_batch_size must be at least 1, or auto",
+        ),
         (["tiny", "--activation-checkpointing", "every-3"], "'every-3'"),
         (["tiny", "--max-minutes", "1", "--max-tokens", "9"], "exclude each other"),
         (["tiny", "--optimizer", "sgd", "--beta1", "0.9"], "sgd has no beta1"),
         (["tiny", "--dropout", "1"], "dropout must lie in [0, 1), got 1"),
         (["tiny", "--learning-rate", "nan"], "learning_rate must be above 0, got nan"),
         (["tiny", "--max-steps", "0"], "max_steps must be at least 1, got 0"),
-        (["tiny", "--resume"], "--resume needs --out"),
+        (["tiny", "--resume"], "--resume needs the folder of a run: "),
+        (["tiny", "--resume", "missing"], "--resume missing: there is no run; "),
+        (["tiny", "--learn-rate", "1"], "there is no --learn-rate; did you mean --learning-rate?"),
+        (["tiny", "--bf16"], "there is no --bf16: say --precision bfloat16"),
+        (["tiny", "--optimizer", "adan"], "optimizer must be one of adamw, adam, sgd"),
+        (["tiny", "--max-steps"], "--max-steps takes one value, got none"),
+        (["tiny", "--recovery", "1"], "say --recovery or --no-recovery"),
         (["tiny", "--tokenizer", "missing.json"], "missing.json"),
     ],
     ids=lambda x: " ".join(map(str, x[:2])) if isinstance(x, list) else "",
@@ -66,6 +75,8 @@ def test_refuses_wrong_input_in_one_sentence(
     assert stop.value.code == 2
     assert message in err
     assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("train.py: ")
+    assert err.count("train.py: ") == 1
     assert not run.exists()
 
 
@@ -84,7 +95,7 @@ def test_refuses_to_touch_what_does_not_fit(case, corpus, home, tmp_path, monkey
     message = {
         "exists": "is not empty; pass --resume",
         "other model": "config.model.n_layers: 2, now 3",
-        "truncated": "is damaged; delete or move the folder step-00000002",
+        "truncated": "is damaged; move the folder step-00000002 elsewhere",
         "other tokenizer": "tokenizer",
     }[case]
     if case == "exists":

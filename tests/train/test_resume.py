@@ -89,7 +89,6 @@ def test_the_best_so_far_survives_a_resume(run, tmp_path):
     [
         (("--learning-rate", "0.5"), "config.schedule.learning_rate: 0.001, now 0.5"),
         (("--beta1", "0.5"), "config.optimizer.beta1: None, now 0.5"),
-        (("--max-steps", "13"), "config.length.max_steps: 12, now 13"),
         (("--batch-size", "2"), "config.batch_size: 4, now 2"),
         (("--seed", "5"), "config.seed: 1, now 5"),
         (("--model.norm-eps", "1e-5"), "config.model.norm_eps: 1e-06, now 1e-05"),

@@ -24,7 +24,11 @@ def test_a_signal_finishes_the_step_and_saves(number, run, tmp_path):
     before = signal.getsignal(number)
     run.at_step(5, lambda: os.kill(os.getpid(), number))
     assert run(stopped, *RANDOM) == 75
-    assert f"Stopped by {number.name} after step 5, which is saved" in run.output()
+    out = run.output()
+    assert f"Stopped by {number.name} after step 5, which is saved" in out
+    assert f"python train.py --resume {stopped}" in out
+    events = (stopped / "events.jsonl").read_text()
+    assert f"Stopped by {number.name} after step 5." in events
     assert signal.getsignal(number) == before
     assert checkpoint.checkpoints(stopped / "checkpoints")[-1].name == "step-00000005"
     assert run(stopped, *RANDOM, "--resume") == 0

@@ -67,28 +67,14 @@ def test_a_budget_ends():
     assert Budget(10).used(5, 1e9) == 0.5
 
 
-def test_a_length_in_steps_tokens_or_minutes():
-    assert Length(max_steps=7).budget(100) == Budget(steps=7)
-    assert Length(max_steps=7, max_tokens=901).budget(100) == Budget(steps=10)
-    assert Length(max_steps=7, max_minutes=1.5).budget(100) == Budget(seconds=90)
-    with pytest.raises(ValueError, match="exclude each other"):
-        Length(max_tokens=1, max_minutes=1)
-    with pytest.raises(ValueError, match="max_minutes must be above 0, got nan"):
-        Length(max_minutes=float("nan"))
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
-        Length(max_tokens=0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(learning_rate=0.0), "learning_rate must be above 0, got 0"),
-        (dict(learning_rate=float("nan")), "learning_rate must be above 0, got nan"),
-        (dict(warmup_steps=-1), "warmup_steps must be at least 0"),
-        (dict(final_lr=1.5), r"final_lr must lie in \[0, 1\]"),
-        (dict(decay_fraction=0.0), r"decay_fraction must lie in \(0, 1\]"),
-    ],
-)
-def test_refuses_what_makes_no_schedule(options, message):
-    with pytest.raises(ValueError, match=message):
-        Schedule(**options)
+def test_a_length_ends_at_the_first_of_steps_epochs_and_tokens():
+    assert Length(max_steps=7).budget(100, 5) == Budget(steps=7)
+    assert Length(max_steps=7, max_tokens=501).budget(100, 5) == Budget(steps=6)
+    assert Length(max_steps=7, max_epochs=1.5).budget(100, 4.1) == Budget(steps=7)
+    assert Length(max_steps=8, max_epochs=1.5).budget(100, 4.1) == Budget(steps=7)
+    assert Length(max_epochs=0.001).budget(100, 4.1) == Budget(steps=1)
+    assert Length(max_minutes=1.5).budget(100, 5) == Budget(seconds=90)
+    with pytest.raises(ValueError, match="max_steps and max_minutes exclude each other"):
+        Length(max_steps=1, max_minutes=1).check()
+    with pytest.raises(ValueError, match="a run needs an end"):
+        Length().check()

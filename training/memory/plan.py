@@ -39,14 +39,7 @@ class MemoryConfig:
     plan: bool = False
     """Print what each activation_checkpointing takes and what is best, and train nothing."""
 
-    def __post_init__(self):
-        if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
-        self.check(None)
-
-    def check(self, n_layers: int | None) -> None:
+    def check(self, n_layers: int) -> None:
         """Raise ValueError unless activation_checkpointing fits a model of that many blocks."""
         if self.activation_checkpointing != AUTO:
             check_policy(self.activation_checkpointing, n_layers)

@@ -36,12 +36,6 @@ class ObserveConfig:
     track: tuple[trackers.Name, ...] = ()
     """Where else the log goes; the package of that name must be installed."""
 
-    def __post_init__(self):
-        for name in ("layer_norms_every", "sample_every", "sample_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        trackers.require(self.track)
-
     @property
     def records_norms(self) -> bool:
         """Whether the optimizer must record norms."""
@@ -119,6 +113,10 @@ class Observer:
                 self.warn(reading["step"], warning)
         if readings:
             self._layers.append(readings)
+
+    def stopped(self, step: int, signal: str) -> None:
+        """Keep that a signal stopped the run after a step."""
+        self._keep_event(step, "stop", f"Stopped by {signal} after step {step:,}.")
 
     def rewind(self, step: int, times: int) -> None:
         """Give up what was kept of later steps, as the run goes back there for the n-th time."""

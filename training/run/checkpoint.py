@@ -8,35 +8,53 @@ pickle is written or read.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tritium.data.atomic import sync
 from tritium.data.atomic import write as write_durably
+from tritium.model.saved import (
+    FILES,
+    FORMAT,
+    RECORD,
+    CheckpointError,
+    check_tensors,
+    checkpoints,
+    file_digest,
+    newest,
+    of_another,
+    read_record,
+    read_tensors,
+    record_digest,
+    step_of,
+)
 from tritium.model.transformer import ModelConfig, Transformer
 from tritium.training.run.fingerprint import differences
 
-FILES = ("model.safetensors", "optimizer.safetensors")
-RECORD = "state.json"
-FORMAT = 2
-
-
-Model = TypeVar("Model", bound=Transformer)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or does not belong to this run."""
+__all__ = [
+    "FILES",
+    "RECORD",
+    "CheckpointError",
+    "Snapshot",
+    "checkpoints",
+    "is_healthy",
+    "load",
+    "newest",
+    "read_record",
+    "remove",
+    "snapshot",
+    "step_of",
+    "tidy",
+    "write",
+]
 
 
 class Snapshot(NamedTuple):
@@ -100,9 +118,9 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
         draft.mkdir()
         for name, tensors in snapshot.tensors.items():
             _write_tensors(draft / name, tensors)
-        files = {name: _fingerprint(draft / name) for name in snapshot.tensors}
+        files = {name: file_digest(draft / name) for name in snapshot.tensors}
         record = snapshot.record | {"files": files}
-        content = json.dumps(record | {"sha256": _record_digest(record)}, indent=1)
+        content = json.dumps(record | {"sha256": record_digest(record)}, indent=1)
         write_durably(draft / RECORD, content.encode())
         _publish(draft, final)
     except OSError:
@@ -127,17 +145,6 @@ def remove(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's name tells."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def is_healthy(checkpoint: Path) -> bool:
@@ -169,72 +176,22 @@ def load(
     record = read_record(checkpoint)
     if same_model:
         _check_config(checkpoint, record["model"], model.config)
-    weights, moments = (_read_tensors(checkpoint, name, record) for name in FILES)
+    weights, moments = (read_tensors(checkpoint, name, record) for name in FILES)
     parameters = dict(model.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: x.shape for name, x in weights.items()} != shapes:
         _check_config(checkpoint, record["model"], model.config)
-    _check_tensors(checkpoint, weights, parameters)
+    check_tensors(checkpoint, weights, parameters)
     if optimizer is not None:
         restored = _optimizer_state(checkpoint, moments, model, optimizer)
         try:
             optimizer.load_state_dict(restored)
         except ValueError as error:
-            raise CheckpointError(
-                f"{checkpoint} is of another optimizer ({error}); resume with the one it was made "
-                "with, or start a new run"
-            ) from error
+            raise of_another(checkpoint, f"optimizer ({error})") from error
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])
     return record["step"], record["state"]
-
-
-def newest(folder: Path) -> Path:
-    """Return the newest checkpoint of a run; the folder itself if it is one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (folder / RECORD).is_file():
-        return folder
-    found = checkpoints(folder / "checkpoints") or checkpoints(folder)
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no checkpoint; name the folder of a run of train.py, or of one of its "
-            "checkpoints"
-        )
-    return found[-1]
-
-
-def load_model(checkpoint: Path, kind: type[Model] = Transformer) -> Model:
-    """Make the model that a checkpoint holds. Raises CheckpointError like `load`."""
-    record = read_record(checkpoint)
-    model = kind(ModelConfig(**record["model"]))
-    model.to(getattr(torch, record.get("dtype", "float32")))
-    load(checkpoint, model)
-    return model
-
-
-def read_record(checkpoint: Path) -> dict:
-    """Return what `state.json` holds, or raise CheckpointError."""
-    path = checkpoint / RECORD
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; name a folder that holds it") from None
-    except ValueError:
-        raise _damaged(path, "is not JSON") from None
-    if not isinstance(record, dict) or "format" not in record:
-        raise _damaged(path, "is not the record of a checkpoint")
-    if record["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} is of format {record['format']}, this version reads format {FORMAT}; "
-            "continue with the version that wrote it"
-        )
-    if record.pop("sha256", None) != _record_digest(record):
-        raise _damaged(path, "has another checksum than when it was written")
-    return record
 
 
 def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -255,49 +212,13 @@ def _optimizer_state(
     state = {i: {k: tensors.get(f"{name}.{k}") for k in keys} for i, name in enumerate(order)}
     state = {i: entry for i, entry in state.items() if any(x is not None for x in entry.values())}
     if sum(x is not None for entry in state.values() for x in entry.values()) != len(tensors):
-        raise _damaged(checkpoint / FILES[1], "holds states of other parameters")
+        raise of_another(checkpoint, "optimizer: it holds states of other parameters")
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-
-
-def _read_tensors(checkpoint: Path, name: str, record: dict) -> dict[str, Tensor]:
-    path = checkpoint / name
-    expected = record["files"][name]
-    if not path.exists():
-        raise _damaged(path, "is missing")
-    if path.stat().st_size != expected["bytes"]:
-        raise _damaged(path, f"has {path.stat().st_size} bytes instead of {expected['bytes']}")
-    if _fingerprint(path) != expected:
-        raise _damaged(path, "has another checksum than when it was written")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, f"cannot be read ({error})") from None
 
 
 def _check_config(checkpoint: Path, saved: dict, config: ModelConfig) -> None:
     if found := differences(saved, asdict(config)):
-        raise CheckpointError(
-            f"{checkpoint} is of another model: {'; '.join(found)}; "
-            "resume with the settings it was made with, or start a new run in another folder"
-        )
-
-
-def _check_tensors(checkpoint: Path, tensors: dict[str, Tensor], parameters: dict) -> None:
-    if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())
-        raise _damaged(checkpoint / FILES[0], f"lacks or exceeds the model by {odd[0]}")
-    for name, p in parameters.items():
-        found = f"{tensors[name].dtype} of shape {list(tensors[name].shape)}"
-        expected = f"{p.dtype} of shape {list(p.shape)}"
-        if found != expected:
-            raise _damaged(checkpoint / FILES[0], f"holds {name} as {found} instead of {expected}")
-
-
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} {what}: the checkpoint is damaged; delete or move the folder {path.parent.name} "
-        "to resume from the one before"
-    )
+        raise of_another(checkpoint, f"model: {'; '.join(found)}")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -315,16 +236,3 @@ def _publish(draft: Path, final: Path) -> None:
     draft.rename(final)
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fingerprint(path: Path) -> dict:
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        # One call for the whole file: the interpreter's lock is discarded once, not per block.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            digest = hashlib.sha256(content).hexdigest()
-    return {"bytes": size, "sha256": digest}
-
-
-def _record_digest(record: dict) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -64,9 +64,9 @@ def require_same(saved: dict, ours: dict, source: Path, *, anyway: bool) -> str:
     shown += f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     if not anyway:
         raise FingerprintError(
-            f"{source} was made otherwise:{shown}\nGo on with the same, or pass --resume-anyway."
+            f"{source} was made otherwise:{shown}\nResume with the same, or pass --resume-anyway."
         )
-    return f"Going on although {source} was made otherwise:{shown}\n"
+    return f"Resuming although {source} was made otherwise:{shown}\n"
 
 
 def _flatten(entries: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -46,7 +46,7 @@ def claim(run: Path, *, resume: bool) -> Iterator[Path]:
         _lock(run, lock)
         if not resume and _content(run):
             raise RunFolderError(
-                f"--out {run} is not empty; pass --resume to continue with that run, or name a new "
+                f"--out {run} is not empty; pass --resume to resume the run in it, or name a new "
                 "folder"
             )
         yield run

@@ -25,15 +25,10 @@ class SaveConfig:
     """Go on training while a checkpoint is written, from a copy in host memory."""
     keep_last: int = 2
     """How many of the newest checkpoints to keep."""
-    keep_best: bool = False
+    keep_best: bool = True
     """Save whenever the validation loss is the lowest so far, and keep that checkpoint."""
     keep_every: int | None = None
     """Keep the checkpoints of the steps that this divides. None: only those above."""
-
-    def __post_init__(self):
-        for name in ("save_every", "keep_last", "keep_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class SaveError(RuntimeError):

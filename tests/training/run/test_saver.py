@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritium.model import ModelConfig, Transformer
+from tritium.model.saved import read_model
 from tritium.training.optim import OptimizerConfig
 from tritium.training.run import checkpoint
 from tritium.training.run.saver import SaveConfig, SaveError, Saver
@@ -104,7 +105,7 @@ def test_training_goes_on_while_it_writes(trained, tmp_path, monkeypatch):
             p += 1
     changed.set()
     saver.finish(1)
-    restored = checkpoint.load_model(tmp_path / "step-00000001")
+    restored = read_model(tmp_path / "step-00000001", Transformer)
     for name, p in restored.named_parameters():
         assert torch.equal(p, before[name])
 

@@ -1,0 +1,145 @@
+"""Prove that every setting is checked in one line, and a run resumed by its folder alone."""
+
+import ast
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from train_runs import CrashError, crash, log, losses
+
+from tritium.training import settings as presets
+from tritium.training.command_line import ALIASES, ANSWERS, parse
+from tritium.training.help import GROUPS, USUAL, show_help
+from tritium.training.schedule import Length
+from tritium.training.validation import RANGES, ConfigError, check, settings
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = [x for x in settings().values() if x.range]
+ODD = ["nan", "inf", "-inf", "-1", "0", "1" + "0" * 40, "1e300", "many", "", "1.5", "True"]
+
+
+def answer(*arguments: str) -> str | None:
+    """The refusal, or None."""
+    try:
+        parse(["tiny", *arguments])
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("setting", NUMBERS, ids=lambda x: x.flag)
+def test_a_number_is_in_its_range_or_refused_in_one_line(setting):
+    for odd in ODD:
+        said = answer(f"--{setting.flag}={odd}")
+        if said is not None:
+            assert "\n" not in said
+            # Of a legal number the complaint may be that it does not fit the others.
+            assert odd in ("0", "1.5", "True") or setting.name in said, (odd, said)
+    for never in ("nan", "inf", "-inf", "-1", "many", "", "True"):
+        assert f"{setting.name} must" in (answer(f"--{setting.flag}={never}") or ""), never
+
+
+@pytest.mark.parametrize("setting", NUMBERS, ids=lambda x: x.flag)
+def test_a_number_of_another_type_is_refused_in_a_file_too(setting):
+    usual = presets.PRESETS["tiny"]
+    if setting.path[0] == "model":
+        return  # which its own class refuses
+    for odd in (float("nan"), float("inf"), -1, True, "2"):
+        part = usual
+        if len(setting.path) == 2:
+            part = replace(getattr(usual, setting.path[0]), **{setting.path[1]: odd})
+        changed = replace(usual, **{setting.path[0]: part if len(setting.path) == 2 else odd})
+        with pytest.raises(ConfigError, match=f"{setting.name} must"):
+            check(changed, usual)
+
+
+def test_there_is_a_range_for_every_number_and_no_other():
+    assert {x.path[-1] for x in NUMBERS} == RANGES.keys()
+
+
+def test_the_presets_are_legal():
+    for config in presets.PRESETS.values():
+        check(config, config)
+    assert presets.PRESETS.keys() == presets.ABOUT_PRESETS.keys()
+
+
+def test_what_people_type_is_a_flag_or_answered():
+    assert set(ALIASES.values()) <= settings().keys()
+    assert not {*ALIASES, *ANSWERS} & settings().keys()
+    given = ["--lr", "3e-3", "--epochs", "2", "--context", "32", "--n_layers=1", "--seed", "7"]
+    config, _, _ = parse(["tiny", *given])
+    assert config.schedule.learning_rate == 3e-3
+    assert config.length == Length(max_epochs=2)
+    assert (config.model.max_seq_len, config.model.n_layers, config.seed) == (32, 1, 7)
+
+
+def test_the_help_fits_two_screens_and_leaves_no_flag_out(capsys):
+    members = [name for group in GROUPS.values() for name in group]
+    assert sorted(members) == sorted({x.path[0] for x in settings().values()})
+    assert settings().keys() >= USUAL
+    show_help("small", everything=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 90
+    assert max(map(len, lines)) <= 100
+    for preset in presets.PRESETS:
+        show_help(preset, everything=True)
+        shown = re.findall(r"^  --([\w.-]+)", capsys.readouterr().out, re.MULTILINE)
+        assert sorted(shown) == sorted(settings())
+
+
+def test_messages_name_flags_that_exist():
+    known = {*settings(), *(f"no-{flag}" for flag in settings()), "help", "help-all", "flag", "no"}
+    known |= {"logdir"}  # of TensorBoard
+    for file in [ROOT / "train.py", *(ROOT / "model").glob("*.py")]:
+        if file.name == "generate.py":  # which has flags of its own
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9.-]*[a-z0-9])", node.value):
+                    assert flag in known, f"{file.name}: --{flag}"
+
+
+def test_a_run_is_resumed_by_its_folder_alone(run, tmp_path, corpus, monkeypatch, capsys):
+    import train
+
+    flags = ("--max-steps", "8", "--save-every", "2", "--lr", "3e-3", "--dropout", "0.1")
+    assert run(tmp_path / "whole", *flags) == 0
+    run.at_step(6, crash)
+    with pytest.raises(CrashError):
+        run(tmp_path / "stopped", *flags)
+
+    def resume(*more):
+        monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path / "stopped"), *more])
+        try:
+            train.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    assert resume("--lr", "1e-3") == 2
+    assert "config.schedule.learning_rate: 0.003, now 0.001" in capsys.readouterr().err
+    assert resume() == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert resume("--max-steps", "10", "--eval-every", "3") == 0
+    assert "10 steps instead of 8 steps" in run.output()
+    assert len(log(tmp_path / "stopped")) == 10
+
+
+def test_little_data_shortens_a_run_whose_length_nobody_chose(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "EPOCHS", 20)
+    many = ("--batch-size", "400", "--eval-tokens", "64", "--model.max-seq-len", "32")
+    monkeypatch.setitem(
+        presets.PRESETS, "tiny",
+        replace(presets.PRESETS["tiny"], length=Length(max_steps=20, max_epochs=0.5)),
+    )  # fmt: skip
+    assert run(tmp_path / "fitted", *many) == 0
+    out = run.output()
+    assert out.count("Little data") == 1
+    steps = json.loads((tmp_path / "fitted" / "config.json").read_text())["config"]["length"]
+    assert 1 <= steps["max_steps"] < 20
+    assert len(log(tmp_path / "fitted")) == steps["max_steps"]
+    assert run(tmp_path / "asked", *many, "--max-steps", "3") == 0
+    assert "instead of" not in run.output()
+    assert len(log(tmp_path / "asked")) == 3

@@ -1,0 +1,96 @@
+"""The state of a run beside its weights and moments: what a checkpoint holds of it, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tritium.training.memory.retry import Fallback
+from tritium.training.recovery import Recovery, restore
+from tritium.training.run import checkpoint, random_state
+from tritium.training.schedule import Budget
+
+
+class Positioned(Protocol):
+    """A loader of data."""
+
+    def state(self) -> dict:
+        """Return the position."""
+        ...
+
+    def load_state(self, state: dict) -> None:
+        """Go to a position; raises ValueError if it is one in other data."""
+
+
+class RunState:
+    """The state of a run; `capture` and `restore` name the same entries.
+
+    Args:
+        source: the checkpoint to resume from; None at the start of a run.
+
+    Attributes:
+        fingerprint: what decided the bits of the run, in the checkpoint.
+        threads: CPU threads, 0 at the start.
+        plan: that of the memory; None at the start.
+        best: step and val_loss of the lowest validation so far, or None.
+        seconds: used by the run so far.
+        budget: the length of the run when it was last started; None at the start.
+    """
+
+    def __init__(self, source: Path | None):
+        saved: dict = {} if source is None else checkpoint.read_record(source)["state"]
+        self._source = source
+        self.fingerprint: dict = saved.get("fingerprint", {})
+        self.threads: int = saved.get("threads", 0)
+        self.plan: dict | None = saved.get("plan")
+        self.best: dict | None = saved.get("best")
+        self.seconds: float = saved.get("seconds", 0.0)
+        self.budget = Budget(**saved["budget"]) if "budget" in saved else None
+
+    def capture(
+        self, loader: Positioned, recovery: Recovery, plan: Fallback, optimizer: Any,
+        device: torch.device, *, seconds: float, budget: Budget, fingerprint: dict, threads: int,
+    ) -> dict:  # fmt: skip
+        """Return what `restore` and a new RunState need, as JSON."""
+        return {
+            "fingerprint": fingerprint, "threads": threads, "plan": plan.state(),
+            "best": self.best, "seconds": seconds, "budget": asdict(budget),
+            "loader": loader.state(), "recovery": recovery.state(),
+            "random": random_state.capture(device), "skipped": optimizer.skipped.item(),
+        }  # fmt: skip
+
+    def restore(
+        self, loader: Positioned, recovery: Recovery, model: Any, optimizer: Any,
+        device: torch.device, *, anyway: bool, same: bool, log: Callable[[str], None],
+    ) -> int:  # fmt: skip
+        """Put everything where the checkpoint has it, and return its step.
+
+        Args:
+            anyway: accept another model of the same shapes, and begin other data at its start.
+            same: whether the fingerprints are the same.
+            log: is called with a line where the data is begun at its start.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or does not fit.
+            ValueError: the position is one in other data.
+        """
+        assert self._source is not None
+        # Weights, moments, random numbers and the count of skipped steps:
+        step, saved = restore(self._source, model, optimizer, device, same_model=not anyway)
+        recovery.load_state(saved.get("recovery", {}), same_data=same)
+        seek(loader, saved["loader"], anyway=anyway, log=log)
+        return step
+
+
+def seek(loader: Positioned, position: dict, *, anyway: bool, log: Callable[[str], None]) -> None:
+    """Put the loader where the checkpoint was; other data is begun at its start, if `anyway`."""
+    try:
+        loader.load_state(position)
+    except ValueError as error:
+        if not anyway:
+            raise
+        log(f"The data is read from its beginning: {error}")

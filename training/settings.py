@@ -1,0 +1,178 @@
+"""The settings of a training run, its presets, and how a run is fitted to little data.
+
+Making these objects does nothing: `tritium.training.validation` checks them, `tritium.training.command_line` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Literal
+
+import tyro
+
+from tritium.model.transformer import ModelConfig
+from tritium.training.memory.plan import MemoryConfig
+from tritium.training.monitor.observer import ObserveConfig
+from tritium.training.optim import OptimizerConfig
+from tritium.training.precision import ComputeConfig
+from tritium.training.recovery import RecoveryConfig
+from tritium.training.run.saver import SaveConfig
+from tritium.training.schedule import Length, Schedule
+
+UNPREFIXED = tyro.conf.arg(name="")
+EPOCHS = 20
+"""Epochs after which a run whose length nobody chose ends, and above which any run is warned of."""
+VALIDATIONS = 10  # of a run that was shortened, at least
+WARM_UP = 10  # parts of such a run, of which the warm-up takes one at most
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str | None = None
+    """Text file, folder, .jsonl or .parquet to learn from. None: Python's standard library."""
+    text_field: str = "text"
+    """Column of .jsonl and .parquet files that holds the text."""
+    tokenizer: str | None = None
+    """A tokenizer.json to use. None: learn one of model.vocab-size tokens from the data."""
+    out: str | None = None
+    """Run folder, made by the run. None: a new one, runs/PRESET-DATE-TIME."""
+    resume: bool = False
+    """Resume a run, with the settings of its config.json: --resume RUN."""
+    resume_anyway: bool = False
+    """Resume although data, settings, code or device differ from those of the checkpoint."""
+    seed: int = 1
+    """Seed of the weights, of dropout and of the order of the data."""
+    eval_every: int = 100
+    """Steps from one validation to the next; the last step is always validated."""
+    eval_tokens: int = 32768
+    """Validation tokens, the same ones every time."""
+    log_every: int = 1
+    """Steps from one reading of the losses to the next; each stalls a GPU for a moment."""
+    batch_size: int = 16
+    """Sequences per optimizer step."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over the vocabulary, in training."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator in the loss, in training."""
+    dropout: float = 0.0
+    """Probability with which an element of a block's output is left out, in training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: a GPU if there is one."""
+    threads: int = 0
+    """CPU threads. 0: as many as this process may use."""
+    packing: Literal["contiguous", "documents"] = "contiguous"
+    """What a sequence holds: text as it comes, or whole documents, each attending to itself."""
+    length: Annotated[Length, UNPREFIXED] = field(
+        default_factory=lambda: Length(max_steps=1000, max_epochs=EPOCHS)
+    )
+    """When the run ends."""
+    schedule: Annotated[Schedule, UNPREFIXED] = field(default_factory=Schedule)
+    """The learning rate."""
+    optimizer: Annotated[OptimizerConfig, UNPREFIXED] = field(default_factory=OptimizerConfig)
+    """The update of the parameters."""
+    compute: Annotated[ComputeConfig, UNPREFIXED] = field(default_factory=ComputeConfig)
+    """The arithmetic of a step."""
+    saving: Annotated[SaveConfig, UNPREFIXED] = field(default_factory=SaveConfig)
+    """The checkpoints."""
+    recovery: Annotated[RecoveryConfig, UNPREFIXED] = field(default_factory=RecoveryConfig)
+    """Losses that are not finite or far too high."""
+    observing: Annotated[ObserveConfig, UNPREFIXED] = field(default_factory=ObserveConfig)
+    """The monitoring of the run."""
+    memory: Annotated[MemoryConfig, UNPREFIXED] = field(default_factory=MemoryConfig)
+    """What is kept of a step, so that it fits the device."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+
+    def decisive(self) -> dict:
+        """Return the settings that decide a run's weights.
+
+        Data, tokenizer and device are left out: what they turn out to be is compared instead. So
+        is the length: another one is only ever asked for by name.
+        """
+        kept = {name: value for name, value in asdict(self).items() if name not in FREE}
+        return kept | {"micro_batch_size": self.memory.micro_batch_size}
+
+
+FREE = {
+    "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
+    "log_every", "compute", "device", "threads", "observing", "memory", "length",
+}  # fmt: skip
+
+PRESETS = {
+    "small": TrainConfig(
+        model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
+        length=Length(max_steps=1500, max_epochs=EPOCHS),
+        schedule=Schedule(learning_rate=1.5e-3, warmup_steps=75),
+        batch_size=4,
+        eval_every=250,
+    ),
+    "gpt2": TrainConfig(
+        model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
+        batch_size=64,
+        memory=MemoryConfig(micro_batch_size=32),
+        schedule=Schedule(warmup_steps=100),
+        log_every=10,
+        eval_tokens=131072,
+        saving=SaveConfig(save_async=True),  # a best checkpoint of 1.2 GB every 100 steps
+    ),
+    "tiny": TrainConfig(
+        model=ModelConfig(
+            vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64
+        ),
+        batch_size=4,
+        length=Length(max_steps=20, max_epochs=EPOCHS),
+        schedule=Schedule(warmup_steps=5),
+        eval_every=10,
+        eval_tokens=1024,
+        observing=ObserveConfig(sample_tokens=20),
+        compute=ComputeConfig(precision="float32"),
+    ),
+}
+
+ABOUT_PRESETS = {
+    "small": "2 layers of width 256, 1,500 steps: minutes on two CPU cores; what a CPU gets",
+    "gpt2": "12 layers of width 768, 1,000 steps of 65,536 tokens; what a GPU gets",
+    "tiny": "2 layers of width 64, 20 steps: seconds, to try flags",
+}
+
+
+def fit_to_data(
+    config: TrainConfig, preset: str, n_tokens: int, epoch: float, log: Callable[[str], None]
+) -> TrainConfig:
+    """Settle the length of a run in steps; one whose length nobody chose ends before it memorises.
+
+    Args:
+        config: the settings.
+        preset: whose own validations and warm-up are shortened with the run; others are kept.
+        n_tokens: of the training split, to be named.
+        epoch: steps of an epoch.
+        log: is called with a line where the data is small.
+    """
+    length = config.length
+    budget = length.budget(config.batch_size * config.model.max_seq_len, epoch)
+    if budget.steps is None:
+        return config
+    fitted = replace(config, length=Length(max_steps=budget.steps))
+    epochs = budget.steps / epoch
+    if length.max_steps and length.max_epochs and budget.steps < length.max_steps:
+        usual = PRESETS[preset]
+        if config.eval_every == usual.eval_every:
+            every = max(1, min(config.eval_every, budget.steps // VALIDATIONS))
+            fitted = replace(fitted, eval_every=every)
+        if config.schedule.warmup_steps == usual.schedule.warmup_steps:
+            steps = min(config.schedule.warmup_steps, budget.steps // WARM_UP)
+            fitted = replace(fitted, schedule=replace(config.schedule, warmup_steps=steps))
+        log(
+            f"Little data, {n_tokens:,} tokens, which the model will memorise: the run ends after "
+            f"{length.max_epochs:g} epochs, {budget.steps:,} steps instead of "
+            f"{length.max_steps:,}; --max-epochs or --max-steps choose another length."
+        )
+    elif epochs > EPOCHS:
+        log(
+            f"Little data, {n_tokens:,} tokens, which are read {epochs:,.0f} times: the model will "
+            "memorise them, and its validation loss rise; --max-epochs makes the run shorter."
+        )
+    return fitted
