@@ -53,6 +53,41 @@ settings.register_profile(
 settings.load_profile("tritium")
 
 
+# What `pytest -m "not slow"` leaves out, besides tests that are marked where they stand: folders,
+# files and tests that start processes, compile, or ran for five seconds or more.
+SLOW = (
+    "tests/bench/",
+    "tests/train/",
+    "tests/test_mutants.py",
+    "tests/data/test_encoding.py::test_killed_at_every_write",
+    "tests/data/test_prepared.py::test_installed_packages_are_a_source",
+    "tests/data/test_tokenizer.py::test_a_megabyte_without_a_break",
+    "tests/kernels/test_create_graph.py",
+    "tests/kernels/test_cross_entropy_group.py",
+    "tests/kernels/test_embedding.py::test_a_token_that_occurs_a_thousand_times",
+    "tests/kernels/test_embedding.py::test_gradient_in_float64",
+    "tests/kernels/test_embedding.py::test_runs_across_borders",
+    "tests/kernels/test_info_nce.py::test_gradient_in_float64",
+    "tests/kernels/test_layer_norm.py::test_wide_rows",
+    "tests/kernels/optimizers/test_adamw.py::test_matches_torch_at_every_size",
+    "tests/kernels/optimizers/test_launcher.py",
+    "tests/kernels/optimizers/test_optimizer_database.py",
+    "tests/kernels/optimizers/test_optimizer_interface.py::test_flattened_state_resumes",
+    "tests/kernels/optimizers/test_optimizer_interface.py::test_numbers_do_not_depend",
+    "tests/kernels/optimizers/test_optimizer_properties.py",
+    "tests/kernels/optimizers/test_optimizer_rules.py",
+    "tests/kernels/optimizers/test_optimizer_shards.py",
+    "tests/kernels/optimizers/test_precision_state.py::test_copies_continue_alike",
+    "tests/kernels/optimizers/test_precision_steps.py::test_kernel_is_the_reference",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int:
     """`pytest -n auto`: a process for each core, but one alone for a GPU."""
