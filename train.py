@@ -16,6 +16,10 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import tritium
+
+tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
+
 import torch
 
 from tritium.data import LOADERS, DataError, Loader, Tokenizer, atomic, prepare

@@ -76,7 +76,7 @@ def optimizer(load: Loader, **options) -> Loader:
 
 def our_optimizer(name: str, **options) -> Loader:
     """Load an optimizer of kernels/."""
-    return optimizer(own(name), **options)
+    return optimizer(own(name, "optimizers"), **options)
 
 
 def torch_optimizer(name: str, **options) -> Loader:
@@ -140,7 +140,7 @@ def clipped(load: Loader) -> Loader:
 
 def our_norm() -> Callable[[Parameters], Stepper]:
     """Load our clip_grad_norm_, which leaves gradients alone that are short enough."""
-    clip = own("clip_grad_norm_", max_norm=inf)()
+    clip = own("clip_grad_norm_", "optimizers", max_norm=inf)()
     return lambda params: Stepper(lambda: clip(params))
 
 

@@ -4,14 +4,37 @@ import os
 
 import pytest
 import torch
+import triton
 from hypothesis import Phase, settings
+
+# What a process has one of, how to read it, and how to set it: no test leaves it changed.
+GLOBALS = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (torch.get_default_device, torch.set_default_device),
+    "float32 matmul precision": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "deterministic mode": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "current folder": (os.getcwd, os.chdir),
+}
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, hence before anything of Tritium's is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    import strict_interpreter
+    try:
+        import strict_interpreter
 
-    strict_interpreter.install()
+        strict_interpreter.install()
+    except (ImportError, AttributeError) as error:
+        raise pytest.UsageError(
+            f"the strict interpreter does not know Triton {triton.__version__}: {error}"
+        ) from error
 
 # The same examples on every run, so that a change alone can turn a test red. More, and fresh ones:
 # TRITIUM_EXAMPLES=10000 pytest.
@@ -30,6 +53,90 @@ settings.register_profile(
 settings.load_profile("tritium")
 
 
+# What `pytest -m "not slow"` leaves out, besides tests that are marked where they stand: folders,
+# files and tests that start processes, compile, or ran for five seconds or more.
+SLOW = (
+    "tests/bench/",
+    "tests/train/",
+    "tests/test_mutants.py",
+    "tests/data/test_encoding.py::test_killed_at_every_write",
+    "tests/data/test_prepared.py::test_installed_packages_are_a_source",
+    "tests/data/test_tokenizer.py::test_a_megabyte_without_a_break",
+    "tests/kernels/test_create_graph.py",
+    "tests/kernels/test_cross_entropy_group.py",
+    "tests/kernels/test_embedding.py::test_a_token_that_occurs_a_thousand_times",
+    "tests/kernels/test_embedding.py::test_gradient_in_float64",
+    "tests/kernels/test_embedding.py::test_runs_across_borders",
+    "tests/kernels/test_info_nce.py::test_gradient_in_float64",
+    "tests/kernels/test_layer_norm.py::test_wide_rows",
+    "tests/kernels/optimizers/test_adamw.py::test_matches_torch_at_every_size",
+    "tests/kernels/optimizers/test_launcher.py",
+    "tests/kernels/optimizers/test_optimizer_database.py",
+    "tests/kernels/optimizers/test_optimizer_interface.py::test_flattened_state_resumes",
+    "tests/kernels/optimizers/test_optimizer_interface.py::test_numbers_do_not_depend",
+    "tests/kernels/optimizers/test_optimizer_properties.py",
+    "tests/kernels/optimizers/test_optimizer_rules.py",
+    "tests/kernels/optimizers/test_optimizer_shards.py",
+    "tests/kernels/optimizers/test_precision_state.py::test_copies_continue_alike",
+    "tests/kernels/optimizers/test_precision_steps.py::test_kernel_is_the_reference",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """`pytest -n auto`: a process for each core, but one alone for a GPU."""
+    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 8)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if torch.cuda.is_available():
+        return
+    from strict_arithmetic import TRIED, VERSION
+
+    if VERSION not in TRIED:
+        terminalreporter.write_line(
+            f"The strict interpreter was not tried on Triton {triton.__version__}: its private "
+            "parts may have changed, and a failure may be the interpreter's."
+        )
+
+
+@pytest.fixture(autouse=True)
+def leaks_nothing():
+    """Put back what a test leaves changed in the process, and fail with its name."""
+    before = {name: read() for name, (read, _) in GLOBALS.items()}
+    environment = _environment()
+    yield
+    leaks = [name for name, (read, _) in GLOBALS.items() if read() != before[name]]
+    for name in leaks:
+        GLOBALS[name][1](before[name])
+    after = _environment()
+    changed = sorted(x for x in {*environment, *after} if environment.get(x) != after.get(x))
+    for name in changed:
+        os.environ.pop(name, None)
+    os.environ.update({name: environment[name] for name in changed if name in environment})
+    leaks += [f"environment variable {name}" for name in changed]
+    assert not leaks, f"left changed by the test: {', '.join(leaks)}"
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in OTHERS}
+
+
+# Set by pytest for every test, by torch.compile once, and by `data` where nobody has set it.
+OTHERS = {
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "TOKENIZERS_PARALLELISM",
+}
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -41,7 +148,7 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
+def uninitialised_memory_is_nan(leaks_nothing):
     """Make `torch.empty` return NaN, so a kernel that leaves an element unwritten cannot pass."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

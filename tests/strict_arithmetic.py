@@ -1,8 +1,8 @@
 """Fixes of the arithmetic of Triton's interpreter: one function for each error.
 
 `mend` replaces one attribute of Triton and remembers the original, so that the self-test can
-take each mend away and see its probe fail. The attributes are private: the range of Triton that
-pyproject.toml allows is the range this was tried on.
+take each mend away and see its probe fail. The attributes are private to Triton, so a version that
+is not in `TRIED` may lack them.
 """
 
 import ast
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
@@ -17,9 +18,20 @@ from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHand
 # (owner, attribute) -> (Triton's original, its replacement)
 MENDS: dict[tuple[object, str], tuple[Callable | None, Callable]] = {}
 
+# The versions of Triton that the mends and the strict interpreter were tried on.
+TRIED = ((3, 6), (3, 7), (3, 8), (3, 9))
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+RIGHT: set[str] = set()
+"""Names that this version of Triton answers right by itself: their probes see no lie without."""
 
-def mend(owner: object, name: str) -> Callable:
-    """Plan to replace `owner.name` by the decorated function, which is also given the original."""
+
+def mend(owner: object, name: str, right_from: tuple[int, int] | None = None) -> Callable:
+    """Plan to replace `owner.name` by the decorated function, which is also given the original.
+
+    From the version `right_from` of Triton on, the original is right as well.
+    """
+    if right_from is not None and right_from <= VERSION:
+        RIGHT.add(name)
 
     def plan(replacement: Callable) -> Callable:
         original = getattr(owner, name, None)
@@ -60,7 +72,7 @@ def _cast_rounds_bf16(original, builder, x, dtype):
     return TensorHandle(x.data.astype(interpreter._get_np_dtype(dtype)), dtype.scalar)
 
 
-@mend(InterpreterBuilder, "get_bf16")
+@mend(InterpreterBuilder, "get_bf16", right_from=(3, 9))
 def _bf16_constant(original, builder, value):
     """A bfloat16 constant cannot be made."""
     return TensorHandle(_round(np.array([value])), tl.bfloat16)
@@ -113,19 +125,19 @@ def _all_nan_is_no_warning(original, reduction, x, val_reduce_op, idx_reduce_op=
     return original(reduction, x, quiet.get(val_reduce_op, val_reduce_op), idx_reduce_op)
 
 
-@mend(InterpreterBuilder, "create_maxnumf")
+@mend(InterpreterBuilder, "create_maxnumf", right_from=(3, 8))
 def _maximum_drops_nan(original, builder, a, b):
     """The maximum of a number and NaN is NaN; a GPU answers the number."""
     return builder.binary_op(a, b, np.fmax)
 
 
-@mend(InterpreterBuilder, "create_minnumf")
+@mend(InterpreterBuilder, "create_minnumf", right_from=(3, 8))
 def _minimum_drops_nan(original, builder, a, b):
     """The minimum of a number and NaN is NaN; a GPU answers the number."""
     return builder.binary_op(a, b, np.fmin)
 
 
-@mend(interpreter, "_implicit_cvt")
+@mend(interpreter, "_implicit_cvt", right_from=(3, 8))
 def _arguments_are_typed(original, value):
     """A float argument stays a double without a type; a bool is refused."""
     if isinstance(value, bool):

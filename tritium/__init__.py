@@ -21,25 +21,35 @@ def give_way(name: str) -> None:
     """Import the package `name` that is installed, where a room of a checkout hides it.
 
     With a checkout as the working folder, its `kernels/` is found before Hugging Face's package
-    of that name, which transformers and others import. Does nothing where none is installed.
+    of that name, which transformers and others import. Where none is installed, the room stays,
+    under both names the same objects, and its modules have one name: no operator is defined twice.
     """
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != _CHECKOUT]
     spec = PathFinder.find_spec(name, elsewhere)
     if spec is not None and spec.loader is not None:
         sys.modules[name] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
+    else:
+        sys.modules[name].__path__ = []
 
 
 def require(room: str, extra: str, *modules: str) -> None:
     """Check that the libraries a room needs are installed.
 
     Args:
-        room: the package that needs them.
+        room: the package that needs them, or train.py.
         extra: the extra of Tritium that installs them.
         modules: their import names.
 
     Raises:
         ImportError: one is missing; the message names the command that installs it.
+        SystemExit: the same, for a command: the message on stderr, and status 2.
     """
     if missing := [name for name in modules if find_spec(name) is None]:
-        raise ImportError(f"{room} needs {', '.join(missing)}; run: pip install 'tritium[{extra}]'")
+        source = f"-e '{_CHECKOUT}" if str(_CHECKOUT) in __path__ else "'tritium"
+        message = f"{room} needs {', '.join(missing)}; run: pip install {source}[{extra}]'"
+        script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
+        if sys.argv[:1] == ["-m"] or script == room:  # Python is still looking for `-m`'s module
+            print(message, file=sys.stderr)
+            raise SystemExit(2)
+        raise ImportError(message)

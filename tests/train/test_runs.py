@@ -73,14 +73,6 @@ def test_every_kernel_serves_training(start, run, tmp_path):
         assert kernel in out, f"{kernel} was not launched"
 
 
-def test_lives_beside_the_libraries_of_the_same_field():
-    command = "import transformers, datasets, kernels, model, data; print(kernels.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"
-
-
 def test_help_waits_for_no_slow_import():
     code = "import sys, train; print(*{'torch._dynamo', 'matplotlib.pyplot'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -17,7 +17,7 @@ def results(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(trainer.report, "results", lambda: tmp_path)
+    monkeypatch.setattr(trainer.tables, "results", lambda: tmp_path)
     return tmp_path / "trainer.md"
 
 
