@@ -27,10 +27,10 @@ TILE = 2048  # elements per program where rows are short: 16 a thread
 BACKWARD_TILE = TILE  # the same in backward
 MAX_TILE = 8192  # the longest row whose dw and db fit in registers beside it
 LOOP_BLOCK = 4096  # features per step over a longer row
-# Programs of backward: not the number of multiprocessors, so dw is the same sum on every GPU. 80
-# registers let six of four warps share one of an H100's 132 multiprocessors; all run at once.
-P_MAX = 768  # half as many where rows are longer than TILE, and programs of eight warps
-STAGES = 1  # tiles of backward on their way to shared memory; 1: none before its turn
+# Programs of backward: not the number of multiprocessors, so dw is the same sum on every GPU. Four
+# for each of an H100's 132 multiprocessors; bench/LOG.md has what more and fewer took there.
+P_MAX = 528
+STAGES = 3  # tiles of backward on their way to shared memory, where rows have 1,024 features or less
 P_LOOP_MAX = 64  # the same where the columns of long rows are distributed
 
 
@@ -97,8 +97,9 @@ def _launch_backward(
     rows = dy_TD, ds_TD, s_TD, w_D, m_T, r_T, dx_TD, dbranch_TD if len(dbranch_TD) else None
     strides = dy_TD.stride(0), 0 if ds_TD is None else ds_TD.stride(0), s_TD.stride(0)
     if short:
+        stages = STAGES if tile["BLOCK_D"] <= 1024 else 1
         _norm_backward_tile_kernel[(P,)](
-            *rows, dw_PD, db_PD, T, D, *strides, offset, STAGES=STAGES, **tile
+            *rows, dw_PD, db_PD, T, D, *strides, offset, STAGES=stages, **tile
         )
     else:
         _norm_backward_loop_kernel[(T,)](*rows, D, *strides, offset, **_loop(r_T.dtype))

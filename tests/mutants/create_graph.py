@@ -9,7 +9,7 @@ _cpu_backward = partial(Mutant, file="kernels/_cpu_backward.py")
 MUTANTS = [
     _cpu_backward(
         what="what reaches one input by way of another counted twice",
-        original="ends = [x.view_as(x) for x in xs]",
+        original="ends = [None if x is None else x.view_as(x) for x in xs]",
         replacement="ends = xs",
     ),
     _cpu_backward(
@@ -19,7 +19,7 @@ MUTANTS = [
     ),
     _cpu_backward(
         what="one end for inputs that are the same tensor",
-        original="ends = [x.view_as(x) for x in xs]",
+        original="ends = [None if x is None else x.view_as(x) for x in xs]",
         replacement="ends = [*{id(x): x.view_as(x) for x in xs}.values()] * len(xs)",
     ),
     Mutant(

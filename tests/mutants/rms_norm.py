@@ -105,13 +105,13 @@ MUTANTS = [
     ),
     _kernels(
         what="first row skipped in backward",
-        original="for t in range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):",
-        replacement="for t in range(p * BLOCK_T + 1, T, tl.num_programs(0) * BLOCK_T):",
+        original="tl.range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T, num_stages=STAGES)",
+        replacement="tl.range(p * BLOCK_T + 1, T, tl.num_programs(0) * BLOCK_T, num_stages=STAGES)",
     ),
     _kernels(
         what="every program takes all rows from its own on",
-        original="for t in range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):",
-        replacement="for t in range(p * BLOCK_T, T, BLOCK_T):",
+        original="tl.range(p * BLOCK_T, T, tl.num_programs(0) * BLOCK_T, num_stages=STAGES)",
+        replacement="tl.range(p * BLOCK_T, T, BLOCK_T, num_stages=STAGES)",
     ),
     _kernels(
         what="rows of a long dw shared out by columns",
