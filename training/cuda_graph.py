@@ -22,7 +22,7 @@ def training_step(
     optimizer: Optimizer,
     *,
     graph: bool,
-    report: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> Step:
     """Make the step of a run: from a batch to its loss and gradient norm, on the device.
 
@@ -32,7 +32,7 @@ def training_step(
         optimizer: takes the step; clips, so that it knows the norm.
         graph: take it as a CUDA graph. Where references run, which may wait for the device, there
             is none.
-        report: is told so.
+        log: called with one line if the graph is not used.
     """
 
     def take(batch: Batch, /) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def training_step(
 
     fallen = "every operation" if runtime.REFERENCE else ", ".join(sorted(fallen_back()))
     if graph and fallen:
-        report(f"No CUDA graph is captured: {fallen} runs on the reference")
+        log(f"No CUDA graph is captured: {fallen} runs on the reference")
     return GraphedStep(take, optimizer) if graph and not fallen else take
 
 
