@@ -23,7 +23,7 @@ from tritium.kernels import (
     softmax,
     swiglu,
 )
-from tritium.model.attention import widen
+from tritium.model.attention import float32_on_cpu
 from tritium.model.transformer import Transformer
 from tritium.training.optim import Optimizer
 from tritium.training.precision import Arithmetic
@@ -88,7 +88,7 @@ def cases(
     scale_D, scale_K = (1 + 0.1 * random((n,), weights) for n in (D, K))
     yield Case("rms_norm", norm, (tensor(D, dtype=weights), scale_D), (0, 1))
     for heads in sorted({config.n_heads, config.kv_heads}, reverse=True):
-        head = widen(tensor(heads, K))
+        head = float32_on_cpu(tensor(heads, K))
         if config.qk_norm:
             yield Case("rms_norm", norm, (head, scale_K), (0, 1))
         yield Case("rope", rope, (head, model.cos_LK, model.sin_LK), (0,))
