@@ -127,9 +127,9 @@ def compare(case: Case) -> Finding:
             found |= {f"gradient {i}": dx for i, dx in zip(case.gradients, dxs, strict=True)}
         return found
 
-    def error(found: Tensors) -> tuple[float, float, str]:
+    def error(actual: Tensors) -> tuple[float, float, str]:
         with references(case.op):
-            return _worst(found, results(), results(torch.float64))
+            return _worst(actual, results(), results(torch.float64))
 
     first = case.inputs[0]
     passes = "forward, backward" if case.gradients else "forward"
@@ -153,11 +153,11 @@ def compare_step(optimizer: Optimizer, config: OptimizerConfig) -> Finding:
         kernel.step()
         return _kept(kernel)
 
-    def error(found: Kept) -> tuple[float, float, str]:
+    def error(actual: Kept) -> tuple[float, float, str]:
         with references(op):
             reference.step()
         signs = 2.1 * reference.param_groups[0]["lr"] if config.name == "lion" else 0.0
-        return _worst_step(found, _kept(reference), signs)
+        return _worst_step(actual, _kept(reference), signs)
 
     draw_gradients()
     with references(op):  # so that both begin from one state that is not zero
@@ -228,11 +228,11 @@ def _timed(
     )  # fmt: skip
 
 
-def _worst(found: Tensors, rounded: Tensors, exact: Tensors) -> tuple[float, float, str]:
+def _worst(actual: Tensors, rounded: Tensors, exact: Tensors) -> tuple[float, float, str]:
     """Return the largest error in units of its limit, the limit, and the problem, if any."""
     found = []
     for name, e in exact.items():
-        o, r = found[name], rounded[name]
+        o, r = actual[name], rounded[name]
         if (o.shape, o.dtype) != (r.shape, r.dtype):
             return (
                 nan,
@@ -245,10 +245,10 @@ def _worst(found: Tensors, rounded: Tensors, exact: Tensors) -> tuple[float, flo
     return max(found, key=_excess)
 
 
-def _worst_step(found: Kept, expected: Kept, signs: float) -> tuple[float, float, str]:
+def _worst_step(actual: Kept, expected: Kept, signs: float) -> tuple[float, float, str]:
     found = []
     for name, (y, coarse) in expected.items():
-        x, largest = found[name][0], y.abs().max().item()
+        x, largest = actual[name][0], y.abs().max().item()
         distance = (x - y).abs()
         off = (~(distance <= 1e-5 * y.abs() + 1e-6 * largest)).float().mean().item()
         if coarse or signs:
