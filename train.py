@@ -32,7 +32,7 @@ from tritium.training.evaluation import evaluate
 from tritium.training.gc_pause import collected_on_request
 from tritium.training.memory.plan import Planner
 from tritium.training.memory.predict import Memory
-from tritium.training.memory.retry import Fallback
+from tritium.training.memory.retry import MemoryRetry
 from tritium.training.monitor.display import Display, console, count, group_table, show_end
 from tritium.training.monitor.observer import Observer
 from tritium.training.monitor.plot import LossPicture
@@ -44,7 +44,7 @@ from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
 from tritium.training.run.json_text import to_json
 from tritium.training.run.random_state import seed
-from tritium.training.run.run_folder import RunFolderError, RunLog, claim
+from tritium.training.run.run_folder import RunFolderError, RunLog, lock_folder
 from tritium.training.run.run_state import RunState
 from tritium.training.run.saver import SaveError, Saver
 from tritium.training.schedule import Budget
@@ -62,7 +62,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
     Args:
         config: the settings.
-        preset: their origin, to be shown.
+        preset: name of their preset, to be shown.
         run: the run folder, which nobody else uses.
 
     Returns:
@@ -70,12 +70,12 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
     Raises:
         SaveError: the last step could not be saved.
-        UnrecoverableError: the losses went wrong and nothing helped.
+        UnrecoverableError: training diverged and every recovery step was tried.
     """
     # Where it runs, and from which checkpoint.
     started = time.perf_counter()
     device = choose_device(config.device)
-    saver = Saver(run / "checkpoints", config.saving, report=console.print)
+    saver = Saver(run / "checkpoints", config.saving, log=console.print)
     resume_from = saver.to_resume()
     if config.resume and resume_from is None:
         console.print(f"No checkpoint in {run} yet: starting from the beginning.")
@@ -95,7 +95,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
-    memory_plan = Fallback(make_planner(config, device), state.plan, console.print)
+    memory_plan = MemoryRetry(make_planner(config, device), state.plan, console.print)
     loader, validation = (
         LOADERS[config.packing](
             folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed
@@ -119,7 +119,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         check(
             model, optimizer, config.optimizer, batch=memory_plan.now.micro_batch_size,
             arithmetic=arithmetic, samples=config.observing.sample_tokens > 0,
-            report=console.print,
+            log=console.print,
         )  # fmt: skip
     recovery = Recovery(config.recovery, model, config.batch_size, console.print)
 
@@ -144,7 +144,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         if state.budget not in (None, budget):
             console.print(f"The run lasts {budget} instead of {state.budget}.")
 
-    # What the run leaves.
+    # Files of the run, and its monitor.
     record = {
         "preset": preset, "vocab_size": vocab_size, "config": asdict(config),
         "fingerprint": fingerprint,
@@ -166,12 +166,12 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         def of_batch(micro_batch: int) -> torch.Tensor:
             return accumulate_gradients(model, batch, micro_batch, cast)
 
-        return recovery.guard(memory_plan.attempt(model, of_batch))
+        return recovery.mark_spike(memory_plan.attempt(model, of_batch))
 
     redraws = config.dropout > 0 and config.memory.activation_checkpointing != "none"
     take_step = training_step(
         gradients, optimizer, graph=config.compute.cuda_graph and device.type == "cuda",
-        redraws=redraws, report=console.print,
+        redraws=redraws, log=console.print,
     )  # fmt: skip
     unread: list[dict] = []  # steps whose loss is still on the device
     used_before = state.seconds
@@ -188,10 +188,10 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         while not final and not stopping:
             lr = recovery.lr_factor * config.schedule.rate(step, budget, seconds())
             set_rate(optimizer, lr)
-            observer.prepare(step + 1, optimizer)
+            observer.enable_norms(step + 1, optimizer)
             loss, grad_norm = take_step(loader.next_batch())
             step += 1
-            observer.take(step, optimizer)
+            observer.record_norms(step, optimizer)
             unread.append(
                 {"step": step, "tokens": step * tokens_per_step, "epoch": round(loader.epoch, 4),
                  "loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -206,7 +206,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
             # Where losses are read: the host waits for the device here alone.
             entries = read_losses(unread)
-            recovery.judge(entries, loader.state()["windows"])
+            recovery.detect_bad_steps(entries, loader.state()["windows"])
             meter.read(entries)
             if evaluates:
                 batches = validation.fixed_batches(config.eval_tokens)
@@ -223,7 +223,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                 picture.refresh(log.entries)
             if samples:
                 observer.sample(step)
-            if back := recovery.climb(saver, log, model, optimizer):
+            if back := recovery.roll_back_if_due(saver, log, model, optimizer):
                 (step, state.best), final, stopping = back, False, False
                 observer.rewind(step, len(recovery.went_back))
             elif saves:
@@ -272,7 +272,7 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 
 
 def make_planner(config: TrainConfig, device: torch.device) -> Planner:
-    """Make what knows how a step fits the device."""
+    """Make the planner of the memory of a step."""
     memory = Memory(
         lambda shape: config.compute.convert(make_model(config, shape)), config.model,
         config.optimizer, device, config.compute.product_dtype(device), config.batch_size,
@@ -284,13 +284,13 @@ def accumulate_gradients(
     model: Transformer, batch: tuple[torch.Tensor, ...], micro_batch: int,
     cast: AbstractContextManager,
 ) -> torch.Tensor:  # fmt: skip
-    """Add the gradient of one whole batch; return its mean loss in nats per token, on the device.
+    """Add the gradient of one batch; return its mean loss in nats per token, on the device.
 
-    Each micro-batch counts by its share of the targets, so the means are those of the whole batch
-    however it is cut. Autocast converts each weight once, for all of them.
+    Each micro-batch is weighted by its share of the targets, so the result is the mean over the
+    batch, however it is divided. Autocast converts each weight once, for all.
     """
     device = model.embedding.weight.device
-    n_targets = (batch[1] >= 0).sum().clamp(min=1)  # on the host, but in a CUDA graph
+    n_targets = (batch[1] >= 0).sum().clamp(min=1)  # on the host, except in a CUDA graph
     total = torch.zeros((), dtype=torch.float32, device=device)
     with cast:
         for inputs in zip(*(x.split(micro_batch) for x in batch), strict=True):
@@ -303,7 +303,7 @@ def accumulate_gradients(
 
 
 def read_losses(unread: list[dict]) -> list[dict]:
-    """Turn what is still on the device into numbers: the one place where the host waits for it."""
+    """Copy losses from the device to the host: the one place where the host waits for it."""
     return [
         {key: x.item() if isinstance(x, torch.Tensor) else x for key, x in entry.items()}
         for entry in unread
@@ -311,7 +311,7 @@ def read_losses(unread: list[dict]) -> list[dict]:
 
 
 def show_plan(config: TrainConfig) -> None:
-    """Print what would fit; of data that is not prepared yet the vocabulary is as asked for."""
+    """Print the memory plans that fit; data not prepared yet count by the vocabulary asked for."""
     given = config.tokenizer or config.data
     if given and (config.tokenizer or Path(given, "tokenizer.json").is_file()):
         vocab_size = Tokenizer.load(given).vocab_size
@@ -324,7 +324,7 @@ def print_start(
     optimizer: Optimizer, loader: Loader, machine: dict, step: int,
     budget: Budget,
 ) -> None:  # fmt: skip
-    """Say what is about to run, and where."""
+    """Print the preset, model, device, data and length of a run."""
     batch = config.batch_size * model.config.max_seq_len
     length = f"{config.length.max_minutes} minutes, steps of {batch:,} tokens"
     if budget.steps is not None:
@@ -347,8 +347,8 @@ def print_start(
 def main() -> None:
     """Run the command line.
 
-    Exit status: 0 after the last step; 2 for a wrong input, with nothing changed; 70 if the losses
-    went wrong and nothing on the recovery ladder helped; 74 if the run folder could not be written;
+    Exit status: 0 after the last step; 2 for a wrong input, with nothing changed; 70 if training
+    diverged and every recovery step was tried; 74 if the run folder could not be written;
     75 after a signal, with the step saved, to be resumed; that of the signal if it killed the
     process, before the first step or as the second one.
     """
@@ -359,7 +359,7 @@ def main() -> None:
             show_plan(config)
             return
         precision = config.compute.matmul_precision(choose_device(config.device))
-        with claim(run, resume=config.resume), ThreadWaiting(console.print), precision:
+        with lock_folder(run, resume=config.resume), ThreadWaiting(console.print), precision:
             finished = train(config, preset, run)
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:
         print(f"train.py: {error}", file=sys.stderr)

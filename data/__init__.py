@@ -1,6 +1,6 @@
 """From text to batches: `prepare` a corpus once, then read it with a loader.
 
-`TokenLoader` reads contiguous windows, `DocumentLoader` windows of whole documents.
+`TokenLoader` reads contiguous windows, `DocumentLoader` windows of complete documents.
 """
 
 import tritium
@@ -18,7 +18,7 @@ from tritium.data.shards import Prepared
 from tritium.data.tokenizer import Tokenizer
 
 LOADERS = {"contiguous": TokenLoader, "documents": DocumentLoader}
-"""By what a window holds: text as it comes, or whole documents."""
+"""Loaders by packing: contiguous text, or complete documents."""
 
 __all__ = [
     "LOADERS",

@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not at all: one way to write them, used by every room."""
+"""Atomic file writes: the disk has the complete file, or nothing of it."""
 
 import os
 import secrets
@@ -20,7 +20,7 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write, whose file replaces `path` if the block ends without an error.
 
-    It lies in the folder of `path` and ends in the same suffix, for writers that go by it. After an
+    It is in the folder of `path` and has the same suffix, for writers that depend on it. After an
     error nothing is left of it, and `path` is as it was.
     """
     path = Path(path)

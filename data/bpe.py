@@ -1,6 +1,6 @@
 """Byte-level BPE read from a tokenizer.json and encoded by `tiktoken`, with the same ids.
 
-`tiktoken` merges the pair whose result has the lowest id and takes a whole word that is a token.
+`tiktoken` merges the pair whose result has the lowest id and takes a complete word that is a token.
 A tokenizer.json says the same when its merges are in the order of ids and make every token; any
 other is left to `tokenizers`.
 
@@ -133,8 +133,8 @@ def _check_added(vocab: dict[str, int], added: list[dict]) -> None:
 
 
 def byte_characters() -> dict[int, str]:
-    """Return the character that stands for each byte in a byte-level vocabulary."""
-    # Printable Latin-1 stands for itself, the others follow from U+0100.
+    """Return the character that represents each byte in a byte-level vocabulary."""
+    # Printable Latin-1 represents itself, the others follow from U+0100.
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

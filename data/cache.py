@@ -1,4 +1,4 @@
-"""Where prepared data is kept, and how a folder of it appears whole or not at all."""
+"""The cache of prepared data, whose folders appear complete or not at all."""
 
 import fcntl
 import os
@@ -30,9 +30,9 @@ def lock(folder: Path) -> Iterator[None]:
 def publication(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, which becomes `folder` if the block ends without an error.
 
-    What a process put there that was killed, found the disk full or lost the network is there
-    still; after any other DataError it is dropped. Files in it must have reached the disk. What
-    `folder` held before is dropped when the new one is whole. Call it under `lock(folder)`.
+    After a kill, a full disk or a lost network its files are kept; after any other
+    DataError they are deleted. Files in it must have been synced. The earlier content of
+    `folder` is deleted when the new one is complete. Call it under `lock(folder)`.
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
     temporary.mkdir(exist_ok=True)

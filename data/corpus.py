@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a folder, the hub, or the interpreter's standard library.
+"""Sources of text: a file, a folder, the hub, or the interpreter's standard library.
 
 The standard library is the default because it is on every machine: about 10 MB of real text, no
 download; `python://installed` adds the packages beside torch. Only a source that begins with
@@ -38,7 +38,7 @@ MOST_BAD = 0.25
 
 @dataclass(frozen=True)
 class Source:
-    """One place where text comes from, and what of it to take.
+    """One source of text, and the selection of its documents.
 
     As a string: `PATH?key=value&key=value`, the keys being the fields below. A dataset of the hub
     is `hf://OWNER/NAME@REVISION?...`, one that `datasets` reads from disk `hf:///FOLDER?...`.
@@ -51,7 +51,7 @@ class Source:
     weight: float | None = None
     """Share of this source in the characters of the mixture, against the others' weights."""
     epochs: int = 1
-    """How often its documents come, at most."""
+    """Most passes over its documents."""
     field: str = "text"
     """Column of tables that holds the text."""
     min_chars: int = 0
@@ -63,13 +63,13 @@ class Source:
     limit: int | None = None
     """Documents to take, at most."""
     config: str | None = None
-    """Of a hub dataset: its configuration, where it has several."""
+    """Configuration of a hub dataset that has several."""
     split: str = "train"
-    """Of a hub dataset: its split."""
+    """Split of a hub dataset."""
     max_bad: float = MOST_BAD
     """Share of its records that may be unreadable; of a text file given by itself, its lines."""
     stream: bool = False
-    """Of a hub dataset: read it over the network every time instead of downloading it once."""
+    """Stream a hub dataset over the network every time instead of downloading it once."""
 
     def __post_init__(self):
         if self.weight is not None and not 0 < self.weight < float("inf"):
@@ -163,7 +163,7 @@ def documents(source: Source | str | Path | None = None, tally: Tally | None = N
 def fingerprint(source: Source) -> str:
     """Digest the settings, and the names, sizes and modification times of the files, unread.
 
-    Of a dataset of the hub, its revision stands for the files.
+    For a dataset of the hub, its revision replaces the files.
     """
     digest = hashlib.sha256(json.dumps(settings(source)).encode())
     if hf_datasets.is_hub(source.path):

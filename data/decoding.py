@@ -1,4 +1,4 @@
-"""Bytes to text: which encoding a file is in, and whether it is text at all.
+"""Bytes to text: detection of the encoding, and of files that are not text.
 
 A byte order mark decides. Without one a file is UTF-8, or UTF-32, or UTF-16 of an alphabet: every
 second byte is NUL then, or the number of the alphabet. Everything else with many control characters

@@ -1,4 +1,4 @@
-"""Shards to batches of whole documents, for attention that stays within each.
+"""Batches of complete documents, for attention that stays within each.
 
 A document of n tokens, its end-of-text token included, takes n places: it is fed from the token
 before it, which is the end-of-text token of another document, and its own tokens are the targets.
@@ -20,15 +20,15 @@ IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 
 class PackedBatch(NamedTuple):
-    """Windows of whole documents; int64 `[B, L]` each."""
+    """Windows of complete documents; int64 `[B, L]` each."""
 
     tokens: Tensor
     """Ids; the end-of-text token where nothing is left to fill a window with."""
     targets: Tensor
-    """The id that follows each, -100 where nothing is."""
+    """Id that follows each, -100 for padding."""
     positions: Tensor
-    """Of each token in its document, or in its piece of one that was cut; each place that nothing
-    fills is a document of its own."""
+    """Position of each token in its document, or in its piece of one that was cut; each padded
+    place is a document by itself."""
 
     @property
     def documents(self) -> Tensor:
@@ -40,7 +40,7 @@ class PackedBatch(NamedTuple):
 
 
 class DocumentLoader(Loader[PackedBatch]):
-    """Read batches of whole documents, packed best-fit decreasing; arguments as `TokenLoader`'s.
+    """Read batches of complete documents, packed best-fit decreasing; arguments as `TokenLoader`'s.
 
     Opening it reads the split once, to find its documents. Which documents share a window is the
     same in every epoch; the order of the windows is not.

@@ -1,4 +1,4 @@
-"""Which files a local source consists of, and their bytes, decompressed."""
+"""Files of a local source, and their bytes, decompressed."""
 
 import importlib.util
 import os

@@ -1,7 +1,7 @@
 """Any other tokenizer.json, encoded by `tokenizers` itself: sentencepiece, WordPiece, normalizers.
 
-`tokenizers` turns the text of a special token into that token unless told not to, and a Unigram
-vocabulary holds such texts as ordinary pieces besides. Both are kept from happening.
+By default `tokenizers` turns the text of a special token into that token, and a Unigram vocabulary
+may also hold such texts as ordinary pieces. Both are prevented.
 """
 
 import hashlib

@@ -18,7 +18,7 @@ def append(folder: Path, entry: dict) -> None:
 
 
 def replace(folder: Path, entries: list[dict]) -> None:
-    """Write the journal anew with `entries`, whole or not at all."""
+    """Replace the journal by `entries`, atomically."""
     write(folder / FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 

@@ -1,4 +1,4 @@
-"""Shards to batches: shuffled windows without repetition, and a position that fits in one integer.
+"""Batches of shuffled windows without repetition, whose position is one integer.
 
 `TokenLoader`: the N tokens of a split form a circle. Each epoch cuts it into M = N // L windows of
 L + 1 tokens, each beginning where the last one's targets end, from an offset drawn anew, and visits
@@ -24,15 +24,15 @@ _Batch = TypeVar("_Batch", bound=tuple)
 
 
 class Loader(ABC, Generic[_Batch]):
-    """What the loaders share: the order of the windows, their ranks, and the position.
+    """Base class of the loaders: the order of the windows, their ranks, and the position.
 
-    `for batch in loader` gives the next `len(loader)` batches: an epoch, as far as whole batches
-    go. The next loop begins where the last one ended.
+    `for batch in loader` gives the next `len(loader)` batches: an epoch, rounded down to complete
+    batches. The next loop begins where the last one ended.
 
     Attributes:
         vocab_size: V of the tokenizer. A batch with an id outside it raises DataError.
         n_tokens: N, the tokens of the split.
-        n_windows: of an epoch, over all ranks.
+        n_windows: windows of an epoch, over all ranks.
         fingerprint: hex digest of the tokenizer, of the tokens of the split, and of the packing.
     """
 
@@ -51,14 +51,14 @@ class Loader(ABC, Generic[_Batch]):
         """Open a split.
 
         Args:
-            folder: what `prepare` returned.
+            folder: the folder that `prepare` returned.
             split: `"train"` or `"val"`.
             batch_size: B, windows per batch and rank.
             length: L, tokens per window.
             seed: decides the order of the windows, together with the epoch.
             rank: which of the `world_size` equal shares of every global batch to read.
             world_size: number of ranks.
-            verify: whether to read the split whole now and compare every shard with its sha256.
+            verify: whether to read all of the split now and compare every shard with its sha256.
 
         Raises:
             DataError: the folder is incomplete or damaged; the split is shorter than a window, or
@@ -149,7 +149,7 @@ class Loader(ABC, Generic[_Batch]):
         }
 
     def load_state(self, state: dict) -> None:
-        """Go to the position that `state` describes: the next batch is the one that was next.
+        """Restore the position that `state` returned: the next batch is the one that was next.
 
         Batch size and number of ranks may differ from those of the run that saved it: the windows
         still follow in the same order, none lost, none repeated.

@@ -17,7 +17,7 @@ class Mixture:
     """The documents of several sources, in an order that they and their settings decide.
 
     Attributes:
-        sources: what it is made of.
+        sources: its sources.
         tallies: what the first pass over each source met, as far as the last iteration went.
         given: how many documents of each source, repeats included, the last iteration gave.
     """

@@ -1,4 +1,4 @@
-"""A shuffle of windows without repetition, of which any place can be computed at once.
+"""Shuffled order of windows with O(1) access to any position.
 
 Window s of a run is number s mod M of epoch s // M, and each epoch has an order of its own. Hence
 the position of a run is a count: restored at no cost, and exact when the batch size or the number

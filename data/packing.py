@@ -1,4 +1,4 @@
-"""Which documents share a window: best-fit decreasing, the same for the same lengths everywhere.
+"""Packing of documents into windows: best-fit decreasing, the same for the same lengths everywhere.
 
 Each piece goes, the longest first, into the fullest window that still has room for it. Pieces of
 one length are placed together, so the work grows with the number of different lengths.

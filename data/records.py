@@ -1,4 +1,4 @@
-"""Files to texts. What cannot be read is counted and passed over; one bad line ends no run."""
+"""Reads documents from files; counts and skips bad records."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from tritium.data.files import JSONL, PARQUET, kind, open_bytes, stamp
 PIECE = 65_536  # characters, about; a long text file is cut into documents of this length
 _LEAST = 1024  # characters, about, of such a document
 SURE_TO_BE_CUT = 8 * _LEAST + 1  # a text of one line that long gives two documents
-ROWS = 64  # rows of a table held at once: each may be a whole book
+ROWS = 64  # rows of a table held at once: each may be a book
 _LINE = 1 << 20  # bytes of a text file read at once
 _DIGIT = re.compile("[0-9]")
 _NOT_TEXT = "not text but control characters"
@@ -25,7 +25,7 @@ _NOT_TEXT = "not text but control characters"
 
 @dataclass
 class Tally:
-    """What one pass over a source met so far."""
+    """Counts of one pass over a source so far."""
 
     kept: int = 0
     """Documents given out."""
@@ -36,7 +36,7 @@ class Tally:
     left_out: Counter[str] = field(default_factory=Counter)
     """Records that were read and not wanted, by reason."""
     first_bad: str = ""
-    """Where the first bad record is, and what is wrong with it."""
+    """Place of the first bad record, and its fault."""
     encodings: Counter[str] = field(default_factory=Counter)
     """Files in another encoding than UTF-8, by encoding."""
     n_bytes: int = 0

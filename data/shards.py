@@ -49,22 +49,22 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds."""
+    """Content of a prepared folder."""
 
     version: int
-    """Of this format."""
+    """Version of the format."""
     dtype: str
-    """Of the shards, in numpy's notation: `<u2` or `<u4`."""
+    """Dtype of the shards, in numpy's notation: `<u2` or `<u4`."""
     vocab_size: int
     """Ids of the tokenizer."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     source: str
-    """Where the text came from, for people."""
+    """Source of the text, for people."""
     settings: dict
-    """What else decided the shards."""
+    """Other settings that affect the shards."""
     read: list[dict]
-    """Of each source: documents given, records left out and why, files in other encodings."""
+    """By source: documents given, records left out and why, files in other encodings."""
     splits: dict[str, list[Shard]]
     """The shards of `train` and of `val`, in order."""
     key: str = ""
@@ -138,7 +138,7 @@ class ShardWriter:
         Args:
             ids: those of all the documents, one after another.
             ends: where in `ids` each document ends.
-            sizes: how many bytes of text each stands for.
+            sizes: bytes of text of each.
         """
         first = start = 0
         while first < len(ends):
@@ -154,7 +154,7 @@ class ShardWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is held as a shard, and note in the journal that it is whole."""
+        """Write what is held as a shard, and note in the journal that it is complete."""
         if not self._documents:
             return
         data = np.concatenate(self._pieces).tobytes()
@@ -173,7 +173,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def finished_shards(folder: Path, tokenizer: str) -> dict[str, list[Shard]]:
-    """Return the whole shards that an interrupted run left, and drop everything else.
+    """Return the complete shards that an interrupted run left, and delete everything else.
 
     Those of another tokenizer are dropped too. What the journal notes is read and compared with
     its sha256.
@@ -200,7 +200,7 @@ def finished_shards(folder: Path, tokenizer: str) -> dict[str, list[Shard]]:
 
 
 def verify(folder: str | os.PathLike[str], shards: Sequence[Shard]) -> None:
-    """Read shards whole and compare each with its sha256.
+    """Read shards and compare each with its sha256.
 
     Raises:
         DataError: the bytes of one are not those that `prepare` wrote.
@@ -214,9 +214,9 @@ def verify(folder: str | os.PathLike[str], shards: Sequence[Shard]) -> None:
 
 
 def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
-    """Read what `prepare` wrote, and check that it is whole: every file, its size, the tokenizer.
+    """Open a prepared folder, and check that it is complete: every file, its size, the tokenizer.
 
-    What is `Prepared` already is not parsed again; its shards are looked at again.
+    A `Prepared` is not parsed again, but its shards are checked.
 
     Raises:
         DataError: the manifest, a shard or the tokenizer is missing, damaged, or of another origin.

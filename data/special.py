@@ -1,4 +1,4 @@
-"""Which special token of a tokenizer.json ends a document."""
+"""The special token of a tokenizer.json that ends a document."""
 
 EOT = "<|endoftext|>"  # of the tokenizers that are learned here, and of the published ones
 
@@ -12,7 +12,7 @@ ENDS = (
     "[EOS]",
     "[SEP]",
 )
-"""The names it goes by, the first one found in a file being taken."""
+"""Candidate end-of-text tokens, in order of preference."""
 
 
 def end_of_text(spec: dict) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """The published encodings of tiktoken, from their rank files.
 
 A rank file comes over the network once, is compared with its published sha256, and is kept in the
-cache; one that lies on this machine already is read from where it is.
+cache; a local one is read in place.
 """
 
 import base64
@@ -35,7 +35,7 @@ class Encoding:
     """Regular expression that cuts text into words."""
 
 
-# As tiktoken has it except for \p{N}{1,3}+: there the + is possessive, which changes nothing, and to
+# As in tiktoken, except for \p{N}{1,3}+: there the + is possessive, which changes nothing, and to
 # `tokenizers` it means "one or more times".
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"

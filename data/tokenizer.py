@@ -42,7 +42,7 @@ class Tokenizer:
     Attributes:
         vocab_size: V, the number of ids: one more than the highest.
         eot: the id of the end-of-text token, which no text is encoded to.
-        byte_lengths: `[V]`, int64; how many bytes of text each id stands for, 0 for special ones.
+        byte_lengths: `[V]`, int64; bytes of text that each id represents, 0 for special ones.
             Nominal where a tokenizer changes the text, as by a normalizer.
         fingerprint: hex digest of what decides the ids and their text; not of the file's layout.
         variant: hex digest of what else the file says: template, truncation, padding, options. They
@@ -130,7 +130,7 @@ class Tokenizer:
             raise DataError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `path`, or tokenizer.json in the folder `path`, whole or not at all."""
+        """Write `path`, or tokenizer.json in the folder `path`, atomically."""
         write(_file(path), json.dumps(self._spec, ensure_ascii=False))
 
     def encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The tokens of a split, mapped into memory: a circle that `read` follows around."""
+"""Memory-mapped tokens of a split, read with wrap-around."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Tokens:
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str, check: bool):
-        """Open `split` of `folder`; with `check`, read it whole and compare it with its sha256."""
+        """Open `split` of `folder`; with `check`, read all of it and compare it with its sha256."""
         if split not in SPLITS:
             raise DataError(f"split must be one of {SPLITS}, got {split!r}")
         prepared = open_prepared(folder)

@@ -1,4 +1,4 @@
-"""Prepared data against its checksums: before a run, or while it continues where there is much."""
+"""Verification of prepared data by checksums, before a run or, if there is much, during it."""
 
 import os
 from pathlib import Path

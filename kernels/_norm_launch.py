@@ -30,7 +30,9 @@ LOOP_BLOCK = 4096  # features per step over a longer row
 # Programs of backward: not the number of multiprocessors, so dw is the same sum on every GPU. Four
 # for each of an H100's 132 multiprocessors; bench/LOG.md has what more and fewer took there.
 P_MAX = 528
-STAGES = 3  # tiles of backward on their way to shared memory, where rows have 1,024 features or less
+STAGES = (
+    3  # tiles of backward on their way to shared memory, where rows have 1,024 features or less
+)
 P_LOOP_MAX = 64  # the same where the columns of long rows are distributed
 
 

@@ -1,15 +1,14 @@
-"""Which activations a forward pass keeps for the backward pass, and how many bytes they are.
+"""Activation checkpointing, block by block, and the bytes that a forward pass keeps.
 
-A policy says it, block by block. A block that is checkpointed keeps its inputs and computes the
-rest again:
+A checkpointed block keeps its inputs and recomputes the rest in the backward pass:
 
     none        no block is checkpointed
     selective   every block is, except for the outputs of matrix products and of attention
     every-N     the N-th block is, the 2N-th, and so on
     full        every block is
 
-What is recomputed comes out bit for bit as it was, dropout included, so a policy changes the
-memory and the time of a step, and nothing else.
+Recomputed values are the same bit for bit, dropout included, so a policy changes only the memory
+and the time of a step.
 """
 
 from __future__ import annotations
@@ -74,8 +73,8 @@ def run_block(policy: str, layer: int, block: Callable, inputs: tuple, *, draws:
     Args:
         policy: one that `check_policy` has seen.
         layer: the number of the block, from 0.
-        block: it.
-        inputs: of the block.
+        block: the block.
+        inputs: its inputs.
         draws: whether it draws random numbers, which are to be the same when it runs again.
     """
     keeps_all = checkpointed(policy, layer) == checkpointed(policy, layer + 1)
@@ -136,8 +135,8 @@ def saved_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
         given: parameters, inputs and tables, which do not count.
 
     Returns:
-        Bytes of the distinct storages that autograd packs, and of those that `selective` keeps
-        besides, which autograd does not see.
+        Bytes of the distinct storages that autograd packs, and of those that only `selective`
+        keeps, which autograd does not see.
     """
     given, kept = list(given), {}
 

@@ -1,4 +1,4 @@
-"""Which tokens attend to which, and PyTorch's attention for it."""
+"""PyTorch's attention, and the masks of causality and documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tritium.model.cpu_linear import sees_through
 
 
-def widen(x: Tensor) -> Tensor:
+def float32_on_cpu(x: Tensor) -> Tensor:
     """Return `x`, in float32 if it is bfloat16 on a CPU, for everything between two projections.
 
     Attention's gradient takes up to eight times as long in bfloat16 there: for `[8, 4, 64, 16]`
@@ -54,10 +54,10 @@ def attend(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | N
 
 
 def document_numbers(positions_BL: Tensor) -> Tensor:
-    """Return which of its row's documents each token is of, counted up where one begins.
+    """Return the number of each token's document in its row.
 
     Args:
-        positions_BL: of each token in its document, 0 where one begins.
+        positions_BL: position of each token in its document, 0 where one begins.
     """
     return (positions_BL == 0).cumsum(-1)
 
@@ -66,7 +66,7 @@ def document_mask(document_BS: Tensor, L: int) -> Tensor:
     """Return the earlier tokens of its document for each of the last L tokens, `[B, 1, L, S]`.
 
     Args:
-        document_BS: which document each token is of.
+        document_BS: number of each token's document.
         L: at most S.
     """
     S = document_BS.shape[-1]
@@ -75,5 +75,5 @@ def document_mask(document_BS: Tensor, L: int) -> Tensor:
 
 
 def _not_later(L: int, S: int, device: torch.device) -> Tensor:
-    """Which of S tokens each of the last L attends to, `[L, S]`."""
+    """Causal mask of the last L of S tokens, `[L, S]`."""
     return torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)

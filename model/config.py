@@ -29,7 +29,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
     norm_eps: float = 1e-6
-    """Added to the mean square in every RMSNorm."""
+    """Epsilon, added to the mean square in every RMSNorm."""
     qk_norm: bool = True
     """Normalise queries and keys head by head."""
     tie_embeddings: bool = True

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 ONEDNN_PRODUCTS = (
     (torch.ops.mkldnn._linear_pointwise.default,) if torch.backends.mkldnn.is_available() else ()
 )
-"""What it multiplies by, besides the operators of `torch.nn.Linear`."""
+"""Operators of its products, in addition to those of `torch.nn.Linear`."""
 ROWS = 64  # of fewer, a call of oneDNN costs more: 12 us, not 3 us, for one row times [128, 128]
 
 
@@ -85,8 +85,8 @@ def sees_through() -> bool:
 @functools.cache
 def _mkl_is_slow() -> bool:
     """Whether float32 goes to MKL on an AMD CPU with AVX-512."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not (wide and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (avx512 and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()

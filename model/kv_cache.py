@@ -11,12 +11,12 @@ from tritium.model.attention import document_mask, document_numbers
 class Cache:
     """Keys and values of every layer, `[B, S, G, K]`, for the tokens that a model has read.
 
-    However a sequence is cut, `Transformer.hidden` with a cache gives for each part what it gives
-    for the whole at once. Memory is taken when the first tokens come, and keeps their number of
-    rows and the dtype of their keys.
+    `Transformer.hidden` with a cache gives the same for the parts of a sequence, however divided,
+    as for all of it. The first tokens allocate the memory, and decide its number of rows and
+    dtype.
 
     Args:
-        n_layers: of the model.
+        n_layers: layers of the model.
         max_length: the most tokens of a row.
 
     Attributes:

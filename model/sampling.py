@@ -16,7 +16,7 @@ from tritium.model.kv_cache import Cache
 
 
 class LanguageModel(Protocol):
-    """What can be sampled from."""
+    """A model to sample from."""
 
     config: ModelConfig
 
@@ -151,7 +151,7 @@ def _check(tokens, max_new_tokens, temperature, top_k, top_p) -> None:
 
 
 class Tokenizer(Protocol):
-    """What turns text into ids and back."""
+    """An encoder of text into ids and back."""
 
     @property
     def eot(self) -> int:
@@ -200,7 +200,7 @@ def write_stream(
 ) -> Iterator[str]:
     """Yield a prompt and the text that the model continues it with, up to the end of text.
 
-    The prompt is encoded as the training data were. An empty one stands for the beginning of a
+    The prompt is encoded as the training data were. An empty one is the beginning of a
     document. The global random number generators are not used.
     """
     assert isinstance(model, nn.Module)

@@ -157,7 +157,7 @@ def file_digest(path: Path) -> dict:
     """Return the size of a file in bytes, and its SHA-256."""
     with path.open("rb") as file:
         size = path.stat().st_size
-        # One call for the whole file: the interpreter's lock is discarded once, not per block.
+        # One call for all of the file: the interpreter's lock is released once, not per block.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             digest = hashlib.sha256(content).hexdigest()
     return {"bytes": size, "sha256": digest}

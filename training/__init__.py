@@ -1,4 +1,4 @@
-"""What trains the model: steps, memory plans, checkpoints, recovery and monitoring."""
+"""Training of the model: steps, memory plans, checkpoints, recovery and monitoring."""
 
 import tritium
 

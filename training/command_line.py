@@ -60,7 +60,7 @@ ALIASES = {
     "n-embd": "model.d-model", "dim": "model.d-model", "hidden-size": "model.d-model",
     "ffn-dim": "model.d-ff",
 }  # fmt: skip
-"""What people type, by the flag that it stands for. Fields of the model go without "model." too."""
+"""Other names of flags. Fields of the model are accepted without "model." too."""
 
 ANSWERS = {
     "preset": "the preset comes first, without a flag: python train.py tiny",

@@ -23,7 +23,7 @@ def training_step(
     *,
     graph: bool,
     redraws: bool = False,
-    report: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> Step:
     """Make the step of a run: from a batch to its loss and gradient norm, on the device.
 
@@ -35,7 +35,7 @@ def training_step(
             is none.
         redraws: whether activations are recomputed with the random numbers of before, which a graph
             cannot draw twice: then there is none either.
-        report: is told so.
+        log: called with a line that says whether the graph is used, or why not.
     """
 
     def take(batch: Batch, /) -> tuple[Tensor, Tensor]:
@@ -49,9 +49,9 @@ def training_step(
     if not graph:
         return take
     if reason := _obstacle(redraws):
-        report(f"No CUDA graph is captured: {reason}")
+        log(f"No CUDA graph is captured: {reason}")
         return take
-    report(f"The whole step is captured in a CUDA graph after {WARM_UP} steps")
+    log(f"The whole step is captured in a CUDA graph after {WARM_UP} steps")
     return GraphedStep(take, optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Where a run computes: device, threads, memory, and the dtype of its matrix products."""
+"""The device of a run: its choice, threads, memory, and dtype of matrix products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that "cpu", "cuda" or "auto" stands for.
+    """Return the device that "cpu", "cuda" or "auto" names.
 
     Raises:
         ValueError: "cuda" where "no GPU was found".
@@ -65,7 +65,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> str:
-    """Name what decides the rounding of a result: the GPU's model, or the CPU's instructions."""
+    """Name the hardware that decides rounding: the GPU's model, or the CPU's instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}"

@@ -1,4 +1,4 @@
-"""The loss on text that is not trained on."""
+"""Validation loss, in nats per token and bits per byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept out of the steps: it would stall a GPU in the midst of one."""
+"""Garbage collection between steps only, because a collection within one would stall the GPU."""
 
 from __future__ import annotations
 

@@ -31,15 +31,15 @@ def main(
     """Print, as it is sampled, how a trained model continues a prompt, up to the end of the text.
 
     Args:
-        run: folder of a run, or of one of its checkpoints; a run's newest checkpoint is taken.
-        prompt: texts to continue, one or several. An empty one is the beginning of a document.
-        samples: continuations of each prompt.
+        run: folder of a run, whose newest checkpoint is used, or of one checkpoint.
+        prompt: one or more texts to continue. An empty one begins a document.
+        samples: number of continuations of each prompt.
         max_new_tokens: length of a continuation, in tokens, at most.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only.
         top_p: sample among the fewest tokens whose probabilities sum to p.
-        seed: seed of the first continuation of a prompt; the next has the next.
-        device: where to sample. auto: a GPU if there is one.
+        seed: seed of a prompt's first continuation; each further one adds 1.
+        device: device to sample on. auto: a GPU if there is one.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")

@@ -28,7 +28,7 @@ GROUPS = {
     "recovery from bad steps": ("recovery",),
     "model": ("model",),
 }
-"""By title, the fields of TrainConfig that each shows."""
+"""Fields of TrainConfig in each group of the help, by its title."""
 
 USUAL = {
     "max-steps", "max-epochs", "max-tokens", "max-minutes",
@@ -54,7 +54,7 @@ presets (the values below are those of {preset}):
 
 
 def show_help(preset: str, *, everything: bool) -> None:
-    """Print the flags and what they are under a preset: all of them, or the usual ones."""
+    """Print the flags and their values in a preset: all of them, or the usual ones."""
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     print(USAGE.format(preset=preset), end="")
     for name, about in ABOUT_PRESETS.items():
@@ -111,10 +111,10 @@ def description(setting: Setting) -> str:
 
 @cache
 def _descriptions(owner: type) -> dict[str, str]:
-    (definition,) = ast.parse(dedent(inspect.getsource(owner))).body
-    assert isinstance(definition, ast.ClassDef)
+    (tree,) = ast.parse(dedent(inspect.getsource(owner))).body
+    assert isinstance(tree, ast.ClassDef)
     found = {}
-    for field, below in zip(definition.body, definition.body[1:], strict=False):
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             assert isinstance(below, ast.Expr)
             assert isinstance(below.value, ast.Constant)

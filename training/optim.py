@@ -1,4 +1,4 @@
-"""Which optimizer, with which options, updates which parameter."""
+"""The optimizer of a run: its settings, its options and its parameter groups."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ BETAS = {"adamw": (0.9, 0.95), "adam": (0.9, 0.95), "lion": (0.9, 0.99)}
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer of the library. An option left at None is the optimizer's own default."""
+    """An optimizer of the library. None leaves an option at the optimizer's default."""
 
     name: Annotated[
         Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "lion"], arg(name="optimizer")
     ] = "adamw"
-    """Rule of the update."""
+    """Update rule."""
     weight_decay: float = 0.1
-    """Decay of the weight matrices per step: in units of the learning rate for adamw and lion,
-    added to the gradient by the others."""
+    """Weight decay of the matrices: decoupled for adamw and lion, added to the gradient by the
+    others."""
     max_grad_norm: float = 1.0
-    """Largest global norm of a gradient; larger ones are scaled down to it."""
+    """Global gradient norm above which gradients are scaled down to it."""
     beta1: float | None = None
     """Decay rate of the first moment (adamw, adam, lion). None: 0.9."""
     beta2: float | None = None
-    """Decay rate of the second moment (adamw, adam; None: 0.95), or of the moment that is kept
+    """Decay rate of the second moment (adamw, adam; None: 0.95), or of the momentum
     (lion; None: 0.99)."""
     eps: float | None = None
-    """Added to the denominator (adamw, adam, rmsprop, adagrad)."""
+    """Term added to the denominator (adamw, adam, rmsprop, adagrad)."""
     momentum: float | None = None
     """Decay rate of the running sum of gradients (sgd) or of updates (rmsprop)."""
     dampening: float | None = None
-    """What part of a gradient stays out of that sum (sgd)."""
+    """Fraction of the gradient withheld from the momentum buffer (sgd)."""
     nesterov: bool | None = None
-    """Look one step of the momentum ahead (sgd)."""
+    """Use Nesterov momentum (sgd)."""
     alpha: float | None = None
     """Decay rate of the moments (rmsprop)."""
     centered: bool | None = None
-    """Divide by the root of the variance of gradients (rmsprop)."""
+    """Divide by the standard deviation of gradients instead of their root mean square (rmsprop)."""
     lr_decay: float | None = None
-    """How fast the step size falls with the count of steps (adagrad)."""
+    """Decay of the learning rate with the count of steps (adagrad)."""
     initial_accumulator_value: float | None = None
-    """Of the sum of squares (adagrad)."""
+    """Initial value of the sum of squares (adagrad)."""
     master_weights: Literal["float32", "split", "stochastic"] | None = None
-    """What keeps the bits that weights in bfloat16 lack (--precision bfloat16-true): a copy in
-    float32; 16 more bits each (split), the same arithmetic in two bytes less; or nothing, updates
-    are rounded stochastically. None: float32."""
+    """Master copy of bfloat16 weights (--precision bfloat16-true). float32; split: the other 16
+    bits, for the same arithmetic in two bytes less; stochastic: none, stochastic rounding. None:
+    float32."""
     state_dtype: Literal["float32", "bfloat16", "uint8"] | None = None
-    """Of the moments: bfloat16 is rounded stochastically, uint8 is 8 bits with a scale for every
-    128. None: float32."""
+    """Dtype of the moments: bfloat16 (stochastic rounding) or uint8 (8 bits, one scale per 128).
+    None: float32."""
 
     def check(self) -> None:
-        """Raise ValueError unless the optimizer takes these options, by its own checks."""
+        """Raise ValueError unless the optimizer accepts these options."""
         self.options()
         # Defaults pass them, and the first optimizer of a process imports torch._dynamo, 1.1 s of
         # processor time.
@@ -75,7 +75,7 @@ class OptimizerConfig:
         """Return the keyword arguments of the optimizer's class.
 
         Raises:
-            ValueError: an option is set that the optimizer "has no" use for.
+            ValueError: an option is set that the optimizer "has no".
         """
         accepted = {*signature(OPTIMIZERS[self.name]).parameters, *StepOptions.__annotations__}
         given = {
@@ -102,13 +102,13 @@ class OptimizerConfig:
         """Make the optimizer of a model's trainable parameters, in the groups of the rule.
 
         Args:
-            model: whose parameters it updates.
-            record_norms: whether it keeps what `norms()` returns.
+            model: the model.
+            record_norms: whether `norms()` returns the norms of each step.
         """
         return self.make_of(parameter_groups(model, self.weight_decay), record_norms=record_norms)
 
     def state_bytes(self, parameters: Iterable[Tensor]) -> int:
-        """Return the bytes of the states of such parameters, which need not hold memory."""
+        """Return the bytes of the states of such parameters, which may be fake tensors."""
         optimizer = self.make_of([{"params": [nn.Parameter(torch.zeros(1))]}])
         return sum(map(optimizer.state_bytes, parameters))
 

@@ -1,4 +1,4 @@
-"""How a step is computed: in which precision, compiled, checked, as one CUDA graph."""
+"""Arithmetic of a step: its precision, torch.compile, the self-check, the CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tritium.training.optim import OptimizerConfig
 
 
 class Arithmetic(NamedTuple):
-    """What a model is computed in."""
+    """Dtype and autocast of a model."""
 
     dtype: torch.dtype
-    """Of the matrix products."""
+    """Dtype of the matrix products."""
     cast: AbstractContextManager
     """The autocast around a forward pass."""
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a step is computed."""
+    """Arithmetic of a step."""
 
     precision: Literal["auto", "float32", "bfloat16", "bfloat16-true"] = "auto"
-    """Numbers of a step. float32; bfloat16: matrix products in bfloat16 (autocast), weights in
-    float32; bfloat16-true: weights and activations in bfloat16, see --master-weights. auto:
-    bfloat16 where the device multiplies it natively, else float32."""
+    """Precision. float32; bfloat16: matrix products in bfloat16 (autocast), weights in float32;
+    bfloat16-true: weights and activations in bfloat16, see --master-weights. auto: bfloat16 where
+    the device multiplies it natively, else float32."""
     compile: bool = False
-    """Compile the model by torch.compile, without graph breaks: the first step waits for it."""
+    """Compile the model with torch.compile, without graph breaks, at the first step."""
     cuda_graph: bool = True
     """On a GPU, capture the whole training step in a CUDA graph, which the host launches as one: the
     same bits in less time. Where that cannot be, a line at the start says why."""
@@ -43,8 +43,8 @@ class ComputeConfig:
     """Dtype of the residual stream. auto: on a GPU that of the matrix products, else float32 under
     --precision bfloat16."""
     self_check: bool = True
-    """Compare every kernel with its reference at the start, at the run's own shapes, and send what
-    is wrong or does not run to the reference. Without a GPU no kernel runs, and nothing is done."""
+    """Compare every kernel with its reference at the start, at the run's shapes; one that is wrong
+    or does not run is replaced by its reference. Without a GPU no kernel runs."""
 
     def check(self, device: torch.device, optimizer: OptimizerConfig) -> None:
         """Raise ValueError unless a run can be computed like this.

@@ -1,16 +1,17 @@
 """The recovery ladder: what a run does about losses that are not finite, or far above the others.
 
 1. Skip: such a step changes no weight. The optimizer leaves out a step whose gradient is not
-   finite, and `guard` makes it so where the loss is above a limit, which lies on the device.
-2. Go back: after `max_skips` such steps in a row, to the last healthy checkpoint, and on past all
+   finite, and `mark_spike` makes it so if the loss is above a limit, which is kept on the device.
+2. Roll back: after `max_skips` such steps in a row, to the last healthy checkpoint, skipping all
    the data read since it was made.
-3. Lower the rate: the same, and the learning rate is multiplied by `lower_lr` for good.
+3. Lower the rate: as 2, and the learning rate is multiplied by `lower_lr` for good.
 4. Stop, with a report.
 
 The limit is `spike_zscore` standard deviations above the mean of the last `spike_window` good
-losses. It is set, and a rung is climbed, only where losses are read, so the host never waits for
-the device in between. Once a run is `spike_window` steps beyond the step at which it went back, the
-ladder begins anew; before, each further streak of bad steps is the next rung.
+losses. The limit is set, and the run rolled back, only when losses are read, so the host never
+waits for the device in between. Once a run is `spike_window` steps beyond the step at which it
+rolled back, it begins again with 1; before, each further streak of bad steps takes the next
+measure.
 """
 
 from __future__ import annotations
@@ -38,46 +39,46 @@ GO_BACK, LOWER_RATE, STOP = 1, 2, 3
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """What to do about losses that are not finite or far too high."""
+    """Recovery from losses that are not finite or far too high."""
 
     recovery: bool = True
-    """Skip steps whose loss spikes; where bad steps follow one another, go back to the last healthy
-    checkpoint and past the data, then lower the learning rate, then stop with a report."""
+    """Skip steps whose loss spikes; after several in a row, roll back to the last healthy
+    checkpoint and skip the data, then lower the learning rate, then stop with a report."""
     spike_zscore: float = 6.0
-    """Standard deviations above the mean of the losses before at which a loss is a spike."""
+    """Standard deviations above the mean of earlier losses at which a loss is a spike."""
     spike_window: int = 128
-    """Losses that mean and deviation are taken of; until there are so many, no loss is a spike."""
+    """Losses over which mean and deviation are taken; until there are so many, none is a spike."""
     max_skips: int = 5
-    """Bad steps in a row, skipped, after which the run goes back."""
+    """Consecutive bad steps after which the run rolls back."""
     lower_lr: float = 0.5
-    """Factor of the learning rate where going back alone did not help."""
+    """Factor of the learning rate if rolling back alone did not help."""
 
 
 class UnrecoverableError(RuntimeError):
-    """Nothing on the ladder helped; the message is the report."""
+    """Training diverged, and every recovery step was tried; the message is the report."""
 
 
 class Recovery:
     """The ladder of one run.
 
     Args:
-        config: how it is climbed.
-        model: the model that is trained; one of its gradients tells the optimizer to skip.
+        config: thresholds and limits.
+        model: the model that is trained; an infinite gradient makes the optimizer skip a step.
         batch: data windows per step.
-        report: is told, in a sentence, of everything that is done.
+        log: called with a one-line message for each skip and rollback.
 
     Attributes:
-        due: whether `climb` will climb a rung.
-        lr_factor: what the schedule's learning rate is to be multiplied by.
-        went_back: every time the run went back: `from_step`, `to_step`, the `windows` of the data
-            left behind (first, and the one after the last), and the `lr_factor` from then on.
+        due: whether the next `roll_back_if_due` acts.
+        lr_factor: factor to apply to the schedule's learning rate.
+        went_back: every rollback: `from_step`, `to_step`, the `windows` of the data that are
+            skipped (first, and the one after the last), and the `lr_factor` from then on.
     """
 
     def __init__(
-        self, config: RecoveryConfig, model: nn.Module, batch: int, report: Callable[[str], None]
+        self, config: RecoveryConfig, model: nn.Module, batch: int, log: Callable[[str], None]
     ):
         trained = [p for p in model.parameters() if p.requires_grad]
-        self._config, self._batch, self._report = config, batch, report
+        self._config, self._batch, self._log = config, batch, log
         self._marked = min(trained, key=torch.numel)
         self._limit = NO_LIMIT
         self._limit_on_device = torch.full(
@@ -90,25 +91,25 @@ class Recovery:
         self.due, self.lr_factor, self.went_back = False, 1.0, []
 
     @torch.no_grad()
-    def guard(self, loss: Tensor) -> Tensor:
+    def mark_spike(self, loss: Tensor) -> Tensor:
         """Make the optimizer skip this step if its loss, on the device, is above the limit.
 
-        To be called between the backward pass and the step. Nothing changes below the limit. The
-        loss is returned, as it came.
+        Call it between the backward pass and the step. Below the limit gradients are unchanged.
+        Returns the loss, unchanged.
         """
         if self._config.recovery and self._marked.grad is not None:
-            usual = loss <= self._limit_on_device  # as a loss that is not a number is not
+            usual = loss <= self._limit_on_device  # False for NaN
             self._marked.grad.masked_fill_(usual.logical_not(), math.nan)
         return loss
 
-    def judge(self, entries: list[dict], position: int) -> None:
-        """Mark the steps that were skipped, set the next limit, and decide what `climb` does.
+    def detect_bad_steps(self, entries: list[dict], position: int) -> None:
+        """Mark skipped steps, set the next limit, and decide what `roll_back_if_due` does.
 
         Args:
-            entries: of the log, of all steps since the last call. One that was skipped gets
-                `skipped` (why) and `windows` (first, and the one after the last); the first after
-                the run went back gets `recovery`, which is what `went_back` has of it.
-            position: data windows that were read so far.
+            entries: log entries of all steps since the last call. A skipped one gets `skipped`
+                (the reason) and `windows` (first, and the one after the last); the first after
+                a rollback gets `recovery`, its entry of `went_back`.
+            position: data windows read so far.
         """
         if self._note and entries:
             entries[0]["recovery"], self._note = self._note, None
@@ -128,10 +129,10 @@ class Recovery:
                 self._losses.append(entry["loss"])
         self._position, self._good = position, self._streak == 0
         self._set_limit()
-        if begun:  # of a streak that continues, nothing more is said
+        if begun:  # a streak is logged once
             more = sum(entry["step"] > begun[0]["step"] for entry in skipped)
             others = f"; {more} more until step {entries[-1]['step']:,}" if more else ""
-            self._report(f"Skipped {_place(begun[0])}{others}")
+            self._log(f"Skipped {_place(begun[0])}{others}")
         self.due = self._config.recovery and self._streak >= self._config.max_skips
         if self.due:
             step = entries[-1]["step"]
@@ -140,26 +141,26 @@ class Recovery:
             if self._rung == STOP:
                 entries[-1]["recovery"] = {"stopped": True}
 
-    def climb(
+    def roll_back_if_due(
         self, saver: Saver, log: RunLog, model: Transformer, optimizer
     ) -> tuple[int, dict | None] | None:
-        """Climb a rung if it is due.
+        """Roll back if it is due.
 
-        The weights, the optimizer and the random number generators go back to the last healthy
-        checkpoint that a good step followed on; the position in the data does not. Without such a
-        checkpoint the run continues as it is: a step that was skipped left no trace.
+        Restores weights, optimizer and random number generators from the last healthy checkpoint
+        that a good step followed; the position in the data stays. Without such a checkpoint the
+        run continues as it is: a skipped step changed nothing.
 
         Args:
-            saver: of the run's checkpoints.
-            log: which gives up the entries of the steps that are done again.
-            model: gets its weights of that time.
-            optimizer: gets its state of that time.
+            saver: the saver of the run's checkpoints.
+            log: the log, which discards the entries of the steps to repeat.
+            model: restored in place.
+            optimizer: restored in place.
 
         Returns:
-            The step that the run went back to, and the best validation of that time; or None.
+            The step rolled back to and the best validation until then; or None.
 
         Raises:
-            UnrecoverableError: all this was tried already.
+            UnrecoverableError: every recovery step was tried.
         """
         if not self.due:
             return None
@@ -180,7 +181,7 @@ class Recovery:
         done = {"from_step": last, "to_step": step, "windows": [start, self._position]}
         self.went_back.append(done | {"lr_factor": self.lr_factor})
         log.rewind(step, len(self.went_back))
-        self._report(f"{self._streak} bad steps in a row. Going {_told(self.went_back[-1])}")
+        self._log(f"{self._streak} bad steps in a row. Going {_told(self.went_back[-1])}")
         self._note, self._streak = self.went_back[-1], 0
         return None if saved is None else (step, saved["best"])
 
@@ -189,7 +190,7 @@ class Recovery:
         return self._good and all_finite(model, optimizer)
 
     def state(self) -> dict:
-        """Return what a resumed run needs to do the same, as JSON."""
+        """Return the state for a checkpoint, as JSON."""
         return {
             "losses": list(self._losses), "rung": self._rung, "until": self._until,
             "streak": self._streak, "first_bad": self._first_bad, "note": self._note,
@@ -197,7 +198,7 @@ class Recovery:
         }  # fmt: skip
 
     def load_state(self, state: dict, *, same_data: bool = True) -> None:
-        """Go on from what `state` returned; losses of other data say nothing about these."""
+        """Restore what `state` returned; without `same_data`, without its losses."""
         state = self.state() | state
         self._rung, self._until, self._note = state["rung"], state["until"], state["note"]
         self._streak, self._first_bad = state["streak"], state["first_bad"]
@@ -244,7 +245,7 @@ class Recovery:
 def restore(
     source: Path, model: Transformer, optimizer, device: torch.device, *, same_model: bool = True
 ) -> tuple[int, dict]:
-    """Put weights, optimizer and random number generators where a checkpoint has them.
+    """Restore weights, optimizer and random number generators from a checkpoint.
 
     Returns:
         The step, and the state that was saved with it.

@@ -1,4 +1,4 @@
-"""How long a run lasts, and the learning rate of each of its steps."""
+"""The length of a run, and the learning rate of each of its steps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Budget:
     """The length of a run: optimizer steps, or wall-clock time; the other one is None."""
 
     steps: int | None = None
-    """Steps of the whole run."""
+    """Steps of the run."""
     seconds: float | None = None
-    """Seconds of the whole run, those before a resume included."""
+    """Seconds of the run, those before a resume included."""
 
     def __str__(self) -> str:
         return f"{self.steps:,} steps" if self.seconds is None else f"{self.seconds / 60:g} minutes"
@@ -43,18 +43,18 @@ class Budget:
 class Length:
     """When a run ends: at the first of so many steps, epochs or tokens, or after so many minutes.
 
-    What the command line gives replaces all that the preset has.
+    A length on the command line replaces all lengths of the preset.
     """
 
     max_steps: int | None = None
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run."""
     max_epochs: float | None = None
     """Passes over the data, rounded up to whole steps."""
     max_tokens: int | None = None
-    """Tokens of the whole run, rounded up to whole steps."""
+    """Tokens of the run, rounded up to whole steps."""
     max_minutes: float | None = None
-    """Minutes of the whole run; start-ups and the time before a resume count, the last validation
-    and the sample do not. The learning rate follows the clock."""
+    """Minutes of the run, including start-up and time before a resume, without the last validation
+    and the sample. The learning rate follows the clock."""
 
     def given(self) -> list[str]:
         """Name the lengths that are set."""
@@ -71,7 +71,7 @@ class Length:
         """Return it in steps or in seconds.
 
         Args:
-            tokens_per_step: of a whole batch.
+            tokens_per_step: tokens of a batch.
             epoch: steps of an epoch, not rounded.
         """
         if self.max_minutes is not None:
@@ -91,8 +91,8 @@ class Schedule:
     shape: Annotated[
         Literal["linear", "cosine", "constant", "trapezoid", "inverse-sqrt"], arg(name="schedule")
     ] = "linear"
-    """After the warm-up: linear or cosine decay; constant; constant, then linear decay (trapezoid);
-    or the peak times the root of warmup-steps / step (inverse-sqrt)."""
+    """Shape after the warm-up: linear or cosine decay; constant; constant, then linear decay
+    (trapezoid); or the peak times the root of warmup-steps / step (inverse-sqrt)."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 50
@@ -100,11 +100,11 @@ class Schedule:
     final_lr: float = 0.0
     """Learning rate that a decay ends at, as a fraction of the peak."""
     decay_fraction: float = 0.2
-    """Share of the run after the warm-up in which a trapezoid decays."""
+    """Final share of the run after the warm-up in which a trapezoid decays."""
 
     @property
     def has_end(self) -> bool:
-        """Whether the rate depends on how long the whole run is."""
+        """Whether the rate depends on the length of the run."""
         return self.shape not in ("constant", "inverse-sqrt")
 
     def rate(self, step: int, budget: Budget, seconds: float = 0.0) -> float:
@@ -112,7 +112,7 @@ class Schedule:
 
         Args:
             step: counted from 0.
-            budget: of the whole run, to which a decay is fitted.
+            budget: length of the run, over which the rate decays.
             seconds: time used so far, for a budget in seconds.
         """
         if step < self.warmup_steps:

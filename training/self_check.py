@@ -1,12 +1,12 @@
-"""The check at start: every kernel that a run will use, against its reference and the clock.
+"""The self-check at start: error and time of every kernel of a run, compared with its reference.
 
-Each operation of the run (`step_operations`) is done forward and backward by its kernel, by its
-reference, and by its reference in float64. Of every output and gradient
+Each operation of the run (`self_check_cases`) runs forward and backward as its kernel, as its
+reference, and as its reference in float64. For every output and gradient
 
     max |kernel - exact| <= 4 · max |reference - exact| + 4 · eps · max |exact|
 
-with eps of its dtype. That is what the tests allow, doubled: a wrong kernel errs by far more, and a
-false alarm would cost the run its speed.
+with eps of its dtype. That is twice what the tests allow: a wrong kernel errs by far more, and a
+false alarm would slow the run down.
 
 The optimizer, which does not compute in float64, takes one step from one state by its kernel and by
 its reference. Different rounding in float32 is allowed, 1e-5 of a number and 1e-6 of the largest;
@@ -51,21 +51,21 @@ Kept = dict[str, tuple[Tensor, bool]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one comparison."""
+    """Result of one comparison."""
 
     op: str
     shape: str
-    """Of the first input; of an optimizer, how many parameters and elements."""
+    """Shape of the first input; of an optimizer, the numbers of parameters and elements."""
     dtype: torch.dtype
     passes: str
     error: float = nan
-    """Of the output or gradient that comes closest to what is allowed, or exceeds it most."""
+    """Error of the output or gradient that comes closest to its limit, or exceeds it most."""
     allowed: float = nan
     seconds: float = nan
-    """Of the passes by the kernel."""
+    """Time of the passes by the kernel."""
     reference_seconds: float = nan
     reason: str = ""
-    """Why the reference runs; empty where the kernel does."""
+    """Reason why the reference runs; empty if the kernel does."""
 
 
 def check(
@@ -76,25 +76,25 @@ def check(
     batch: int,
     arithmetic: Arithmetic,
     samples: bool,
-    report: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> None:
     """Compare every kernel that a run will use with its reference; send those that fail there.
 
-    Where no kernel would run it says so, and takes no time.
+    If no kernel would run, it only says so.
 
     Args:
         model: the model to be trained, on its device; it is not changed.
         optimizer: its optimizer, which is not changed.
-        config: what made the optimizer.
+        config: settings of the optimizer.
         batch: sequences of a forward pass.
-        arithmetic: of the run.
+        arithmetic: arithmetic of the run.
         samples: whether text is sampled.
-        report: is given what is to be shown.
+        log: called with the table, and with one line for each fallback.
     """
     device = model.embedding.weight.device
     if not uses_triton(model.embedding.weight):
         cause = "TRITIUM_REFERENCE=1" if runtime.REFERENCE else "no GPU"
-        report(f"Kernels: none, every operation runs on its PyTorch reference ({cause})")
+        log(f"Kernels: none, every operation runs on its PyTorch reference ({cause})")
         return
     started = time.perf_counter()
     with random_state.preserved(device):
@@ -103,13 +103,13 @@ def check(
     reasons = {finding.op: finding.reason for finding in findings if finding.reason}
     fall_back(*reasons)
     where = "Triton on cuda" if device.type == "cuda" else "Triton, interpreted"
-    report(table(findings, where, time.perf_counter() - started))
+    log(table(findings, where, time.perf_counter() - started))
     for op, reason in reasons.items():
-        report(f"{op} falls back to its reference: {escape(reason)}")
+        log(f"{op} falls back to its reference: {escape(reason)}")
 
 
 def compare(case: Case) -> Finding:
-    """Hold one operation against its reference and the exact result."""
+    """Compare one operation with its reference and the exact result."""
     random = Random(case.inputs[0].device)
     dys: list[Tensor] = []
 
@@ -127,9 +127,9 @@ def compare(case: Case) -> Finding:
             found |= {f"gradient {i}": dx for i, dx in zip(case.gradients, dxs, strict=True)}
         return found
 
-    def error(ours: Tensors) -> tuple[float, float, str]:
+    def error(actual: Tensors) -> tuple[float, float, str]:
         with references(case.op):
-            return _worst(ours, results(), results(torch.float64))
+            return _worst(actual, results(), results(torch.float64))
 
     first = case.inputs[0]
     passes = "forward, backward" if case.gradients else "forward"
@@ -138,7 +138,7 @@ def compare(case: Case) -> Finding:
 
 
 def compare_step(optimizer: Optimizer, config: OptimizerConfig) -> Finding:
-    """Hold a step of an optimizer, its clipping included, against its reference."""
+    """Compare a step of an optimizer, its clipping included, with its reference."""
     op, both = type(optimizer).__name__, [config.make_of(sample_groups(optimizer)) for _ in "ab"]
     kernel, reference = both
     params = [[p for g in each.param_groups for p in g["params"]] for each in both]
@@ -153,11 +153,11 @@ def compare_step(optimizer: Optimizer, config: OptimizerConfig) -> Finding:
         kernel.step()
         return _kept(kernel)
 
-    def error(ours: Kept) -> tuple[float, float, str]:
+    def error(actual: Kept) -> tuple[float, float, str]:
         with references(op):
             reference.step()
         signs = 2.1 * reference.param_groups[0]["lr"] if config.name == "lion" else 0.0
-        return _worst_step(ours, _kept(reference), signs)
+        return _worst_step(actual, _kept(reference), signs)
 
     draw_gradients()
     with references(op):  # so that both begin from one state that is not zero
@@ -172,7 +172,7 @@ def compare_step(optimizer: Optimizer, config: OptimizerConfig) -> Finding:
 
 
 def table(findings: list[Finding], where: str, seconds: float) -> str:
-    """Return what runs where, as the text of a table."""
+    """Format the findings as the text of a table."""
     title = f"Self-check: kernels against their references, {seconds:.1f} s"
     result = Table("operation", "passes", "shape", "dtype", box=None, title=title, title_style="",
                    title_justify="left")  # fmt: skip
@@ -188,7 +188,7 @@ def table(findings: list[Finding], where: str, seconds: float) -> str:
             "reference" if finding.op in fallen else where,
         )  # fmt: skip
     text = StringIO()
-    Console(file=text, width=200).print(result)  # as wide as it is, on a narrow terminal too
+    Console(file=text, width=200).print(result)  # full width, on a small terminal too
     return "\n".join(map(str.rstrip, text.getvalue().splitlines()))
 
 
@@ -228,11 +228,11 @@ def _timed(
     )  # fmt: skip
 
 
-def _worst(ours: Tensors, rounded: Tensors, exact: Tensors) -> tuple[float, float, str]:
-    """The largest error in units of what is allowed, what is, and what is wrong with it."""
+def _worst(actual: Tensors, rounded: Tensors, exact: Tensors) -> tuple[float, float, str]:
+    """Return the largest error in units of its limit, the limit, and the problem, if any."""
     found = []
     for name, e in exact.items():
-        o, r = ours[name], rounded[name]
+        o, r = actual[name], rounded[name]
         if (o.shape, o.dtype) != (r.shape, r.dtype):
             return (
                 nan,
@@ -245,10 +245,10 @@ def _worst(ours: Tensors, rounded: Tensors, exact: Tensors) -> tuple[float, floa
     return max(found, key=_excess)
 
 
-def _worst_step(ours: Kept, theirs: Kept, signs: float) -> tuple[float, float, str]:
+def _worst_step(actual: Kept, expected: Kept, signs: float) -> tuple[float, float, str]:
     found = []
-    for name, (y, coarse) in theirs.items():
-        x, largest = ours[name][0], y.abs().max().item()
+    for name, (y, coarse) in expected.items():
+        x, largest = actual[name][0], y.abs().max().item()
         distance = (x - y).abs()
         off = (~(distance <= 1e-5 * y.abs() + 1e-6 * largest)).float().mean().item()
         if coarse or signs:
@@ -273,7 +273,7 @@ def _excess(judged: tuple[float, float, str]) -> tuple[bool, float]:
 
 
 def _kept(optimizer: Optimizer) -> Kept:
-    """What a step leaves, by name, and whether it is stored in fewer bits than float32."""
+    """Return the results of a step by name, and whether each has fewer bits than float32."""
     found: Kept = {}
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         state = optimizer.state[p]

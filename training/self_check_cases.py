@@ -1,8 +1,8 @@
-"""The operations of a training step that have kernels, each as a call of its own.
+"""Self-check cases: the operations of a training step that have kernels, each as one call.
 
-Widths, dtypes and options are the run's; inputs are random, from generators of their own. Rows are
-fewer where a float64 reference of them would take more memory than a step of the run does: what a
-kernel is compiled for depends on the widths.
+Widths, dtypes and options are the run's; inputs are random, from separate generators. There are
+fewer rows if their float64 reference would take more memory than a step of the run: kernels are
+compiled for widths, not for numbers of rows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tritium.kernels import (
     softmax,
     swiglu,
 )
-from tritium.model.attention import widen
+from tritium.model.attention import float32_on_cpu
 from tritium.model.transformer import Transformer
 from tritium.training.optim import Optimizer
 from tritium.training.precision import Arithmetic
 
-BYTES = 128  # that a comparison takes at most per element of the widest tensor, most of it float64
+BYTES = 128  # at most per element of a comparison's largest tensor, most of it in float64
 ROOM = 64 << 20  # bytes that a comparison may always take
-ELEMENTS = 1 << 20  # of all parameters that an optimizer is tried on
+ELEMENTS = 1 << 20  # of all parameters on which an optimizer is checked
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Case:
     """One call of an operation, as the run makes it."""
 
     op: str
-    """As `kernels.fall_back` takes it."""
+    """Name of the operation, as `kernels.fall_back` takes it."""
     call: Callable[..., Tensor | tuple[Tensor, ...]]
-    """Of the inputs alone."""
+    """The call, with the inputs as its only arguments."""
     inputs: tuple[Tensor, ...]
     gradients: tuple[int, ...] = ()
-    """Indices of the inputs that get one."""
+    """Indices of the inputs that get a gradient."""
 
 
 def cases(
@@ -54,7 +54,7 @@ def cases(
     Args:
         model: the model to be trained.
         batch: sequences of a forward pass.
-        arithmetic: of the run.
+        arithmetic: arithmetic of the run.
         samples: whether text is sampled.
     """
     config, weights = model.config, model.embedding.weight.dtype
@@ -95,7 +95,7 @@ def cases(
     if stream is None:
         stream = weights if model.device.type == "cpu" else products
     yield Case("rms_norm", norm, (tensor(D, dtype=stream), scale_D), (0, 1))
-    heads = widen(tensor(config.n_heads + 2 * config.kv_heads, K))
+    heads = float32_on_cpu(tensor(config.n_heads + 2 * config.kv_heads, K))
     scales = (scale_K, scale_K.clone()) if config.qk_norm else ()
     places = (0, 3, 4) if config.qk_norm else (0,)
     yield Case("qk_norm_rope", turn, (heads, model.cos_LK, model.sin_LK, *scales), places)
@@ -145,7 +145,7 @@ def sample_groups(optimizer: Optimizer) -> list[dict]:
 
 
 class Random:
-    """Numbers from a generator of its own, the same ones every time."""
+    """Random numbers from a separate generator, the same every time."""
 
     def __init__(self, device: torch.device):
         self._device, self._generator = device, torch.Generator(device).manual_seed(0)

@@ -1,6 +1,7 @@
-"""The settings of a training run, its presets, and how a run is fitted to little data.
+"""The settings of a training run, its presets, and shorter runs for little data.
 
-Making these objects does nothing: `tritium.training.validation` checks them, `tritium.training.command_line` reads them.
+These objects are inert: `tritium.training.command_line` makes them, `tritium.training.validation`
+checks them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from tritium.training.schedule import Length, Schedule
 
 UNPREFIXED = tyro.conf.arg(name="")
 EPOCHS = 20
-"""Epochs after which a run whose length nobody chose ends, and above which any run is warned of."""
-VALIDATIONS = 10  # of a run that was shortened, at least
-WARM_UP = 10  # parts of such a run, of which the warm-up takes one at most
+"""Epochs after which a run of a preset's length ends, and above which any run warns."""
+VALIDATIONS = 10  # of a shortened run, at least
+WARM_UP = 10  # the warm-up takes at most one part in so many of a shortened run
 
 
 @dataclass(frozen=True)
@@ -32,65 +33,65 @@ class TrainConfig:
     """One training run."""
 
     data: str | None = None
-    """Text file, folder, .jsonl or .parquet to learn from. None: Python's standard library."""
+    """Text file, folder, .jsonl or .parquet to train on. None: Python's standard library."""
     text_field: str = "text"
     """Column of .jsonl and .parquet files that holds the text."""
     tokenizer: str | None = None
-    """A tokenizer.json to use. None: learn one of model.vocab-size tokens from the data."""
+    """Path of a tokenizer.json. None: train one of model.vocab-size tokens on the data."""
     out: str | None = None
-    """Run folder, made by the run. None: a new one, runs/PRESET-DATE-TIME."""
+    """Run folder to make. None: runs/PRESET-DATE-TIME."""
     resume: bool = False
     """Resume a run, with the settings of its config.json: --resume RUN."""
     resume_anyway: bool = False
-    """Resume although data, settings, code or device differ from those of the checkpoint."""
+    """Resume even if data, settings, code or device differ from those of the checkpoint."""
     seed: int = 1
-    """Seed of the weights, of dropout and of the order of the data."""
+    """Seed of weights, dropout and data order."""
     eval_every: int = 100
-    """Steps from one validation to the next; the last step is always validated."""
+    """Steps between validations; the last step is always validated."""
     eval_tokens: int = 32768
-    """Validation tokens, the same ones every time."""
+    """Tokens per validation, the same ones every time."""
     log_every: int = 1
-    """Steps from one reading of the losses to the next; each stalls a GPU for a moment."""
+    """Steps between readings of the losses; each makes the host wait for the GPU."""
     batch_size: int = 16
     """Sequences per optimizer step."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the vocabulary, in training."""
     z_loss: float = 0.0
-    """Weight of the squared logarithm of the softmax's denominator in the loss, in training."""
+    """Weight of the squared log of the softmax's denominator in the loss, in training."""
     dropout: float = 0.0
-    """Probability with which an element of a block's output is left out, in training."""
+    """Dropout probability of the outputs of attention and feed-forward layers, in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train. auto: a GPU if there is one."""
+    """Device to train on. auto: a GPU if there is one."""
     threads: int = 0
-    """CPU threads. 0: as many as this process may use."""
+    """CPU threads. 0: all that this process may use."""
     packing: Literal["contiguous", "documents"] = "contiguous"
-    """What a sequence holds: text as it comes, or whole documents, each attending to itself."""
+    """Packing of sequences: contiguous text, or complete documents, each attending to itself."""
     length: Annotated[Length, UNPREFIXED] = field(
         default_factory=lambda: Length(max_steps=1000, max_epochs=EPOCHS)
     )
-    """When the run ends."""
+    """Length of the run."""
     schedule: Annotated[Schedule, UNPREFIXED] = field(default_factory=Schedule)
     """The learning rate."""
     optimizer: Annotated[OptimizerConfig, UNPREFIXED] = field(default_factory=OptimizerConfig)
-    """The update of the parameters."""
+    """The optimizer."""
     compute: Annotated[ComputeConfig, UNPREFIXED] = field(default_factory=ComputeConfig)
     """The arithmetic of a step."""
     saving: Annotated[SaveConfig, UNPREFIXED] = field(default_factory=SaveConfig)
     """The checkpoints."""
     recovery: Annotated[RecoveryConfig, UNPREFIXED] = field(default_factory=RecoveryConfig)
-    """Losses that are not finite or far too high."""
+    """Recovery from losses that are not finite or far too high."""
     observing: Annotated[ObserveConfig, UNPREFIXED] = field(default_factory=ObserveConfig)
-    """The monitoring of the run."""
+    """Monitoring of the run."""
     memory: Annotated[MemoryConfig, UNPREFIXED] = field(default_factory=MemoryConfig)
-    """What is kept of a step, so that it fits the device."""
+    """Memory: micro-batch size and activation checkpointing."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
 
     def decisive(self) -> dict:
         """Return the settings that decide a run's weights.
 
-        Data, tokenizer and device are left out: what they turn out to be is compared instead. So
-        is the length: another one is only ever asked for by name.
+        Data, tokenizer and device are left out, because their content is compared instead, and so
+        is the length, which may be changed at a resume.
         """
         kept = {name: value for name, value in asdict(self).items() if name not in FREE}
         return kept | {"micro_batch_size": self.memory.micro_batch_size}
@@ -142,14 +143,15 @@ ABOUT_PRESETS = {
 def fit_to_data(
     config: TrainConfig, preset: str, n_tokens: int, epoch: float, log: Callable[[str], None]
 ) -> TrainConfig:
-    """Settle the length of a run in steps; one whose length nobody chose ends before it memorises.
+    """Convert the length of a run to steps; shorten a preset's length that would memorise the data.
 
     Args:
         config: the settings.
-        preset: whose own validations and warm-up are shortened with the run; others are kept.
-        n_tokens: of the training split, to be named.
+        preset: name of the preset; its intervals and warm-up are shortened with the run, chosen
+            ones are kept.
+        n_tokens: tokens of the training split, for the message.
         epoch: steps of an epoch.
-        log: is called with a line where the data is small.
+        log: called with one line if there is little data.
     """
     length = config.length
     budget = length.budget(config.batch_size * config.model.max_seq_len, epoch)

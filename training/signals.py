@@ -1,4 +1,4 @@
-"""Stopping at the end of a step when a signal asks for it."""
+"""Stop requests by signals, honoured at the end of a step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Inside the block, the first of SIGTERM, SIGINT and SIGUSR1 is noted; a second one kills.
 
-    The second gets the system's own default, so it works even where Python runs no code, and the
-    process ends with the status of that signal.
+    The second meets the system's default handler, so it works even while Python runs no code, and
+    the process ends with the status of that signal.
 
     Attributes:
-        name: of the signal that came, such as "SIGTERM"; None before.
+        name: name of the signal received, such as "SIGTERM"; None before.
     """
 
     def __init__(self):

@@ -1,7 +1,7 @@
-"""The check of all settings: of what type they are, in which range, and which go together.
+"""The check of all settings: types, ranges and combinations.
 
-`RANGES` has a line for every number that a flag or config.json can hold. A message names the
-setting, what it must be, what it was, and how to mend it.
+`RANGES` has an entry for every number that a flag or config.json can hold. A message names the
+setting, what it must be, what it was, and the fix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class Range(NamedTuple):
-    """The numbers that a setting may be."""
+    """Range of a numeric setting."""
 
     words: str
     """After "must"."""
@@ -34,10 +34,10 @@ class Range(NamedTuple):
     high: float
     whole: bool = False
     below: bool = False
-    """Whether `high` itself is left out."""
+    """Whether `high` itself is excluded."""
 
     def problem(self, value: object) -> str | None:
-        """Say what `value` must be, or return None where it is so."""
+        """Return what `value` must be, or None if it is."""
         kind = "be a whole number" if self.whole else "be a number"
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return kind
@@ -75,7 +75,7 @@ RANGES = {
     "save_every": _whole(1, STEPS), "keep_last": _whole(1), "keep_every": _whole(1, STEPS),
     "spike_zscore": ABOVE_0, "spike_window": _whole(2, 1_000_000), "max_skips": _whole(1),
     "lower_lr": Range("lie between 0 and 1", SMALLEST, 1, below=True),
-    "layer_norms_every": _whole(0, STEPS), "sample_every": _whole(0, STEPS),
+    "layer_stats_every": _whole(0, STEPS), "sample_every": _whole(0, STEPS),
     "sample_tokens": _whole(0, 1_000_000), "micro_batch_size": _whole(1),
     "memory_gib": Range("be above 0", SMALLEST, 1e9),
     # ModelConfig
@@ -92,12 +92,12 @@ class Setting(NamedTuple):
     path: tuple[str, ...]
     """The fields that lead to it: ("length", "max_steps")."""
     flag: str
-    """Without its dashes: "max-steps"."""
+    """The flag without its dashes: "max-steps"."""
     owner: type
     kinds: tuple[type, ...]
     """bool, int, float, str, tuple or NoneType; more than one where the setting is a union."""
     choices: tuple[str, ...] = ()
-    """The words that it may be, if not any."""
+    """Allowed words, if not all are."""
 
     @property
     def name(self) -> str:
@@ -106,7 +106,7 @@ class Setting(NamedTuple):
 
     @property
     def range(self) -> Range | None:
-        """The numbers it may be; None if it holds none."""
+        """Range of its numbers; None if it holds none."""
         return RANGES[self.path[-1]] if {int, float} & {*self.kinds} else None
 
     def of(self, config: Any) -> Any:
@@ -116,7 +116,7 @@ class Setting(NamedTuple):
         return config
 
     def problem(self, value: object) -> str | None:
-        """Say what `value` must be, or return None where it is so."""
+        """Return what `value` must be, or None if it is."""
         if (value is None and NoneType in self.kinds) or value in self.choices:
             return None
         if tuple in self.kinds:
@@ -133,7 +133,7 @@ class Setting(NamedTuple):
         return None if isinstance(value, kind) else words
 
     def wrong(self, problem: str, value: object, default: object) -> ConfigError:
-        """Return the error that says so."""
+        """Return the error for a wrong value."""
         return ConfigError(
             f"{self.name} must {problem}, got {value}; leave --{self.flag} out for {default}"
         )
@@ -150,7 +150,7 @@ def check(config: TrainConfig, usual: TrainConfig) -> None:
 
     Args:
         config: the settings.
-        usual: those that apply where one is left out, to be named.
+        usual: the defaults, for the messages.
     """
     for setting in settings().values():
         value = setting.of(config)

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for work: spinning on free cores, asleep where others want the cores.
+"""Waiting of OpenMP's threads: spinning on free cores, asleep if other processes want the cores.
 
 A thread that has done its share of an operation spins for some milliseconds, because the next
 operation comes sooner than a sleeping thread wakes up. On a core that another process wants, that
@@ -37,11 +37,11 @@ class ThreadWaiting:
     the user has chosen in the environment.
 
     Args:
-        report: takes a sentence on every change, at most one a minute.
+        log: called with one line on every change, at most once a minute.
     """
 
-    def __init__(self, report: Callable[[str], None]):
-        self._report, self._spoken = report, -SPEAK_AGAIN
+    def __init__(self, log: Callable[[str], None]):
+        self._log, self._spoken = log, -SPEAK_AGAIN
         self._calm, self._team = 0, SleepingTeam()
         self._stop = Event()
         self._watcher: Thread | None = None
@@ -88,7 +88,7 @@ class ThreadWaiting:
     def _say(self, now: float, line: str) -> None:
         if now - self._spoken >= SPEAK_AGAIN:
             self._spoken = now
-            self._report(line)
+            self._log(line)
 
     def _watch(self) -> None:
         try:
@@ -151,7 +151,7 @@ class SleepingTeam:
         return self._leader is not None
 
     def assemble(self, threads: int) -> None:
-        """Have the team, beside the process's own of so many threads."""
+        """Start the team, in addition to the process's team of so many threads."""
         self._end, there = Event(), Event()
         self._leader = Thread(
             target=self._lead, args=(threads, self._end, there), name="team", daemon=True

@@ -30,7 +30,7 @@ from tritium.model import ModelConfig, Transformer
 from tritium.model.activation_checkpointing import saved_bytes
 from tritium.training.memory.plan import MemoryConfig, Planner
 from tritium.training.memory.predict import Memory
-from tritium.training.memory.retry import Fallback
+from tritium.training.memory.retry import MemoryRetry
 from tritium.training.optim import OptimizerConfig
 
 RESULTS = "activations.md"  # in the folder of results
@@ -138,7 +138,7 @@ def _out_of_memory(device: torch.device, sequences: int = 64) -> tuple[str, ...]
     expected = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     said = []
-    fallback = Fallback(Planner(memory, MemoryConfig()), None, lambda x: said.append(f"- {x}"))
+    fallback = MemoryRetry(Planner(memory, MemoryConfig()), None, lambda x: said.append(f"- {x}"))
     with _limited(device, memory.step("none", sequences).activations // 3):
         fallback.attempt(model, compute)
     got = [p.grad for p in model.parameters() if p.grad is not None]

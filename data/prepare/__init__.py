@@ -58,7 +58,7 @@ def prepare(
     """Tokenize a corpus into shards for `TokenLoader`, once, and return the folder that holds them.
 
     A document is in validation when the hash of its text says so: copies of it are on one side,
-    wherever they stand. When that leaves validation empty, the document of lowest hash goes there.
+    wherever they are. When that leaves validation empty, the document of lowest hash goes there.
     Processes that prepare the same data at the same time wait for the first and take its result.
     A run that was killed is resumed by the next call, which keeps its finished shards and ends in
     the same bytes. Records that cannot be read are counted and left out, which every call reports.
@@ -84,7 +84,7 @@ def prepare(
 
     Raises:
         DataError: a source, the tokenizer or a setting cannot be used, validation takes every
-            document, or the cache cannot be written. No partial folder is ever taken for a whole.
+            document, or the cache cannot be written. A partial folder is never used as complete.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")

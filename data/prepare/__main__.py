@@ -1,4 +1,4 @@
-"""The commands `python -m tritium.data.prepare [SOURCE ...]` and `python -m tritium.data.prepare inspect DIR`."""
+"""The commands `python -m tritium.data.prepare [SOURCE ...]` and `... prepare inspect DIR`."""
 
 import sys
 import time
@@ -32,13 +32,13 @@ def prepare_command(
             hf://OWNER/NAME@REVISION, or python://installed, all Python code that is installed; each
             may end in '?key=value&...' with the keys weight, epochs, field, min_chars, max_chars,
             match, limit, config, split, max_bad, stream. None: Python's standard library.
-        vocab_size: ids to learn, the end-of-text token included.
-        tokenizer: to use instead of learning: gpt2, cl100k_base or o200k_base (fetched once), a
-            rank file of these, a tokenizer.json, or a folder with one.
+        vocab_size: size of the vocabulary to train, the end-of-text token included.
+        tokenizer: one to use instead of training one: gpt2, cl100k_base or o200k_base (fetched
+            once), a rank file of these, a tokenizer.json, or a folder with one.
         field: column of tables that holds the text, for the sources that name none.
         val_fraction: share of the documents kept for validation, between 0 and 1.
         deduplicate: leave out documents whose text came before.
-        threads: how many encode; none: one per core.
+        threads: threads that encode; none: one per core.
         cache: where to keep the result; none: $TRITIUM_HOME, else ~/.cache/tritium.
         out: the folder to make instead of one in the cache; new or empty.
     """
@@ -71,8 +71,8 @@ def inspect_command(
 
     Args:
         folder: as `python -m tritium.data.prepare` printed it.
-        samples: documents to show the beginning of.
-        seed: decides which.
+        samples: number of documents of which the beginning is shown.
+        seed: seed of their choice.
         picture: PNG file for the lengths of the documents; none: lengths.png in the folder.
     """
     console = Console(highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Documents to shards: read in one thread, encoded in all, written in order, resumable.
+"""Encoding of documents into shards: read in one thread, encoded in all, written in order.
 
 What has been written depends on the documents alone, not on the threads or on interruptions: a
 document belongs to a split by its text, and a shard ends with the document that fills it. So the
@@ -44,7 +44,7 @@ def encode(
         texts: the documents; read from the first, whatever `folder` holds.
         tokenizer: what to encode with.
         val_fraction: see `assign_splits`.
-        folder: where to write, and where an interrupted run may have left whole shards.
+        folder: where to write, and where an interrupted run may have left complete shards.
         threads: how many encode.
         console: where to report.
         total: bytes of the files of `texts`; 0 where they cannot be known.

@@ -1,4 +1,4 @@
-"""What a prepared folder holds: counts, a picture of the lengths, samples of the text."""
+"""Inspection of a prepared folder: counts, a picture of the lengths, samples of the text."""
 
 from pathlib import Path
 

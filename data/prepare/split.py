@@ -1,4 +1,4 @@
-"""Which documents are kept for validation: the hash of the text decides, nothing else."""
+"""Validation split of documents, decided by the hash of the text alone."""
 
 import hashlib
 from collections.abc import Iterable, Iterator

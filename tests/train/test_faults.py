@@ -17,7 +17,7 @@ from tritium.training.run import checkpoint, run_state
 
 SPIKES = ("--max-steps", "36", "--save-every", "5", "--eval-every", "9", "--dropout", "0.1",
           "--learning-rate", "3e-3", "--spike-window", "10", "--max-skips", "3",
-          "--layer-norms-every", "4", "--no-keep-best")  # fmt: skip
+          "--layer-stats-every", "4", "--no-keep-best")  # fmt: skip
 BAD = 4 * 22  # the first window of step 23
 ENDLESS = range(BAD, 10**6)
 

@@ -7,7 +7,7 @@ from train_runs import RANDOM, CrashError, crash, weights
 
 from tritium.model.transformer import Block
 
-LOOK = ("--layer-norms-every", "2", "--sample-every", "3", "--sample-tokens", "5")
+LOOK = ("--layer-stats-every", "2", "--sample-every", "3", "--sample-tokens", "5")
 
 
 def lines(run, name):
@@ -19,7 +19,7 @@ def test_looking_changes_nothing(run, tmp_path, optimizer):
     chosen = (*RANDOM, "--optimizer", optimizer)
     assert run(tmp_path / "looked", *chosen, *LOOK) == 0
     assert "Warning" not in run.output()
-    assert run(tmp_path / "not", *chosen, "--layer-norms-every", "0") == 0
+    assert run(tmp_path / "not", *chosen, "--layer-stats-every", "0") == 0
     assert weights(tmp_path / "looked") == weights(tmp_path / "not")
     looked = lines(tmp_path / "looked", "layers")
     assert [entry["step"] for entry in looked] == [1, 2, 4, 6, 8, 10, 12]
@@ -62,7 +62,7 @@ def test_a_broken_block_is_reported_and_kept(run, tmp_path, monkeypatch):
 def test_wrong_wishes_are_refused_before_anything_is_made(run, tmp_path, monkeypatch):
     monkeypatch.setattr("tritium.training.monitor.trackers.find_spec", lambda _: None)
     for wish, answer in (
-        (("--layer-norms-every", "-1"), "layer_norms_every must be at least 0, got -1"),
+        (("--layer-stats-every", "-1"), "layer_stats_every must be at least 0, got -1"),
         (("--track", "wandb"), "pip install wandb"),
     ):
         assert run(tmp_path / "run", *wish) == 2

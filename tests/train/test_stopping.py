@@ -14,7 +14,7 @@ from train_runs import RANDOM, CrashError, crash, log
 import train
 from tritium.bench.runs import resume
 from tritium.training.run import checkpoint
-from tritium.training.run.run_folder import claim, read_lines
+from tritium.training.run.run_folder import lock_folder, read_lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -109,7 +109,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(more, run, tmp_pa
 def test_two_processes_do_not_share_a_run(run, tmp_path):
     assert run(tmp_path / "run", *RANDOM) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with claim(tmp_path / "run", resume=True):
+    with lock_folder(tmp_path / "run", resume=True):
         before[tmp_path / "run" / ".lock"] = (tmp_path / "run" / ".lock").read_bytes()
         assert run(tmp_path / "run", *RANDOM, "--resume") == 2
     assert f"is in use by process {os.getpid()} on" in run.output()

@@ -117,14 +117,14 @@ def test_references_are_not_captured(reference, fallen, what, monkeypatch, gpu):
     said, owner = [], optimizer()
     monkeypatch.setattr(runtime, "REFERENCE", reference)
     monkeypatch.setattr(runtime, "_fallen", frozenset(fallen))
-    step = training_step(lambda batch: batch[0].sum(), owner, graph=True, report=said.append)
+    step = training_step(lambda batch: batch[0].sum(), owner, graph=True, log=said.append)
     assert not isinstance(step, GraphedStep)
     assert said == [f"No CUDA graph is captured: {what} runs on the reference"]
 
 
 def test_without_a_graph_it_is_a_plain_step():
     owner = optimizer()
-    step = training_step(lambda batch: batch[0].sum(), owner, graph=False, report=pytest.fail)
+    step = training_step(lambda batch: batch[0].sum(), owner, graph=False, log=pytest.fail)
     loss, norm = step(batch(1))
     assert (loss.item(), norm.item()) == (6.0, pytest.approx(2**0.5))
     assert owner.param_groups[0]["params"][0].grad is None

@@ -52,7 +52,7 @@ def test_bad_is_not_finite_or_far_above_the_last_good_ones(losses, reads, model)
         limit, last = math.inf, np.array(good[-WINDOW:])
         if len(last) == WINDOW:
             limit = last.mean() + Z * max(last.std(), 0.02)
-        recovery.judge(entries, 100 + 4 * (step + len(entries)))
+        recovery.detect_bad_steps(entries, 100 + 4 * (step + len(entries)))
         for x in entries:
             near = abs(x["loss"] - limit) < 1e-5
             bad = not math.isfinite(x["loss"]) or x["loss"] > limit
@@ -73,13 +73,13 @@ def test_bad_is_not_finite_or_far_above_the_last_good_ones(losses, reads, model)
 def test_a_step_above_the_limit_is_skipped_and_no_other_changed(loss, dtype, device):
     model = Transformer(CONFIG).to(device)
     recovery = ladder(model)
-    recovery.judge([entry(i, 1 + i % 2) for i in range(1, WINDOW + 1)], 4 * WINDOW)
+    recovery.detect_bad_steps([entry(i, 1 + i % 2) for i in range(1, WINDOW + 1)], 4 * WINDOW)
     cast(model, dtype)
     optimizer = OptimizerConfig().make(model)
     tokens = torch.randint(40, (2, 8), device=device)
     model(tokens, tokens).backward()
     before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
-    recovery.guard(torch.tensor(loss, device=device))
+    recovery.mark_spike(torch.tensor(loss, device=device))
     bad = not loss <= 2
     if not bad:
         assert all(torch.equal(p.grad, before[name][1]) for name, p in model.named_parameters())
@@ -87,7 +87,7 @@ def test_a_step_above_the_limit_is_skipped_and_no_other_changed(loss, dtype, dev
     assert optimizer.skipped.item() == bad
     assert all(torch.equal(p, before[n][0]) for n, p in model.named_parameters()) == bad
     (read,) = [entry(9, loss, optimizer.grad_norm.item())]
-    recovery.judge([read], 4 * WINDOW + 4)
+    recovery.detect_bad_steps([read], 4 * WINDOW + 4)
     assert ("skipped" in read) == bad
 
 
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_is_bad(model):
     told = []
     recovery = ladder(model, told)
     read = [entry(1, 1.0), entry(2, 1.0, math.nan), entry(3, 1.0, math.inf), entry(4, 1.0)]
-    recovery.judge(read, 16)
+    recovery.detect_bad_steps(read, 16)
     assert [x.get("skipped") for x in read] == [None, *["gradient not finite"] * 2, None]
     assert told == ["Skipped step 2 (windows 4 to 7): gradient not finite; 1 more until step 4"]
 
@@ -104,11 +104,11 @@ def test_off_it_climbs_nowhere(model):
     recovery = ladder(model, recovery=False)
     entries = [entry(i, 1.0 + i % 2) for i in range(1, WINDOW + 1)]
     entries += [entry(i, math.nan) for i in range(20, 40)]
-    recovery.judge(entries, 4 * len(entries))
+    recovery.detect_bad_steps(entries, 4 * len(entries))
     assert not recovery.due
     assert not recovery.healthy(model, torch.optim.SGD([torch.zeros(1)]))
     one = [entry(41, 1e6)]
-    recovery.judge(one, 400)
+    recovery.detect_bad_steps(one, 400)
     assert "skipped" not in one[0]
 
 
@@ -116,12 +116,12 @@ def test_off_it_climbs_nowhere(model):
 def test_climbs_at_the_end_of_a_streak_that_goes_on(max_skips, model):
     recovery = ladder(model, max_skips=max_skips)
     over = [entry(i, math.nan) for i in range(1, 6)]
-    recovery.judge([*over, entry(6, 1.0)], 24)
+    recovery.detect_bad_steps([*over, entry(6, 1.0)], 24)
     assert not recovery.due
     for i in range(max_skips - 1):
-        recovery.judge([entry(7 + i, math.nan)], 28 + 4 * i)
+        recovery.detect_bad_steps([entry(7 + i, math.nan)], 28 + 4 * i)
         assert not recovery.due
-    recovery.judge([entry(20, math.nan)], 80)
+    recovery.detect_bad_steps([entry(20, math.nan)], 80)
     assert recovery.due
 
 
@@ -129,23 +129,25 @@ def test_the_state_decides_the_same(model):
     first, second = ladder(model), ladder(model)
     rng = np.random.default_rng(0)
     for step in range(1, 15):
-        first.judge([entry(step, math.nan if step in (3, 14) else rng.uniform(1, 2))], 4 * step)
+        first.detect_bad_steps(
+            [entry(step, math.nan if step in (3, 14) else rng.uniform(1, 2))], 4 * step
+        )
     second.load_state(json.loads(json.dumps(first.state())))
     assert second.state() == first.state()
     for step in range(15, 20):
         loss = rng.uniform(1, 4)
         a, b = entry(step, loss), entry(step, loss)
-        first.judge([a], 4 * step)
-        second.judge([b], 4 * step)
+        first.detect_bad_steps([a], 4 * step)
+        second.detect_bad_steps([b], 4 * step)
         assert (a, first.due) == (b, second.due)
 
 
 def test_losses_of_other_data_are_forgotten(model):
     first, second = ladder(model), ladder(model)
-    first.judge([entry(i, 1.0) for i in range(1, 20)], 76)
+    first.detect_bad_steps([entry(i, 1.0) for i in range(1, 20)], 76)
     second.load_state(first.state(), same_data=False)
     read = [entry(20, 5.0)]
-    second.judge(read, 80)
+    second.detect_bad_steps(read, 80)
     assert "skipped" not in read[0]
     assert second.state()["losses"] == [5.0]
 
@@ -169,7 +171,7 @@ def test_finite_means_every_weight_and_moment(where, value, dtype, device):
 
 def test_there_is_no_limit_before_the_window_is_full(model):
     recovery = ladder(model)
-    recovery.judge([entry(i, 1.0) for i in range(1, WINDOW)], 4 * WINDOW - 4)
+    recovery.detect_bad_steps([entry(i, 1.0) for i in range(1, WINDOW)], 4 * WINDOW - 4)
     read = [entry(WINDOW, NO_LIMIT)]
-    recovery.judge(read, 4 * WINDOW)
+    recovery.detect_bad_steps(read, 4 * WINDOW)
     assert "skipped" not in read[0]

@@ -55,9 +55,7 @@ def trial(device, monkeypatch):
 
     monkeypatch.setattr(self_check, "table", noted)
     before = torch.get_rng_state()
-    check(
-        model, optimizer, config, batch=BATCH, arithmetic=FLOAT32, samples=True, report=said.append
-    )
+    check(model, optimizer, config, batch=BATCH, arithmetic=FLOAT32, samples=True, log=said.append)
     assert torch.equal(before, torch.get_rng_state()), "the run would draw other numbers"
     return findings, said
 

@@ -1,4 +1,4 @@
-"""How a batch is cut, and what is kept of its activations, so that a step fits the device."""
+"""Memory plans: micro-batch size and activation checkpointing with which a step fits the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritium.training.memory.predict import Memory, StepBytes
 
 AUTO = "auto"
 USABLE = 0.9  # of the memory: what libraries and gaps between tensors take is not predicted
-WORTH_A_TRY = 0.9  # what the next plan may take of what the last one took, after it failed
+RETRY_FRACTION = 0.9  # the next plan must need at most 90 % of the one that failed
 # T tokens cost at least 6·T operations per parameter, and their weights and gradients move some 12
 # bytes of each: a GPU of 300 operations per byte does both in the same time at T = 600, and at 4096
 # the bytes take a seventh of the operations' time. Computed, not measured.
@@ -25,19 +25,18 @@ MIN_TOKENS = 4096
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What a step keeps in memory. It changes no gradient, except for rounding."""
+    """Memory of a step. These settings change gradients by rounding alone."""
 
     micro_batch_size: int | Literal["auto"] | None = None
-    """Sequences per forward pass, the last one of a step may have fewer; less memory. None:
-    batch_size. auto: the most that fit, as --plan shows."""
+    """Sequences per forward pass; fewer take less memory, and the last pass of a step may have
+    fewer. None: batch_size. auto: the most that fit, as --plan shows."""
     activation_checkpointing: str = "none"
-    """Which blocks recompute, for the backward pass, what they did not keep: none; full: all;
-    every-N: each N-th; selective: all, but not matrix products and attention; auto: the least that
-    fits, as --plan shows."""
+    """Blocks that recompute activations in the backward pass: none; full: all; every-N: each N-th;
+    selective: all, except matrix products and attention; auto: as few as fit, as --plan shows."""
     memory_gib: float | None = None
-    """Memory of the device that a plan is made for, in GiB. None: what it has free."""
+    """Device memory to plan for, in GiB. None: the free memory."""
     plan: bool = False
-    """Print what each activation_checkpointing takes and what is best, and train nothing."""
+    """Print the memory of each activation_checkpointing and the best plan, without training."""
 
     def check(self, n_layers: int) -> None:
         """Raise ValueError unless activation_checkpointing fits a model of that many blocks."""
@@ -47,7 +46,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a batch is computed."""
+    """Micro-batch size and activation checkpointing of a step."""
 
     activation_checkpointing: str
     micro_batch_size: int
@@ -60,14 +59,14 @@ class Plan:
 
 
 class Planner:
-    """Find the plans that fit a device, in order of preference.
+    """The plans that fit a device, in order of preference.
 
     The order is: micro-batches of at least MIN_TOKENS tokens; the least that is recomputed; the
     largest micro-batch.
 
     Args:
         memory: predicts what a plan takes.
-        config: what was asked for.
+        config: the settings.
     """
 
     def __init__(self, memory: Memory, config: MemoryConfig):
@@ -102,11 +101,11 @@ class Planner:
         return self.bytes_of(plan).total <= self.budget
 
     def asked(self) -> Plan:
-        """Return what was asked for, AUTO replaced by the best that fits."""
+        """Return the plan of the settings, AUTO replaced by the best that fits."""
         return self._choose(self.policy, self.micro_batch)
 
     def best(self) -> Plan:
-        """Return what AUTO alone would choose."""
+        """Return the plan that AUTO alone would choose."""
         return self._choose(AUTO, AUTO)
 
     def below(self, plan: Plan) -> Plan | None:
@@ -115,18 +114,18 @@ class Planner:
         def varying(each: Plan) -> int:
             return self.bytes_of(each).total - sum(self.memory.fixed)
 
-        limit = WORTH_A_TRY * varying(plan)
+        limit = RETRY_FRACTION * varying(plan)
         return next((each for each in self.plans() if varying(each) <= limit), None)
 
-    def show(self, show: Callable) -> None:
-        """Print the bytes of each policy, the best plan, and what was asked for, if another."""
+    def show(self, log: Callable) -> None:
+        """Log the bytes of each policy, the best plan, and the settings' plan if it differs."""
         best, asked = self.best(), self.asked()
-        show(self._heading(asked), self._table(asked), sep="\n")
+        log(self._heading(asked), self._table(asked), sep="\n")
         named = {"Best": best} if asked == best else {"Asked for": asked, "Best": best}
         for name, plan in named.items():
             passes = -(-self.memory.batch_size // plan.micro_batch_size)
             total, budget = self.bytes_of(plan).total / 2**30, self.budget / 2**30
-            show(
+            log(
                 f"{name}: {plan}, {passes:,} per step: {total:.2f} GiB, which "
                 f"{'fits' if self.fits(plan) else 'does not fit'} the {budget:.2f} GiB that a plan "
                 f"may take"

@@ -1,10 +1,10 @@
 """The bytes of a training step, predicted from the shape of the model.
 
-What a step keeps is not written down a second time as formulas: its forward and backward pass run
-on tensors that have a shape, a dtype and a device, but no memory (`FakeTensorMode`), through the
-kernels or the references, whichever serve that device. Two shallow models and two micro-batches
-are enough. Beyond the first block every block takes the same bytes, and all of it grows linearly
-with the micro-batch, except for the buffer of logits, whose size `linear_cross_entropy` decides.
+There are no formulas of a step's memory to maintain: its forward and backward pass run on tensors
+that have a shape, a dtype and a device, but no memory (`FakeTensorMode`), through the kernels or
+the references, whichever serve that device. Two shallow models and two micro-batches are enough.
+Beyond the first block every block takes the same bytes, and all of it grows linearly with the
+micro-batch, except for the buffer of logits, whose size `linear_cross_entropy` decides.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class StepBytes:
     parameters: int
     gradients: int
     states: int
-    """What the optimizer keeps."""
+    """Optimizer states."""
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Activations that the forward pass keeps for the backward pass."""
     logits: int
     """The buffer of the output layer, which holds one chunk of the logits at a time."""
     other: int
-    """What comes and goes besides, such as a block that is recomputed for its gradients."""
+    """Transient memory: recomputed blocks, temporaries."""
 
     @property
     def total(self) -> int:
@@ -46,19 +46,19 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one forward and backward pass of a micro-batch takes, in bytes."""
+    """Bytes of one forward and backward pass of a micro-batch."""
 
     kept: float = 0.0
     forward_peak: float = 0.0
     backward_peak: float = 0.0
 
     def plus(self, times: float, other: _Pass) -> _Pass:
-        """Add `times` what `other` takes."""
+        """Add `times` the bytes of `other`."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return _Pass(*(x + times * y for x, y in pairs))
 
     def line_to(self, other: _Pass, steps: float) -> _Pass:
-        """Go `steps` times the way from here to `other`."""
+        """Extrapolate linearly: `self` plus `steps` times the difference to `other`."""
         return self.plus(steps, other.plus(-1, self))
 
 
@@ -68,9 +68,9 @@ class Memory:
     Args:
         make: makes the model of a shape, with its dropout.
         config: the shape.
-        optimizer: whose states there will be.
+        optimizer: its settings.
         device: where to train.
-        dtype: of the matrix products: float32, or bfloat16 under autocast.
+        dtype: dtype of the matrix products: float32, or bfloat16 under autocast.
         batch_size: sequences per optimizer step.
     """
 

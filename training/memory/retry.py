@@ -1,4 +1,4 @@
-"""Going on with a smaller plan when the memory runs out."""
+"""Retries of a step with a smaller memory plan after out-of-memory."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from tritium.model.transformer import Transformer
 from tritium.training.memory.plan import AUTO, Plan, Planner
 
 
-class Fallback:
-    """The plan that a run follows, and the next smaller ones when the memory runs out.
+class MemoryRetry:
+    """The memory plan of a run, replaced by the next smaller one after out-of-memory.
 
-    A gradient does not depend on the plan, except for rounding: the step that failed is done again
-    from the same weights, batch and random numbers.
+    Gradients depend on the plan by rounding alone: a failed step is repeated from the same
+    weights, batch and random numbers.
 
     Args:
-        planner: knows the plans, and what was asked for.
-        saved: `state()` of the run that continues, whose choices hold where it was asked the same.
-        show: prints; with AUTO the plan, and always one that is left.
+        planner: the plans and the settings.
+        saved: `state()` of the run that is resumed; its choices hold if the settings are the same.
+        log: called with the plan, if AUTO chose it, and with one line for each that failed.
 
     Attributes:
         first: the plan before the memory ever ran out.
-        now: the present one.
+        now: the current plan.
     """
 
-    def __init__(self, planner: Planner, saved: dict | None, show: Callable):
-        self._planner, self._show = planner, show
+    def __init__(self, planner: Planner, saved: dict | None, log: Callable):
+        self._planner, self._log = planner, log
         asked = {
             "activation_checkpointing": planner.policy, "micro_batch_size": planner.micro_batch,
         }  # fmt: skip
         if saved is None:
             self.first = self.now = planner.asked()
             if AUTO in asked.values():
-                planner.show(show)
+                planner.show(log)
             return
         same = {name for name, value in asked.items() if value in (AUTO, saved["first"][name])}
         self.first, self.now = (
@@ -49,11 +49,11 @@ class Fallback:
         return {"first": asdict(self.first), "now": asdict(self.now)}
 
     def attempt(self, model: Transformer, gradients: Callable[[int], Tensor]) -> Tensor:
-        """Compute gradients; where the memory does not suffice, once more by a smaller plan.
+        """Compute gradients; after out-of-memory, again with a smaller plan.
 
         Args:
-            model: which has no gradients yet.
-            gradients: adds those of one batch, cut in micro-batches of that many sequences.
+            model: the model, without gradients.
+            gradients: adds the gradients of one batch, in micro-batches of that many sequences.
 
         Returns:
             What `gradients` returns.
@@ -90,5 +90,5 @@ class Fallback:
                 f"{reason}; {self.now} is predicted to take {need:.2f} GiB, and there is no "
                 "smaller plan: take a smaller model, a shorter context or a larger device"
             )
-        self._show(f"{reason} with {self.now}: doing the step again with {smaller}")
+        self._log(f"{reason} with {self.now}: doing the step again with {smaller}")
         self.now = smaller

@@ -1,1 +1,1 @@
-"""What is shown and recorded while a run trains."""
+"""Monitoring of a run: progress display, plots, layer statistics, samples, trackers."""

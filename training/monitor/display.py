@@ -1,4 +1,4 @@
-"""What a run shows on the terminal while it continues."""
+"""Progress of a run on the terminal, and its summary."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 class Display:
-    """The panel that shows how far the run is; without a terminal, a line every ten seconds.
+    """The progress panel of a run; without a terminal, a line every ten seconds.
 
     Args:
-        budget: how long the run is.
-        step: where it continues.
-        seconds: used before.
-        title: of the panel.
-        log: entries of the steps before, so that the panel of a resumed run is that of the run.
-        to: where it is shown.
+        budget: length of the run.
+        step: the first step, counted from 0.
+        seconds: time used before it.
+        title: title of the panel.
+        log: entries of earlier steps, so that a resumed run shows the same panel.
+        to: the console.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Display:
             self._printed = now
 
     def _smooth(self, loss: float) -> None:
-        """Take a loss into the mean, in which earlier ones fade over SMOOTHED steps."""
+        """Update the exponential moving average of the loss, over SMOOTHED steps."""
         if isfinite(loss):
             kept = 1 - 1 / SMOOTHED
             self._sum = kept * self._sum + (1 - kept) * loss
@@ -148,8 +148,8 @@ def show_end(run: Path, history: list[dict], sample: str, seconds: float) -> Non
     Args:
         run: the run folder.
         history: all entries of the log.
-        sample: what the model wrote; may be empty.
-        seconds: that the run took.
+        sample: text that the model wrote; may be empty.
+        seconds: duration of the run.
     """
     if sample:
         console.rule("sample")
@@ -178,5 +178,5 @@ def clock(seconds: float) -> str:
 
 
 def count(model: torch.nn.Module) -> str:
-    """Say how many parameters a model has."""
+    """Format the number of parameters of a model."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"

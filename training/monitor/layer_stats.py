@@ -1,4 +1,4 @@
-"""The gradient, update and weight norms of every layer over a run: kept, and watched.
+"""Gradient, update and weight norms of every layer, and warnings about them.
 
 They come with the optimizer's own pass over the parameters (`record_norms`), and stay on the device
 until the losses are read. A layer is the embedding, the attention or the feed-forward part of a
@@ -19,10 +19,10 @@ from tritium.training.optim import Optimizer
 
 GRADIENT, UPDATE, WEIGHT = range(3)
 
-FACTOR = 100.0  # a default run stays within 3.6 of either median
+MAX_RATIO = 100.0  # a default run stays within 3.6 of either median
 HISTORY = 20
-SETTLED = 5
-IN_A_ROW = 3
+MIN_HISTORY = 5
+CONSECUTIVE = 3
 ADVICE = {
     "vanishes": "look for a layer that is detached, scaled to almost nothing or saturated",
     "explodes": "lower the learning rate, warm up longer, or look for a layer scaled too far up",
@@ -34,11 +34,11 @@ class _Reading(NamedTuple):
     names: list[str]
     """Layer of each parameter."""
     norms: Tensor
-    """Of gradient, update and weight, `[3, N]`."""
+    """Norms of gradient, update and weight, `[3, N]`."""
 
 
-class LayerNorms:
-    """What the optimizer's steps did to each layer, read where the losses are.
+class LayerStats:
+    """Gradient, update and weight norms per layer, read together with the losses.
 
     Args:
         model: whose parameters the optimizer updates.
@@ -48,7 +48,7 @@ class LayerNorms:
         self._layer = {id(p): layer_of(name) for name, p in model.named_parameters()}
         self._unread: list[_Reading] = []
 
-    def take(self, step: int, optimizer: Optimizer) -> None:
+    def record(self, step: int, optimizer: Optimizer) -> None:
         """Keep the norms of the step just taken, on the device."""
         norms = optimizer.norms()
         if norms is not None:
@@ -56,7 +56,7 @@ class LayerNorms:
             self._unread.append(_Reading(step, names, torch.stack(norms[1:])))
 
     def read(self) -> list[dict]:
-        """Return what was taken since the last call, one entry per step, and wait for the device.
+        """Return the norms since the last call, one entry per step, and wait for the device.
 
         An entry holds its `step`, and in `layers` the norms of gradient, update and weight by name,
         in that order, over all parameters of the layer that had a gradient.
@@ -77,16 +77,16 @@ class LayerNorms:
 
 
 class LayerWatch:
-    """Says when the gradient of a layer vanishes or explodes.
+    """Warns when the gradient of a layer vanishes or explodes.
 
-    What is judged is the root mean square of a layer's gradient over its parameters. It explodes if
-    it is not finite, or more than FACTOR times the median of all layers at the same step, or of the
-    layer's own last HISTORY readings, once there are SETTLED; it vanishes if it is zero or missing,
-    or less than the FACTOR-th part of either. IN_A_ROW such readings are reported, once until the
-    layer has been well again.
+    Measured is the root mean square of a layer's gradient. It explodes if it is not finite, or more
+    than MAX_RATIO times the median of all layers at the same step, or of the layer's last HISTORY
+    readings if there are MIN_HISTORY; it vanishes if it is zero or missing, or less than
+    1 / MAX_RATIO of either median. Warn after CONSECUTIVE such readings; warn again only after a
+    normal one.
 
     Args:
-        model: whose layers are watched.
+        model: the model to watch.
         before: entries of an earlier part of the run, which count as history.
     """
 
@@ -102,7 +102,7 @@ class LayerWatch:
             self.judge(entry)
 
     def judge(self, entry: dict) -> list[str]:
-        """Return a warning for each kind of trouble that this entry makes certain."""
+        """Return the warnings that this entry completes, one per kind of trouble."""
         scales = {
             name: entry["layers"].get(name, (0.0,))[GRADIENT] / sqrt(size)
             for name, size in self._sizes.items()
@@ -114,7 +114,7 @@ class LayerWatch:
             self._bad[name] = self._bad[name] + 1 if trouble else 0
             if not trouble:
                 self._history[name].append(scale)
-            elif self._bad[name] == IN_A_ROW:
+            elif self._bad[name] == CONSECUTIVE:
                 found.setdefault(trouble, []).append(f"{name} ({scale:.1e})")
         return [
             f"Step {entry['step']:,}: the gradient {trouble} in {', '.join(layers)}; its root mean "
@@ -124,10 +124,10 @@ class LayerWatch:
 
     def _trouble(self, name: str, scale: float, middle: float) -> str:
         own = self._history[name]
-        usual = [middle, median(own)] if len(own) >= SETTLED else [middle]
-        if not isfinite(scale) or any(scale > FACTOR * x for x in usual):
+        usual = [middle, median(own)] if len(own) >= MIN_HISTORY else [middle]
+        if not isfinite(scale) or any(scale > MAX_RATIO * x for x in usual):
             return "explodes"
-        return "vanishes" if not scale or any(scale < x / FACTOR for x in usual) else ""
+        return "vanishes" if not scale or any(scale < x / MAX_RATIO for x in usual) else ""
 
 
 def layer_of(parameter: str) -> str:

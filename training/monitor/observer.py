@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at, besides its log: norms of layers, samples, events."""
+"""Run monitor: layer norms, text samples and events, as .jsonl files and tracker metrics."""
 
 from __future__ import annotations
 
@@ -12,71 +12,70 @@ from typing import Self
 from tritium.model.sampling import Tokenizer, write_on
 from tritium.model.transformer import Transformer
 from tritium.training.monitor import trackers
-from tritium.training.monitor.layer_stats import LayerNorms, LayerWatch
+from tritium.training.monitor.layer_stats import LayerStats, LayerWatch
 from tritium.training.monitor.plot import draw, plot_layers
 from tritium.training.optim import Optimizer
 from tritium.training.run.run_folder import RunLog
 
-SEED = 1  # of samples, all of them, so that only the model makes them differ
+SEED = 1  # of all samples, so that they differ by the model alone
 
 
 @dataclass(frozen=True)
 class ObserveConfig:
-    """What is looked at while the run continues; nothing of it changes the run."""
+    """Monitoring. Does not affect the result."""
 
-    layer_norms_every: int = 10
-    """Steps from one look at the gradient, update and weight norms of every layer to the next. 0:
-    none."""
+    layer_stats_every: int = 10
+    """Steps between records of every layer's gradient, update and weight norms. 0: none."""
     sample_every: int = 0
-    """Steps from one sample of text to the next, kept in samples.jsonl. 0: one at the end only."""
+    """Steps between text samples, kept in samples.jsonl. 0: one at the end only."""
     sample_prompt: str = "def "
-    """Text that samples resume from."""
+    """Prompt that samples continue."""
     sample_tokens: int = 200
     """Length of a sample, in tokens. 0: none."""
     track: tuple[trackers.Name, ...] = ()
-    """Where else the log goes; the package of that name must be installed."""
+    """Trackers that receive the log; the package of that name must be installed."""
 
     @property
     def records_norms(self) -> bool:
         """Whether the optimizer must record norms."""
-        return self.layer_norms_every > 0
+        return self.layer_stats_every > 0
 
     def takes_norms(self, step: int) -> bool:
-        """Whether it is the turn of a step's norms."""
-        return self.records_norms and (step == 1 or step % self.layer_norms_every == 0)
+        """Whether the norms of a step are recorded."""
+        return self.records_norms and (step == 1 or step % self.layer_stats_every == 0)
 
 
 class Observer:
     """Keeps layers.jsonl, samples.jsonl and events.jsonl, warns, and feeds the trackers.
 
-    Nothing here waits for the device but `log`, which is called where the losses are read. To be
-    used as a context manager, whose end closes the trackers.
+    Only `log`, which is called when the losses are read, waits for the device. A context manager
+    that closes the trackers.
 
     Args:
         run: the run folder.
-        config: what to look at.
-        model: what is trained.
-        tokenizer: for the samples.
-        step: where the run continues; what the files hold of later steps is cut off.
-        settings: of the run, shown by trackers.
-        report: is told, in a sentence, what the user should know.
-        times: how often the run has gone back.
+        config: its settings.
+        model: the model that is trained.
+        tokenizer: tokenizer of the samples.
+        step: the step that the run resumes from; entries of later steps are deleted.
+        settings: settings of the run, shown by trackers.
+        log: called with a one-line message for each warning and event.
+        n_rollbacks: rollbacks so far.
     """
 
     def __init__(
         self, run: Path, config: ObserveConfig, model: Transformer, tokenizer: Tokenizer,
-        step: int, settings: dict, report: Callable[[str], None], times: int = 0,
+        step: int, settings: dict, log: Callable[[str], None], n_rollbacks: int = 0,
     ):  # fmt: skip
-        self._run, self._config, self._report = run, config, report
+        self._run, self._config, self._log = run, config, log
         self._model, self._tokenizer = model, tokenizer
         self._layers, self._samples, self._events = (
-            RunLog(run / f"{name}.jsonl", step, report, times)
+            RunLog(run / f"{name}.jsonl", step, log, n_rollbacks)
             for name in ("layers", "samples", "events")
         )
         self._lock = Lock()
-        self._norms = LayerNorms(model)
+        self._norms = LayerStats(model)
         self._watch = LayerWatch(model, self._layers.entries)
-        self._trackers = trackers.Trackers(config.track, run, settings, step, report)
+        self._trackers = trackers.Trackers(config.track, run, settings, step, log)
         if step:
             self._keep_event(step, "resume", f"Resumed from step {step:,}.")
 
@@ -86,21 +85,21 @@ class Observer:
     def __exit__(self, *_) -> None:
         self._trackers.close()
 
-    def prepare(self, step: int, optimizer: Optimizer) -> None:
-        """Have the optimizer record the norms of a step where they will be taken.
+    def enable_norms(self, step: int, optimizer: Optimizer) -> None:
+        """Have the optimizer record the norms of a step if they are wanted.
 
-        On a GPU it records those of all: they cost nothing there, and a CUDA graph repeats itself.
+        On a GPU it records every step: there it costs nothing, and a CUDA graph cannot change.
         """
         if not optimizer.param_groups[0]["params"][0].is_cuda:
             optimizer.records_norms = self._config.takes_norms(step)
 
-    def take(self, step: int, optimizer: Optimizer) -> None:
-        """Keep the norms of the step just taken, if it is their turn, on the device."""
+    def record_norms(self, step: int, optimizer: Optimizer) -> None:
+        """Keep the norms of the step just taken, if they are wanted, on the device."""
         if self._config.takes_norms(step):
-            self._norms.take(step, optimizer)
+            self._norms.record(step, optimizer)
 
     def log(self, entries: list[dict]) -> None:
-        """Read what was taken, warn of layers in trouble, and hand all on to the trackers."""
+        """Read the norms, warn of vanishing or exploding layers, and feed the trackers."""
         for entry in entries:
             self._trackers.log(entry)
             for kind in ("skipped", "recovery"):
@@ -115,30 +114,30 @@ class Observer:
             self._layers.append(readings)
 
     def stopped(self, step: int, signal: str) -> None:
-        """Keep that a signal stopped the run after a step."""
+        """Record that a signal stopped the run after a step."""
         self._keep_event(step, "stop", f"Stopped by {signal} after step {step:,}.")
 
-    def rewind(self, step: int, times: int) -> None:
-        """Give up what was kept of later steps, as the run goes back there for the n-th time."""
-        self._layers.rewind(step, times)
-        self._samples.rewind(step, times)
+    def rewind(self, step: int, n_rollbacks: int) -> None:
+        """Discard the entries of later steps, after the n-th rollback."""
+        self._layers.rewind(step, n_rollbacks)
+        self._samples.rewind(step, n_rollbacks)
         self._watch = LayerWatch(self._model, self._layers.entries)
 
     def warn(self, step: int, warning: str) -> None:
-        """Tell the user, and keep it."""
-        self._report(f"Warning: {warning}")
+        """Log a warning, and record it."""
+        self._log(f"Warning: {warning}")
         self._keep_event(step, "warning", warning)
 
     def save_failed(self, step: int, text: str) -> None:
-        """Keep that a step could not be saved; from any thread."""
+        """Record that a step could not be saved; from any thread."""
         self._keep_event(step, "save failed", text)
 
     def samples(self, step: int) -> bool:
-        """Whether it is the turn of a sample."""
+        """Whether a step ends with a sample."""
         return self._config.sample_every > 0 and step % self._config.sample_every == 0
 
     def sample(self, step: int) -> str:
-        """Let the model write, and keep it; "" if samples are not wanted.
+        """Sample text and record it; "" if samples are not wanted.
 
         The random numbers of training are not used.
         """
@@ -152,10 +151,10 @@ class Observer:
         return text
 
     def draw(self, title: str) -> None:
-        """Draw layers.png, if there is anything to draw."""
+        """Draw layers.png, if any norms were recorded."""
         if self._layers.entries:
             picture = self._run / "layers.png"
-            draw(self._report, plot_layers, self._layers.entries, picture, title)
+            draw(self._log, plot_layers, self._layers.entries, picture, title)
 
     def _keep_event(self, step: int, kind: str, text: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")

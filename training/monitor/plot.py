@@ -1,4 +1,4 @@
-"""The pictures of a run: its losses, and the norms of its layers."""
+"""Plots of a run: its losses, and the norms of its layers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ COLUMNS = 400  # of a heat map
 ROWS = 26  # of a heat map that names every layer
 TITLE = 90  # characters
 FIRST = 20.0  # seconds into a run, before which no picture is drawn
-SHARE = 0.02  # of the time that pictures on the way may take
+SHARE = 0.02  # of the run's time, for pictures before its end
 
 
 def plot_losses(entries: list[dict], path: Path, title: str) -> None:
     """Draw training and validation loss against steps, in nats and in bits.
 
     Args:
-        entries: of the log, in order; at least one with a finite `val_loss`. Losses that are not
-            finite are left out.
-        path: of the PNG, which appears whole or not at all.
-        title: of the picture.
+        entries: entries of the log, in order; at least one with a finite `val_loss`. Losses that
+            are not finite are left out.
+        path: the PNG, written atomically.
+        title: title of the picture.
     """
     finite = [entry for entry in entries if isfinite(entry["loss"])]
     steps = [entry["step"] for entry in finite]
@@ -64,9 +64,9 @@ def plot_layers(entries: list[dict], path: Path, title: str) -> None:
     shows the geometric mean of its entries.
 
     Args:
-        entries: of layers.jsonl; at least one. Of a step that was done twice, the last one counts.
-        path: of the PNG, which appears whole or not at all.
-        title: of the picture.
+        entries: entries of layers.jsonl; at least one. Of a repeated step, the last one counts.
+        path: the PNG, written atomically.
+        title: title of the picture.
     """
     latest = {entry["step"]: entry for entry in entries}
     entries = [latest[step] for step in sorted(latest)]
@@ -101,7 +101,7 @@ def plot_layers(entries: list[dict], path: Path, title: str) -> None:
 
 
 def _columns(steps: np.ndarray, logs_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Join rows of `logs_SN` to at most COLUMNS; return the edges of their steps, and them."""
+    """Average rows of `logs_SN` to at most COLUMNS; return the edges of their steps, and them."""
     parts = np.array_split(np.arange(len(steps)), min(COLUMNS, len(steps)))
     last = np.array([steps[part[-1]] for part in parts])
     first = max(0, 2 * last[0] - last[1]) if len(last) > 1 else 0
@@ -123,7 +123,7 @@ def _colours(logs_CN: np.ndarray):
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Make a figure that no window and no setting of the user's has a part in."""
+    """Make a figure, independent of windows and of the user's matplotlib settings."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -144,42 +144,42 @@ def _save(figure: Figure, path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def draw(report: Callable[[str], None], picture: Callable[..., None], *arguments) -> None:
-    """Draw a picture of a run, or report why not: no run ends for the want of one.
+def draw(log: Callable[[str], None], picture: Callable[..., None], *arguments) -> None:
+    """Draw a picture of a run; if that fails, log the error instead of raising it.
 
     Args:
-        report: takes a sentence.
-        picture: such as `plot_losses`.
-        arguments: its own, of which the second is the path.
+        log: called with one line if it fails.
+        picture: the function that draws, such as `plot_losses`.
+        arguments: its arguments, the second being the path.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font does not have, for one
+            warnings.simplefilter("ignore")  # such as of letters that the font lacks
             from matplotlib import style
 
-            with style.context("default"):  # not what a user's matplotlibrc wants, LaTeX for one
+            with style.context("default"):  # not that of a user's matplotlibrc, such as LaTeX
                 picture(*arguments)
     except Exception as error:
         why = str(error).strip().splitlines() or [""]
-        report(f"Could not draw {arguments[1]} ({type(error).__name__}: {why[-1]}).")
+        log(f"Could not draw {arguments[1]} ({type(error).__name__}: {why[-1]}).")
 
 
 class LossPicture:
-    """loss.png of a run: drawn when it ends, and now and then before, for a fiftieth of its time.
+    """loss.png of a run: drawn at its end, and before, for at most a fiftieth of its time.
 
     Args:
-        path: of the PNG.
-        title: of the picture.
-        report: takes a sentence if it could not be drawn; once, for the pictures on the way.
+        path: the PNG.
+        title: title of the picture.
+        log: called with one line if drawing fails; once for the pictures before the end.
     """
 
-    def __init__(self, path: Path, title: str, report: Callable[[str], None]):
-        self._path, self._title, self._report = path, title, report
+    def __init__(self, path: Path, title: str, log: Callable[[str], None]):
+        self._path, self._title, self._log = path, title, log
         self._next = time.perf_counter() + FIRST
         self._failed = False
 
     def refresh(self, entries: list[dict]) -> None:
-        """Draw it if it is time for that."""
+        """Draw it, if it is due."""
         began = time.perf_counter()
         if began >= self._next and not self._failed:
             self.draw(entries)
@@ -192,7 +192,7 @@ class LossPicture:
 
     def _say(self, failure: str) -> None:
         if not self._failed:
-            self._report(failure)
+            self._log(failure)
         self._failed = True
 
 

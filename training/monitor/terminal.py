@@ -1,4 +1,4 @@
-"""Standard output and error that end no run: whatever a name holds, and whoever stopped reading."""
+"""Standard output and error that never raise, whatever the text, even after the reader is gone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 FAILURES = (OSError, ValueError, RuntimeError)
-"""Of a reader that has gone, a full disk; of a closed stream; of a signal amid another write."""
+"""Errors of a gone reader or a full disk; of a closed stream; of a signal amid another write."""
 
 
 class TolerantStream:
-    """A text stream that shows what it can, and drops the rest instead of raising.
+    """A text stream that writes what it can, and drops the rest instead of raising.
 
     What its encoding does not know is escaped, `лиса` to `\\u043b\\u0438\\u0441\\u0430` in Latin-1.
     Where the reader has gone, everything is dropped from then on.
@@ -42,14 +42,14 @@ class TolerantStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Send what was written, if anybody takes it."""
+        """Flush, if there still is a reader."""
         try:
             self._stream.flush()
         except FAILURES as error:
             self._failed(error)
 
     def close(self) -> None:
-        """Send what was written; whoever opened the stream closes it."""
+        """Flush; whoever opened the stream closes it."""
         self.flush()
 
     def isatty(self) -> bool:
@@ -62,7 +62,7 @@ class TolerantStream:
         return getattr(self._stream, name)
 
     def give_up(self) -> None:
-        """Drop everything from now on, what waits to be sent included."""
+        """Drop everything from now on, including what is buffered."""
         with suppress(*FAILURES, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())  # or the interpreter's end would try once more
@@ -100,7 +100,7 @@ def tolerant_output() -> Iterator[None]:
 
 
 def _finish(stream: TextIO | None) -> None:
-    """Send what is left, or drop it: the interpreter would end with status 120."""
+    """Flush, or drop what is buffered: otherwise the interpreter exits with status 120."""
     if stream is not None:
         try:
             stream.flush()

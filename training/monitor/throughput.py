@@ -1,4 +1,4 @@
-"""How fast a run is: tokens per second, model FLOPs utilization (MFU), memory.
+"""Throughput of a run: tokens per second, model FLOPs utilization (MFU), memory.
 
     FLOPs per token = 6 · N + 12 · layers · heads · head width · L
 
@@ -31,13 +31,13 @@ GIB = 1 << 30
 
 
 class Meter:
-    """Measures a run between the moments at which its losses are read.
+    """Measures a run between the readings of its losses.
 
     Args:
-        config: of the model.
-        tokens_per_step: tokens of a step, on all micro-batches.
-        device: where it runs.
-        dtype: of the matrix products.
+        config: shape of the model.
+        tokens_per_step: tokens of a step, over all micro-batches.
+        device: device of the run.
+        dtype: dtype of the matrix products.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Meter:
         self._resumed = self._started
 
     def __str__(self) -> str:
-        """The rates that utilization is measured against."""
+        """Format the rates that utilization refers to."""
         rate = self._datasheet
         beside = f", {quantity(rate, 'FLOP/s')} by the datasheet" if rate else ""
         return (
@@ -60,12 +60,12 @@ class Meter:
         )
 
     def start(self) -> None:
-        """Begin to measure, now that everything is ready for the first step."""
+        """Start the clock, just before the first step."""
         self._tokens, self._started = 0, time.perf_counter()
         self._resumed = self._started
 
     def read(self, entries: list[dict]) -> None:
-        """Add to the entries of the steps since `resume` how fast they were.
+        """Add the speed of the steps since `resume` to their entries.
 
         Call it when their losses have been read, so that the device has come so far. Adds
         `tokens_per_s`, of the steps alone; `tokens_per_s_overall`, since `start`, with validation,
@@ -90,7 +90,7 @@ class Meter:
         return round(tokens_per_s * self._flops / rate, 4)
 
     def resume(self) -> None:
-        """Go on after validation and saving, whose time is that of no step."""
+        """Restart the clock of the steps, after validation and saving."""
         self._resumed = time.perf_counter()
 
 
@@ -157,7 +157,7 @@ def _seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Return bytes: the most that tensors have held on a GPU; on a CPU, of the whole process."""
+    """Return peak bytes: of tensors on a GPU; of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with open("/proc/self/statm") as file:

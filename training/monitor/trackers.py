@@ -1,4 +1,4 @@
-"""Sending what is logged to TensorBoard or Weights & Biases, where they are installed."""
+"""Trackers that receive the log: TensorBoard and Weights & Biases, if installed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Name = Literal["tensorboard", "wandb"]
 
 
 class Tracker(Protocol):
-    """Where scalars go."""
+    """A destination of scalars."""
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Take the scalars of one step."""
+        """Log the scalars of one step."""
 
     def close(self) -> None:
         """Send what is left."""
@@ -29,11 +29,11 @@ class TensorBoard:
 
     def __init__(self, run: Path, config: dict, step: int):
         writer = import_module("torch.utils.tensorboard").SummaryWriter
-        # Steps that a resumed run does again are hidden.
+        # Steps that a resumed run repeats are hidden.
         self._writer: Any = writer(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Take the scalars of one step."""
+        """Log the scalars of one step."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -45,7 +45,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of the W&B project "tritium", which a resumed run continues with.
 
-    Project, mode and account are those of W&B's own environment variables, where they are set.
+    W&B's environment variables override project, mode and account.
     """
 
     def __init__(self, run: Path, config: dict, step: int):
@@ -57,11 +57,11 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT", "tritium"), id=name, resume="allow",
             name=run.name, dir=str(run), config=config,
         )  # fmt: skip
-        # W&B's own count refuses the steps that a resumed run does again.
+        # W&B's own count refuses the steps that a resumed run repeats.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Take the scalars of one step."""
+        """Log the scalars of one step."""
         self._run.log({"step": step, **scalars})
 
     def close(self) -> None:
@@ -89,18 +89,18 @@ class Trackers:
     """The trackers of one run. One that fails is reported and left out; the run continues.
 
     Args:
-        names: of `TRACKERS`.
+        names: keys of `TRACKERS`.
         run: the run folder.
-        config: the run's settings, to be shown beside it.
-        step: where the run continues.
-        report: is told, in a sentence, of a tracker that failed.
+        config: settings of the run, to be shown.
+        step: the step that the run resumes from.
+        log: called with one line for each tracker that failed.
     """
 
     def __init__(
         self, names: tuple[str, ...], run: Path, config: dict, step: int,
-        report: Callable[[str], None],
+        log: Callable[[str], None],
     ):  # fmt: skip
-        self._report = report
+        self._log = log
         self._trackers: dict[str, Tracker] = {}
         for name in names:
             try:
@@ -128,9 +128,9 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             try:
                 action(tracker)
-            except Exception as error:  # of a network or a disk; no reason to end a run
+            except Exception as error:  # network or disk errors do not end a run
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
         self._trackers.pop(name, None)
-        self._report(f"{name} failed ({error}); the run continues without it.")
+        self._log(f"{name} failed ({error}); the run continues without it.")

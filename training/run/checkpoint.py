@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are complete and checked, or not there at all.
+"""Checkpoints: folders written atomically, with checksums.
 
 A checkpoint is a folder `step-00000060` with `model.safetensors`, `optimizer.safetensors` and
 `state.json`, which holds the sizes and SHA-256 of the other two and of itself. It is written under
@@ -58,13 +58,13 @@ __all__ = [
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint will hold."""
+    """Content of a checkpoint."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    """By file, by name."""
+    """Tensors by file and name."""
     record: dict
-    """Of state.json, except for the checksums."""
+    """Entries of state.json, without the checksums."""
 
 
 def snapshot(
@@ -83,7 +83,7 @@ def snapshot(
         model: its parameters are saved.
         optimizer: its state tensors are saved, by the names of the parameters.
         state: anything else, as JSON.
-        healthy: whether a run in trouble may go back to it.
+        healthy: whether recovery may roll back to it.
         copy: whether to copy the tensors to memory of the host, so that training may continue while
             they are written.
     """
@@ -105,7 +105,7 @@ def snapshot(
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint into `folder`, which is made if absent, and return the checkpoint's own.
+    """Write a checkpoint into `folder`, which is made if absent; return the checkpoint's folder.
 
     Raises:
         OSError: it could not be written, and nothing of it stays.
@@ -130,7 +130,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def tidy(folder: Path) -> None:
-    """Clear away what a killed process left in `folder`; no other may be writing there."""
+    """Delete what a killed process left in `folder`; no other process may be writing there."""
     for replaced in folder.glob(".step-*.replaced"):
         final = folder / replaced.stem[1:]
         if not final.exists():  # killed between the two renames
@@ -141,7 +141,7 @@ def tidy(folder: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, which a kill meanwhile leaves whole or out of `checkpoints`."""
+    """Delete a checkpoint; if killed, it is still complete or no longer among `checkpoints`."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
@@ -163,8 +163,8 @@ def load(
 
     Args:
         checkpoint: its folder.
-        model: takes the weights.
-        optimizer: takes the states.
+        model: receives the weights.
+        optimizer: receives the states.
         same_model: refuse a model whose configuration differs, even if the shapes fit.
 
     Returns:
@@ -224,14 +224,14 @@ def _check_config(checkpoint: Path, saved: dict, config: ModelConfig) -> None:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path)
-    except SafetensorError as error:  # its only cause here, with the system's own words in it
+    except SafetensorError as error:  # its only cause here; its message holds the system's
         raise OSError(f"{path}: {error}") from None
     sync(path)
 
 
 def _publish(draft: Path, final: Path) -> None:
     replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():  # of a run that went back to an earlier step
+    if final.exists():  # of a run that rolled back
         final.rename(replaced)
     draft.rename(final)
     sync(final.parent)

@@ -1,4 +1,4 @@
-"""What decides every bit of a run besides its checkpoint, in a form that two runs compare."""
+"""Fingerprint of everything that affects the result: data, tokenizer, settings, device, code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FingerprintError(ValueError):
 
 @cache
 def code_version() -> dict[str, str]:
-    """Return the versions of what computes, and a digest of each file of the code at hand."""
+    """Return the versions of the packages that compute, and a digest of each source file."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -32,9 +32,9 @@ def code_version() -> dict[str, str]:
     return versions | {path.relative_to(ROOT).as_posix(): _digest(path) for path in files}
 
 
-def differences(saved: dict, ours: dict) -> list[str]:
+def differences(saved: dict, current: dict) -> list[str]:
     """Name the entries of two nested dicts that differ: `config.seed: 1, now 2`."""
-    before, now = dict(_flatten(saved)), dict(_flatten(ours))
+    before, now = dict(_flatten(saved)), dict(_flatten(current))
     return [
         f"{name}: {before.get(name, 'absent')}, now {now.get(name, 'absent')}"
         for name in sorted(before.keys() | now.keys())
@@ -42,12 +42,12 @@ def differences(saved: dict, ours: dict) -> list[str]:
     ]
 
 
-def require_same(saved: dict, ours: dict, source: Path, *, anyway: bool) -> str:
-    """Compare what decides the bits of a run with what a checkpoint was made with.
+def require_same(saved: dict, current: dict, source: Path, *, anyway: bool) -> str:
+    """Compare the fingerprint of a run with that of a checkpoint.
 
     Args:
         saved: the fingerprint in the checkpoint.
-        Tritium's: that of this run.
+        current: the fingerprint of this run.
         source: the checkpoint, to be named.
         anyway: whether differences are allowed.
 
@@ -55,18 +55,19 @@ def require_same(saved: dict, ours: dict, source: Path, *, anyway: bool) -> str:
         The differences in words, empty if there are none.
 
     Raises:
-        FingerprintError: the checkpoint "was made otherwise".
+        FingerprintError: the checkpoint "was written with different settings".
     """
-    found = differences(saved, ours)
+    found = differences(saved, current)
     if not found:
         return ""
     shown = "".join(f"\n  {line}" for line in found[:SHOWN])
     shown += f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     if not anyway:
         raise FingerprintError(
-            f"{source} was made otherwise:{shown}\nResume with the same, or pass --resume-anyway."
+            f"{source} was written with different settings:{shown}\n"
+            "Resume with the same, or pass --resume-anyway."
         )
-    return f"Resuming although {source} was made otherwise:{shown}\n"
+    return f"Resuming although {source} was written with different settings:{shown}\n"
 
 
 def _flatten(entries: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -1,4 +1,4 @@
-"""JSON that everybody reads: without NaN and infinities, which are no JSON."""
+"""Standard JSON, which has no NaN and no infinities."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import isfinite
 
 
 def to_json(entry: object, indent: int | None = None) -> str:
-    """Return JSON, in which null stands for a number that is not finite."""
+    """Return JSON with null for numbers that are not finite."""
     return json.dumps(_finite(entry), indent=indent, allow_nan=False)
 
 

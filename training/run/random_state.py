@@ -33,7 +33,7 @@ def capture(device: torch.device) -> dict:
 
 
 def restore(states: dict, device: torch.device) -> None:
-    """Go back to the states that `capture` returned; those of a device not in use are left out."""
+    """Restore the states that `capture` returned, except those of a device not in use."""
     torch.set_rng_state(_decode(states["cpu"]))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(_decode(states["cuda"]), device)

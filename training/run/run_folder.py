@@ -1,4 +1,4 @@
-"""The folder of one run: one process at a time, and a log that stays whole."""
+"""The folder of one run: its lock, and its crash-safe log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunFolderError(ValueError):
 
 
 @contextmanager
-def claim(run: Path, *, resume: bool) -> Iterator[Path]:
+def lock_folder(run: Path, *, resume: bool) -> Iterator[Path]:
     """Make the folder of a run, and keep other processes out of it inside the block.
 
     Args:
@@ -90,41 +90,43 @@ class RunLog:
 
     JSON has no NaN and no infinity: both are null there, and NaN in what `read_lines` returns.
 
-    Where a run in trouble goes back and does steps again, their first entries move to a file beside
-    it, abandoned-log.jsonl, each with `abandoned`: how often the run had gone back by then.
+    After a rollback, the entries of the steps to repeat move to a file beside it,
+    abandoned-log.jsonl, each with `abandoned`: the number of rollbacks by then.
 
     Args:
-        path: the file. What it holds of later steps than `step` is cut off: it is done again.
-        step: where the run continues.
-        report: is told, in a sentence, of lines that could not be written; they are kept, and
+        path: the file. Entries of later steps than `step` are deleted.
+        step: the step that the run resumes from.
+        log: called with one line for lines that could not be written; they are kept, and
             written with the next.
-        times: how often the run has gone back.
+        n_rollbacks: rollbacks so far.
 
     Attributes:
         entries: all there are.
     """
 
-    def __init__(self, path: Path, step: int, report: Callable[[str], None], times: int = 0):
+    def __init__(self, path: Path, step: int, log: Callable[[str], None], n_rollbacks: int = 0):
         self._abandoned = path.with_name(f"abandoned-{path.name}")
         if self._abandoned.exists():
-            known = [entry for entry in read_lines(self._abandoned) if entry["abandoned"] <= times]
+            known = [
+                entry for entry in read_lines(self._abandoned) if entry["abandoned"] <= n_rollbacks
+            ]
             atomic.write(self._abandoned, b"".join(map(_line, known)))
         self.entries = [entry for entry in read_lines(path) if entry["step"] <= step]
         kept = b"".join(map(_line, self.entries))
         atomic.write(path, kept)
-        self._path, self._report, self._size, self._waiting = path, report, len(kept), b""
+        self._path, self._log, self._size, self._waiting = path, log, len(kept), b""
 
-    def rewind(self, step: int, times: int) -> None:
-        """Give up the entries of later steps than `step`, as the run goes back there.
+    def rewind(self, step: int, n_rollbacks: int) -> None:
+        """Move the entries of later steps than `step` to the abandoned ones.
 
         Raises:
             OSError: they could not be written elsewhere; nothing has changed.
         """
         kept = [entry for entry in self.entries if entry["step"] <= step]
-        given_up = [{**x, "abandoned": times} for x in self.entries[len(kept) :]]
-        if given_up:
+        discarded = [{**x, "abandoned": n_rollbacks} for x in self.entries[len(kept) :]]
+        if discarded:
             before = read_lines(self._abandoned)
-            atomic.write(self._abandoned, b"".join(map(_line, before + given_up)))
+            atomic.write(self._abandoned, b"".join(map(_line, before + discarded)))
             content = b"".join(map(_line, kept))
             atomic.write(self._path, content)
             self.entries, self._size, self._waiting = kept, len(content), b""
@@ -137,7 +139,7 @@ class RunLog:
             with self._path.open("r+b", buffering=0) as file:
                 self._write(file)
         except OSError as error:
-            self._report(
+            self._log(
                 f"Could not write {self._path} ({error.strerror}); its lines wait for the next."
             )
 
@@ -157,13 +159,13 @@ class RunLog:
         try:
             atomic.sync(self._path)
         except OSError as error:
-            self._report(f"Could not write {self._path} ({error.strerror}).")
+            self._log(f"Could not write {self._path} ({error.strerror}).")
 
 
 def read_lines(path: Path) -> list[dict]:
     """Return the entries of a .jsonl file up to the first broken line; none without a file.
 
-    null, which stands for a number that was not finite, comes back as NaN.
+    null, written for a number that is not finite, is read as NaN.
     """
     entries = []
     try:

@@ -1,4 +1,4 @@
-"""The state of a run beside its weights and moments: what a checkpoint holds of it, as JSON."""
+"""The state of a run in addition to its weights and moments, as a checkpoint's JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tritium.training.memory.retry import Fallback
+from tritium.training.memory.retry import MemoryRetry
 from tritium.training.recovery import Recovery, restore
 from tritium.training.run import checkpoint, random_state
 from tritium.training.schedule import Budget
@@ -23,7 +23,7 @@ class Positioned(Protocol):
         ...
 
     def load_state(self, state: dict) -> None:
-        """Go to a position; raises ValueError if it is one in other data."""
+        """Seek to a position; raises ValueError if it belongs to other data."""
 
 
 class RunState:
@@ -33,11 +33,11 @@ class RunState:
         source: the checkpoint to resume from; None at the start of a run.
 
     Attributes:
-        fingerprint: what decided the bits of the run, in the checkpoint.
+        fingerprint: the fingerprint in the checkpoint.
         threads: CPU threads, 0 at the start.
-        plan: that of the memory; None at the start.
+        plan: the memory plan; None at the start.
         best: step and val_loss of the lowest validation so far, or None.
-        seconds: used by the run so far.
+        seconds: time used by the run so far.
         budget: the length of the run when it was last started; None at the start.
     """
 
@@ -52,7 +52,7 @@ class RunState:
         self.budget = Budget(**saved["budget"]) if "budget" in saved else None
 
     def capture(
-        self, loader: Positioned, recovery: Recovery, plan: Fallback, optimizer: Any,
+        self, loader: Positioned, recovery: Recovery, plan: MemoryRetry, optimizer: Any,
         device: torch.device, *, seconds: float, budget: Budget, fingerprint: dict, threads: int,
     ) -> dict:  # fmt: skip
         """Return what `restore` and a new RunState need, as JSON."""
@@ -67,16 +67,16 @@ class RunState:
         self, loader: Positioned, recovery: Recovery, model: Any, optimizer: Any,
         device: torch.device, *, anyway: bool, same: bool, log: Callable[[str], None],
     ) -> int:  # fmt: skip
-        """Put everything where the checkpoint has it, and return its step.
+        """Restore everything from the checkpoint, and return its step.
 
         Args:
             anyway: accept another model of the same shapes, and begin other data at its start.
             same: whether the fingerprints are the same.
-            log: is called with a line where the data is begun at its start.
+            log: called with one line if the data is read from its start.
 
         Raises:
             CheckpointError: the checkpoint is damaged or does not fit.
-            ValueError: the position is one in other data.
+            ValueError: the position belongs to other data.
         """
         assert self._source is not None
         # Weights, moments, random numbers and the count of skipped steps:

@@ -1,4 +1,4 @@
-"""Saving while training continues, and which checkpoints are kept."""
+"""Checkpoint saving, asynchronous if wanted, and the choice of checkpoints to keep."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tritium.training.run.checkpoint import CheckpointError, Snapshot
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """When checkpoints are written, how, and which are kept."""
+    """Frequency, manner and retention of checkpoints."""
 
     save_every: int = 500
     """Steps from one checkpoint to the next; the last step is always saved."""
     save_async: bool = False
-    """Go on training while a checkpoint is written, from a copy in host memory."""
+    """Continue training while a checkpoint is written, from a copy in host memory."""
     keep_last: int = 2
     """How many of the newest checkpoints to keep."""
     keep_best: bool = True
@@ -39,25 +39,25 @@ class Saver:
     """Write the checkpoints of one run, delete those not to be kept, and survive a full disk.
 
     An old one is deleted only when a newer is on the disk, and the last healthy one only when there
-    is a newer healthy one. A save that fails is reported and leaves
-    everything as it was; training may continue and save again. To be used as a context manager, whose
-    end waits for what is being written, so that nobody is given the folder before.
+    is a newer healthy one. A save that fails is reported and leaves everything as it was; training
+    may continue and save again. A context manager, whose end waits for the write in progress, so
+    that the folder lock is held until the write finishes.
 
     Args:
-        folder: where the checkpoints lie; what a killed process left there is cleared away. No
-            other process may write there.
-        config: how to write, and which to keep.
-        report: is told, in a sentence, of every save that failed.
+        folder: folder of the checkpoints; remains of a killed process are deleted. No other process
+            may write there.
+        config: its settings.
+        log: called with a one-line message for each failed save.
 
     Attributes:
-        on_failure: is given the step and a sentence for every save that failed, beside `report`, by
-            whichever thread writes.
+        on_failure: called, in addition to `log`, with the step and the message of each failed save,
+            from the thread that writes.
         last_step: step of the checkpoint that was written last, or that a run is to resume from;
             None if there is none.
     """
 
-    def __init__(self, folder: Path, config: SaveConfig, *, report: Callable[[str], None]):
-        self._folder, self._config, self._report = folder, config, report
+    def __init__(self, folder: Path, config: SaveConfig, *, log: Callable[[str], None]):
+        self._folder, self._config, self._log = folder, config, log
         self.on_failure: Callable[[int, str], None] = lambda step, text: None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.save_async else None
         self._writing: Future[None] | None = None
@@ -87,7 +87,7 @@ class Saver:
             return newest
         last = self.last_healthy() or newest
         steps = f"step {checkpoint.step_of(newest):,}", f"step {checkpoint.step_of(last):,}"
-        self._report(f"The checkpoint of {steps[0]} is not healthy: resuming from {steps[1]}.")
+        self._log(f"The checkpoint of {steps[0]} is not healthy: resuming from {steps[1]}.")
         return last
 
     def last_healthy(self, before: int | None = None) -> Path | None:
@@ -101,7 +101,7 @@ class Saver:
         return (older or healthy or [None])[-1]
 
     def forget_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: the run went back to before them."""
+        """Delete the checkpoints of later steps, after a rollback."""
         for undone in checkpoint.checkpoints(self._folder):
             if checkpoint.step_of(undone) > step:
                 checkpoint.remove(undone)
@@ -121,7 +121,7 @@ class Saver:
         Once it is on the disk, those of later steps are deleted.
 
         Args:
-            healthy: whether a run in trouble may go back to it.
+            healthy: whether recovery may roll back to it.
             best_step: the step whose checkpoint `keep_best` keeps.
         """
         self.wait()
@@ -156,7 +156,7 @@ class Saver:
                 f"Could not save step {taken.step:,}: {error}. The last checkpoint is {last}; "
                 "make room, the next save tries again."
             )
-            self._report(failure)
+            self._log(failure)
             self.on_failure(taken.step, failure)
 
     def _prune(self, written: int, best_step: int | None) -> None:

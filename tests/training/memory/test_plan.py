@@ -9,7 +9,7 @@ from tritium.model import ModelConfig
 from tritium.model.activation_checkpointing import POLICIES
 from tritium.training.memory.plan import AUTO, USABLE, MemoryConfig, Plan, Planner
 from tritium.training.memory.predict import StepBytes
-from tritium.training.memory.retry import Fallback
+from tritium.training.memory.retry import MemoryRetry
 
 KEPT = dict(zip(POLICIES, (100, 40, 60, 10), strict=True))  # bytes per sequence
 FIXED = 1000
@@ -97,7 +97,7 @@ def test_each_plan_below_takes_less_until_none_is_left():
 
 def test_falls_back_until_the_memory_suffices_and_repeats_its_random_numbers():
     said, drawn, model = [], [], SimpleNamespace(zero_grad=lambda: drawn.append("cleared"))
-    fallback = Fallback(planner(need=10**6), None, lambda *x, **_: said.append(x[0]))
+    fallback = MemoryRetry(planner(need=10**6), None, lambda *x, **_: said.append(x[0]))
 
     def gradients(size):
         drawn.append(torch.rand(()).item())
@@ -118,7 +118,7 @@ def test_falls_back_until_the_memory_suffices_and_repeats_its_random_numbers():
 
 
 def test_gives_up_where_no_plan_is_smaller():
-    fallback = Fallback(planner(policy="full", micro_batch=1), None, print)
+    fallback = MemoryRetry(planner(policy="full", micro_batch=1), None, print)
 
     def gradients(size):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -134,7 +134,7 @@ def test_goes_on_with_the_saved_plan_where_it_was_asked_the_same():
     }
 
     def resumed(policy, micro_batch):
-        fallback = Fallback(planner(policy=policy, micro_batch=micro_batch), saved, print)
+        fallback = MemoryRetry(planner(policy=policy, micro_batch=micro_batch), saved, print)
         return fallback.first, fallback.now
 
     before = Plan("none", 32), Plan("selective", 16)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tritium.kernels import AdamW
 from tritium.model import ModelConfig, Transformer
 from tritium.training.monitor.layer_stats import (
-    FACTOR,
+    CONSECUTIVE,
     HISTORY,
-    IN_A_ROW,
-    SETTLED,
-    LayerNorms,
+    MAX_RATIO,
+    MIN_HISTORY,
+    LayerStats,
     LayerWatch,
     layer_of,
 )
@@ -34,16 +34,16 @@ def batch():
 def test_norms_are_those_of_the_parameters():
     model = Transformer(CONFIG)
     optimizer = AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5, record_norms=True)
-    norms, expected = LayerNorms(model), []
+    norms, expected = LayerStats(model), []
     assert norms.read() == []
-    norms.take(0, optimizer)  # before the first step there is nothing
+    norms.record(0, optimizer)  # before the first step there is nothing
     for step in (1, 2):
         model(*batch()).backward()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
-        norms.take(step, optimizer)
+        norms.record(step, optimizer)
         layers = {}
         for layer in LAYERS:
             own = [(name, p) for name, p in model.named_parameters() if layer_of(name) == layer]
@@ -67,16 +67,16 @@ def test_norms_are_those_of_the_parameters():
 def test_only_the_norms_that_are_taken_are_recorded(tmp_path):
     model = Transformer(CONFIG)
     optimizer = AdamW(model.parameters(), record_norms=True)
-    config = ObserveConfig(layer_norms_every=3)
+    config = ObserveConfig(layer_stats_every=3)
     tokenizer: Any = None
     observer = Observer(tmp_path, config, model, tokenizer, 0, {}, print)
     recorded = []
     for step in range(1, 8):
-        observer.prepare(step, optimizer)
+        observer.enable_norms(step, optimizer)
         recorded.append(optimizer.records_norms)
         model(*batch()).backward()
         optimizer.step()
-        observer.take(step, optimizer)
+        observer.record_norms(step, optimizer)
     observer.log([])
     assert [i for i, x in enumerate(recorded, 1) if x] == [1, 3, 6]
     lines = (tmp_path / "layers.jsonl").read_text().splitlines()
@@ -117,7 +117,7 @@ def test_a_layer_far_from_the_others_is_named_once(value, trouble):
     ill = {name: x for name, x in healthy.items() if name != ILL} | (
         {} if value is None else {ILL: value}
     )
-    told = judge(watch, healthy, ill, ill, ill, ill, healthy, *[ill] * IN_A_ROW)
+    told = judge(watch, healthy, ill, ill, ill, ill, healthy, *[ill] * CONSECUTIVE)
     assert [len(warnings) for warnings in told] == [0, 0, 0, 1, 0, 0, 0, 0, 1]
     assert f"Step 4: the gradient {trouble} in {ILL} (" in told[3][0]
     assert not any(judge(watch, healthy, ill, ill, healthy, ill, ill))  # never three in a row
@@ -125,11 +125,11 @@ def test_a_layer_far_from_the_others_is_named_once(value, trouble):
 
 def test_all_layers_at_once_are_judged_by_their_past_alone():
     watch = LayerWatch(Transformer(CONFIG), [])
-    low, usual = (dict.fromkeys(LAYERS, x) for x in (0.5 / FACTOR, 1.0))
-    assert not any(judge(watch, *[usual] * (SETTLED - 1), *[low] * IN_A_ROW))
+    low, usual = (dict.fromkeys(LAYERS, x) for x in (0.5 / MAX_RATIO, 1.0))
+    assert not any(judge(watch, *[usual] * (MIN_HISTORY - 1), *[low] * CONSECUTIVE))
     watch = LayerWatch(Transformer(CONFIG), [])
-    told = judge(watch, *[usual] * SETTLED, *[low] * IN_A_ROW)
-    assert [len(x) for x in told] == [0] * (SETTLED + IN_A_ROW - 1) + [1]
+    told = judge(watch, *[usual] * MIN_HISTORY, *[low] * CONSECUTIVE)
+    assert [len(x) for x in told] == [0] * (MIN_HISTORY + CONSECUTIVE - 1) + [1]
     assert all(name in told[-1][0] for name in LAYERS)
     slow = [dict.fromkeys(LAYERS, 0.9**step) for step in range(100)]
     assert not any(judge(LayerWatch(Transformer(CONFIG), []), *slow))
@@ -137,10 +137,10 @@ def test_all_layers_at_once_are_judged_by_their_past_alone():
 
 def test_a_resumed_run_remembers_its_past():
     model = Transformer(CONFIG)
-    usual, low = (dict.fromkeys(LAYERS, x) for x in (1.0, 0.5 / FACTOR))
+    usual, low = (dict.fromkeys(LAYERS, x) for x in (1.0, 0.5 / MAX_RATIO))
     past = [entry(step, usual, LayerWatch(model, [])) for step in range(HISTORY + 5)]
-    told = judge(LayerWatch(model, past), *[low] * IN_A_ROW, first=50)
-    assert [len(x) for x in told] == [0] * (IN_A_ROW - 1) + [1]
+    told = judge(LayerWatch(model, past), *[low] * CONSECUTIVE, first=50)
+    assert [len(x) for x in told] == [0] * (CONSECUTIVE - 1) + [1]
 
 
 def broken(part, factor):
@@ -164,12 +164,12 @@ def test_a_broken_block_is_noticed(make, warning):
     torch.manual_seed(1)
     model = make()
     optimizer = AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0, record_norms=True)
-    norms, watch, told = LayerNorms(model), LayerWatch(model, []), []
+    norms, watch, told = LayerStats(model), LayerWatch(model, []), []
     for step in range(12):
         model(*batch()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        norms.take(step, optimizer)
+        norms.record(step, optimizer)
         told += [text for each in norms.read() for text in watch.judge(each)]
     assert len(told) == (warning is not None), told
     assert warning is None or warning in told[0]

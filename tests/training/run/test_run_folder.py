@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritium.training.run.run_folder import RunFolderError, RunLog, claim, read_lines
+from tritium.training.run.run_folder import RunFolderError, RunLog, lock_folder, read_lines
 
 HOLD = """
 import sys
 from pathlib import Path
-from tritium.training.run.run_folder import claim
-with claim(Path(sys.argv[1]), resume=True):
+from tritium.training.run.run_folder import lock_folder
+with lock_folder(Path(sys.argv[1]), resume=True):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -36,31 +36,34 @@ def test_keeps_a_second_process_out_until_the_first_is_killed(tmp_path):
     for resume in (False, True):
         with (
             pytest.raises(RunFolderError, match=f"in use by process {holder.pid} on"),
-            claim(run, resume=resume),
+            lock_folder(run, resume=resume),
         ):
             pass
     assert run.exists()
     holder.kill()
     holder.communicate()
-    with claim(run, resume=True):
+    with lock_folder(run, resume=True):
         pass
 
 
 def test_refuses_another_run(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(RunFolderError, match="is not empty; pass --resume"):
-        claim(tmp_path, resume=False).__enter__()
+        lock_folder(tmp_path, resume=False).__enter__()
     with pytest.raises(RunFolderError, match="is a file"):
-        claim(tmp_path / "log.jsonl", resume=False).__enter__()
-    with claim(tmp_path, resume=True) as run:
+        lock_folder(tmp_path / "log.jsonl", resume=False).__enter__()
+    with lock_folder(tmp_path, resume=True) as run:
         assert run == tmp_path
 
 
 def test_leaves_no_folder_where_nothing_was_made(tmp_path):
-    with pytest.raises(ValueError, match="wrong"), claim(tmp_path / "a" / "run", resume=False):
+    with (
+        pytest.raises(ValueError, match="wrong"),
+        lock_folder(tmp_path / "a" / "run", resume=False),
+    ):
         raise ValueError("wrong")
     assert not (tmp_path / "a" / "run").exists()
-    with suppress(ValueError), claim(tmp_path / "b", resume=False) as run:
+    with suppress(ValueError), lock_folder(tmp_path / "b", resume=False) as run:
         (run / "config.json").write_text("")
         raise ValueError("wrong")
     assert (tmp_path / "b" / "config.json").exists()
@@ -73,7 +76,7 @@ def test_says_at_once_that_it_cannot_write(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(RunFolderError, match=r"cannot be written \(Read-only file system\)"):
-        claim(tmp_path / "run", resume=False).__enter__()
+        lock_folder(tmp_path / "run", resume=False).__enter__()
 
 
 def entries(*steps):

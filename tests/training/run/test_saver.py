@@ -46,7 +46,7 @@ def test_keeps_the_newest_the_best_every_nth_and_the_last_healthy(
     config = SaveConfig(
         keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, save_async=asynchronous
     )
-    saver = Saver(folder, config, report=pytest.fail)
+    saver = Saver(folder, config, log=pytest.fail)
     step, saved, losses, last_healthy = 0, [], {}, None
     for distance, loss, healthy in saves:
         step += distance
@@ -66,7 +66,7 @@ def test_keeps_the_newest_the_best_every_nth_and_the_last_healthy(
 
 def test_a_full_disk_is_reported_and_the_next_save_succeeds(trained, tmp_path, monkeypatch):
     told = []
-    saver = Saver(tmp_path, SaveConfig(keep_last=1), report=told.append)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1), log=told.append)
     saver.save(1, *trained, {})
 
     def full_disk(_):
@@ -97,7 +97,7 @@ def test_training_goes_on_while_it_writes(trained, tmp_path, monkeypatch):
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint, "write", slow_write)
-    saver = Saver(tmp_path, SaveConfig(keep_last=1, save_async=True), report=pytest.fail)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1, save_async=True), log=pytest.fail)
     saver.save(1, model, optimizer, {})
     assert saver.last_step is None
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_an_error_of_training_lets_go_of_the_folder_only_when_it_is_written(
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint, "write", slow_write)
-    saver = Saver(tmp_path, SaveConfig(save_async=True), report=pytest.fail)
+    saver = Saver(tmp_path, SaveConfig(save_async=True), log=pytest.fail)
 
     def fail():
         with saver:
@@ -138,16 +138,16 @@ def test_an_error_of_the_program_is_not_swallowed(trained, tmp_path, monkeypatch
         raise KeyError("x")
 
     monkeypatch.setattr(checkpoint, "write", broken)
-    saver = Saver(tmp_path, SaveConfig(keep_last=1, save_async=True), report=print)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1, save_async=True), log=print)
     saver.save(1, *trained, {})
     with pytest.raises(KeyError):
         saver.wait()
 
 
 def test_goes_on_from_what_is_there(trained, tmp_path):
-    Saver(tmp_path, SaveConfig(keep_last=1), report=pytest.fail).save(4, *trained, {})
+    Saver(tmp_path, SaveConfig(keep_last=1), log=pytest.fail).save(4, *trained, {})
     (tmp_path / ".step-00000005.tmp").mkdir()
-    saver = Saver(tmp_path, SaveConfig(keep_last=1), report=pytest.fail)
+    saver = Saver(tmp_path, SaveConfig(keep_last=1), log=pytest.fail)
     assert saver.last_step == 4
     assert saver.newest() == tmp_path / "step-00000004"
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
@@ -155,7 +155,7 @@ def test_goes_on_from_what_is_there(trained, tmp_path):
 
 def test_goes_on_from_the_last_healthy_one(trained, tmp_path):
     told = []
-    saver = Saver(tmp_path, SaveConfig(keep_last=9), report=told.append)
+    saver = Saver(tmp_path, SaveConfig(keep_last=9), log=told.append)
     assert saver.to_resume() is None
     saver.save(1, *trained, {}, healthy=False)
     assert saver.to_resume() == tmp_path / "step-00000001"
@@ -173,7 +173,7 @@ def test_goes_on_from_the_last_healthy_one(trained, tmp_path):
 
 
 def test_a_run_that_went_back_forgets_what_came_after(trained, tmp_path):
-    saver = Saver(tmp_path, SaveConfig(keep_last=9), report=pytest.fail)
+    saver = Saver(tmp_path, SaveConfig(keep_last=9), log=pytest.fail)
     for step in (1, 4, 6, 8):
         saver.save(step, *trained, {})
     saver.forget_after(6)
@@ -185,7 +185,7 @@ def test_a_run_that_went_back_forgets_what_came_after(trained, tmp_path):
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_every_save_that_fails_is_handed_on(asynchronous, trained, tmp_path, monkeypatch):
     told, failed = [], []
-    saver = Saver(tmp_path, SaveConfig(save_async=asynchronous), report=told.append)
+    saver = Saver(tmp_path, SaveConfig(save_async=asynchronous), log=told.append)
     saver.on_failure = lambda step, text: failed.append((step, text))
     saver.save(1, *trained, {})
     saver.wait()
