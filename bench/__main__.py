@@ -1,4 +1,4 @@
-"""`python -m tritium.bench VERB` or `python -m tritium.bench OP [OP ...]`; without either, explain them."""
+"""Command line: `python -m tritium.bench VERB`, or `OP [OP ...]`; without either, the list."""
 
 import sys
 import textwrap
@@ -59,7 +59,7 @@ def _usage(operations: list[str]) -> str:
         [
             "usage: python -m tritium.bench VERB [--help]",
             *verbs,
-            "or:    python -m tritium.bench OP [OP ...] [--help], beside PyTorch and other libraries, of",
+            "or:    python -m tritium.bench OP [OP ...] [--help], beside PyTorch and peers, of",
             names,
             "What --write, --save and --plot keep goes to bench/results at the root of a checkout,",
             "elsewhere to ./bench-results.",

@@ -1,4 +1,4 @@
-"""Tritium against PyTorch and the others: `python -m tritium.bench OP [OP ...]`, `python -m tritium.bench all`."""
+"""Comparison with PyTorch and peers: `python -m tritium.bench OP [OP ...]`, or `all`."""
 
 import shlex
 import sys
@@ -80,7 +80,7 @@ def _compile(function: Callable) -> Callable:
 
 
 def measure(name: str, operation: Operation, settings: Settings) -> Iterator[Row]:
-    """Measure every implementation, at every shape, in every pass; what fails is a row that says so."""
+    """Measure every implementation at every shape in every pass; a failure is a row too."""
     make = Make(settings.dtype, settings.device)
     errors: dict[str, dict[str, float]] = {}
     implementations = contenders_of(operation, settings.compiled)
@@ -245,7 +245,7 @@ def _notes(operation: Operation, settings: Settings) -> Iterator[str]:
         yield f"Not installed: {', '.join(missing)}."
     for implementation in contenders_of(operation, settings.compiled):
         if implementation in operation.gradient_in_forward:
-            yield f"No backward alone for {implementation}: the gradient is made in the forward pass."
+            yield f"No backward alone for {implementation}: its forward pass makes the gradient."
 
 
 def main(

@@ -1,4 +1,4 @@
-"""What no version of an operation can beat: `python -m tritium.bench explain OP --shape T=..,V=..`."""
+"""Lower bounds of an operation: `python -m tritium.bench explain OP --shape T=..,V=..`."""
 
 from typing import Literal
 

@@ -148,7 +148,10 @@ OPERATIONS: dict[str, Operation] = {
     "cross_entropy": Operation(
         VOCABULARIES, "V", {"T": 64, "V": 1000},
         lambda make, T, V: (make(T, V), make.integers(V, T)),
-        {"Tritium": own("cross_entropy"), "Tritium, in place": implementations.cross_entropy_inplace},
+        {
+            "Tritium": own("cross_entropy"),
+            "Tritium, in place": implementations.cross_entropy_inplace,
+        },
         EAGER["cross_entropy"],
         {"liger": liger("cross_entropy"), "quack": quack("cross_entropy")},
         gradient_in_forward=("Tritium, in place", "liger"),

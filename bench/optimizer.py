@@ -49,7 +49,7 @@ def contenders_of(task: Task) -> dict[str, Loader]:
 
 
 def measure(models: dict[str, Shapes], tasks: dict[str, Task], settings: Settings) -> Iterator[Row]:
-    """Measure every implementation of every task on every model; what fails is a row that says so."""
+    """Measure every implementation of every task on every model; a failure is a row."""
     errors: dict[tuple[str, str], float | str] = {}
     for model, shapes in models.items():
         dims = {"N": sum(map(prod, shapes)), "tensors": len(shapes)}
@@ -159,7 +159,7 @@ def _notes(tasks: dict[str, Task], settings: Settings) -> Iterator[str]:
         )
         yield "Peak memory is not measured on a CPU."
         if not uses_triton(torch.empty(0)):
-            yield "Tritium is the PyTorch reference here, not the kernel; launches are the kernels'."
+            yield "Tritium runs its PyTorch reference here; launches are those of the kernels."
     missing = {name for task in tasks.values() for name in installed(task.peers)[1]}
     if missing:
         yield f"Not installed: {', '.join(sorted(missing))}."

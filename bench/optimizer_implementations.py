@@ -1,6 +1,6 @@
 """Who takes an optimizer's step: Tritium's, PyTorch's own, and the libraries to beat.
 
-A loader imports its implementation; what it returns makes a Stepper of parameters whose gradients are
+A loader imports its implementation; the result makes a Stepper of parameters whose gradients are
 there already. `implementations` says why imports are left to loaders.
 """
 

@@ -92,7 +92,8 @@ def _norm(dtype: torch.dtype) -> Task:
 
 TASKS: dict[str, Task] = {
     "AdamW float32": Task(
-        "adamw", {"Tritium": our_optimizer("AdamW"), "torch fused": FUSED, "torch foreach": FOREACH},
+        "adamw",
+        {"Tritium": our_optimizer("AdamW"), "torch fused": FUSED, "torch foreach": FOREACH},
         EXACT, {"apex": apex_adamw()},
     ),
     "AdamW bf16, float32 master": _bf16_adamw(

@@ -194,7 +194,7 @@ def load(path: Path) -> Report:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw percent of the bound against size: a panel for each pass, a line for each implementation."""
+    """Draw percent of the bound against size: a panel per pass, a line per implementation."""
     rows = [row for row in report.rows if row.percent_of_bound is not None]
     passes = list(dict.fromkeys(row.pass_name for row in rows))
     implementations = list(dict.fromkeys(row.implementation for row in rows))

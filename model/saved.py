@@ -12,21 +12,18 @@ import json
 import mmap
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritium.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from tritium.model.transformer import Transformer
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 RECORD = "state.json"
 FORMAT = 2
 
-Model = TypeVar("Model", bound="Transformer")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class CheckpointError(ValueError):

@@ -327,12 +327,13 @@ class Attention(nn.Module):
         packed_BLNK = rearrange(
             float32_on_cpu(self.query_key_value(x_BLD)), "B L (N K) -> B L N K", K=self.head_width
         )
-        weights = [
+        q_weight, k_weight = (
             None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)
-        ]
-        q_BLHK, k_BLGK, v_BLGK = qk_norm_rope(
-            packed_BLNK, cos_LK, sin_LK, *weights, self.norm_eps, kv_heads=self.kv_heads
         )
+        q_BLHK, k_BLGK, v_BLGK = qk_norm_rope(
+            packed_BLNK, cos_LK, sin_LK, q_weight, k_weight, self.norm_eps,
+            kv_heads=self.kv_heads,
+        )  # fmt: skip
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
         q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))

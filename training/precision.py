@@ -37,8 +37,8 @@ class ComputeConfig:
     compile: bool = False
     """Compile the model with torch.compile, without graph breaks, at the first step."""
     cuda_graph: bool = True
-    """On a GPU, capture the whole training step in a CUDA graph, which the host launches as one: the
-    same bits in less time. Where that cannot be, a line at the start says why."""
+    """On a GPU, capture the whole training step in a CUDA graph, which the host launches as one:
+    the same bits in less time. Where that cannot be, a line at the start says why."""
     residual: Literal["auto", "float32"] = "auto"
     """Dtype of the residual stream. auto: on a GPU that of the matrix products, else float32 under
     --precision bfloat16."""

@@ -242,10 +242,14 @@ def _optimizer(
     moved: float,
     *,
     dtype: torch.dtype = F32,
-    instructions: float = 30,
+    instructions: float = 35,
     **options,
 ) -> Case:
-    """One step of `rule` with `options`, which moves so many bytes per element."""
+    """One step of `rule` with `options`, which moves so many bytes per element.
+
+    Multiplications and additions are not fused there, so that all variants of a kernel round alike:
+    up to 10 instructions more, far below what an H100 issues while it moves the bytes.
+    """
     name = "adam" if rule is AdamW else rule.__name__.lower()
     limits = GRAD_NORM | {
         f"_{name}_prepare_kernel": Limit(single=True),
@@ -355,12 +359,12 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         *(_optimizer(AdamW, 28, max_grad_norm=norm) for norm in (None, 1.0)),
         _optimizer(AdamW, 28, dtype=BF16),
         _optimizer(AdamW, 26, dtype=BF16, master="split"),
-        _optimizer(AdamW, 22, dtype=BF16, master=None, instructions=45),
-        _optimizer(AdamW, 14, dtype=BF16, master=None, state_dtype=BF16, instructions=45),
-        _optimizer(AdamW, 20, state_dtype=BF16, instructions=45),
+        _optimizer(AdamW, 22, dtype=BF16, master=None, instructions=48),
+        _optimizer(AdamW, 14, dtype=BF16, master=None, state_dtype=BF16, instructions=48),
+        _optimizer(AdamW, 20, state_dtype=BF16, instructions=48),
         # Two roots and a maximum over the block for each state: bound by memory all the same.
-        _optimizer(AdamW, 16.2, state_dtype=U8, instructions=110),
-        _optimizer(AdamW, 10.2, dtype=BF16, master=None, state_dtype=U8, instructions=110),
+        _optimizer(AdamW, 16.2, state_dtype=U8, instructions=118),
+        _optimizer(AdamW, 10.2, dtype=BF16, master=None, state_dtype=U8, instructions=118),
         _optimizer(
             AdamW,
             40,
@@ -369,7 +373,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
             zero_grads=True,
             record_norms=True,
             l1=1e-6,
-            instructions=45,
+            instructions=48,
         ),
     ],
     "Adam": lambda: [_optimizer(Adam, 28), _optimizer(Adam, 28, weight_decay=0.1)],

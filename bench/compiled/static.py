@@ -175,7 +175,8 @@ def make_tables(found: dict[Key, Line]) -> Iterator[Table]:
 def write_tables(found: dict[Key, Line]) -> str:
     """The tables as they are kept: Markdown, that `read_tables` can read again."""
     text = [
-        f"`python -m tritium.bench static --write`, Triton {triton.__version__}; {', '.join(DEVICES)}"
+        f"`python -m tritium.bench static --write`, Triton {triton.__version__}; "
+        f"{', '.join(DEVICES)}"
     ]
     for op in dict.fromkeys(key[0] for key in found):
         text += ["", f"## {op}", "", *HEADER]

@@ -1,4 +1,4 @@
-"""Faults put into a run on purpose: `python -m tritium.bench.runs._injected FAULT [train.py's arguments]`."""
+"""Faults put into a run: `python -m tritium.bench.runs._injected FAULT [train.py's arguments]`."""
 
 import errno
 import sys

@@ -1,6 +1,6 @@
 """What a step keeps for its backward pass, by policy: `python -m tritium.bench activations`.
 
-Predicted by `tritium.training.memory.predict`, from the shape of the model alone, and counted in a real forward pass
+Predicted by `tritium.training.memory.predict` from the shape alone, and counted in a forward pass
 through saved-tensor hooks, for the PyTorch references and for the Triton kernels, which off a GPU
 run in Triton's interpreter. On a GPU also the peak of a whole step, as the allocator saw it; and
 one step in too little memory, which falls back to smaller plans and must give the same gradient.
@@ -77,8 +77,8 @@ def main(sequences: int = 2, write: bool = False) -> None:
     rows = [*_rows(device, sequences)]
     trial = _out_of_memory(device) if device.type == "cuda" else ()
     head = (
-        f"`python -m tritium.bench activations --sequences {sequences} --write`, torch {torch.__version__},"
-        f" {device_name(device)}",
+        f"`python -m tritium.bench activations --sequences {sequences} --write`, "
+        f"torch {torch.__version__}, {device_name(device)}",
         f"{MODEL.n_layers} layers of width {MODEL.d_model}, vocabulary {MODEL.vocab_size:,}, "
         f"{sequences} × {MODEL.max_seq_len} tokens; MiB",
     )

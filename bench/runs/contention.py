@@ -25,12 +25,13 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from train import PRESETS, accumulate_gradients
+from train import accumulate_gradients
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.model import Transformer
 from tritium.training.device import keep_freed_memory, set_threads
 from tritium.training.optim import set_rate
+from tritium.training.settings import PRESETS
 from tritium.training.waiting import ThreadWaiting
 
 RESULTS = "contention.md"  # in the folder of results

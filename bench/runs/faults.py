@@ -1,4 +1,4 @@
-"""What a user sees when something goes wrong, and what is left: `python -m tritium.bench faults [--write]`.
+"""Faults: what a user sees, and what is left: `python -m tritium.bench faults [--write]`.
 
 Each fault is put into a run of a tiny model, or into its data, in a process of its own. The end
 state is compared, byte for byte, with that of a run in which nothing went wrong, or in which the

@@ -45,7 +45,7 @@ CONTENDERS: dict[str, tuple[torch.dtype, Make, dict]] = {
     "bfloat16, stochastic, 8-bit moments": (BF16, AdamW, {"master": None, "state_dtype": U8}),
     "bfloat16, torch.optim.AdamW": (BF16, torch.optim.AdamW, {}),
 }
-"""What parameters are kept in, and the optimizer; the first is what the others are compared with."""
+"""Storage of the parameters, and the optimizer; the others are compared with the first."""
 
 
 def sequences() -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Whether a killed run, resumed, ends in the same bytes: `python -m tritium.bench resume [--runs N]`.
+"""Exactness of resuming killed runs: `python -m tritium.bench resume [--runs N]`.
 
 A tiny model with dropout is trained over two epochs, with checkpoints every few steps and wherever
 the validation loss is the lowest. Then the same run is started again and again, killed by SIGKILL

@@ -1,7 +1,7 @@
 """How fast the trainer trains, beside a plain PyTorch GPT: `python -m tritium.bench throughput`.
 
 The shape is that of nanoGPT's published command for a CPU: 4 layers of 4 heads, 128 wide, batches
-of 12 sequences of 64 tokens, vocabulary 65. The plain GPT (bench/runs/plain_gpt.py) is of PyTorch's own
+of 12 sequences of 64 tokens, vocabulary 65. The plain GPT (plain_gpt.py) is of PyTorch's own
 modules, with `torch.optim.AdamW` at its defaults behind `clip_grad_norm_`; this project's model is
 a Llama-like one of as many parameters, to within 1 %, in `train.py`'s own step with all that it
 does by default. Both learn the same batches in the same precision, each in a process of its own.

@@ -395,14 +395,6 @@ def _check_finite(norm: Tensor) -> None:
         )
 
 
-def _scale_reference(g: Tensor, coef: Tensor) -> None:
-    # A factor on a GPU would be rounded to the dtype of the gradient: to three digits of bfloat16.
-    if g.dtype == torch.float32:
-        g.mul_(coef)
-    else:
-        g.copy_(g.float() * coef)
-
-
 @torch.no_grad()
 def clip_grad_norms_(layers: Iterable[Tensor | Iterable[Tensor]], max_norm: float) -> Tensor:
     """Scale the gradients of every layer in place, each layer's to a norm of `max_norm` at most.

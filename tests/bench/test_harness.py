@@ -365,7 +365,8 @@ def report_of(operation: Operation, rows: tuple[tables.Row, ...]) -> tables.Repo
 
 
 ROWS = (
-    tables.Row("a", {"M": 2, "N": 64}, "Tritium", "forward", 1.5, 1.25, 2.0, 3_000_000, 10, "memory",
+    tables.Row("a", {"M": 2, "N": 64}, "Tritium", "forward", 1.5, 1.25, 2.0, 3_000_000, 10,
+               "memory",
                80.0, peak_bytes=1 << 20, error=1e-3),
     tables.Row("a", {"M": 2, "N": 64}, "eager", "forward", problem="out of memory"),
     tables.Row("b", {"M": 2, "N": 4096}, "Tritium", "forward", 1.5, 1.25, 2.0, 10, 2_000_000_000,

@@ -88,7 +88,10 @@ def test_the_command_line_streams_and_refuses_in_a_sentence(folder):
 
     def command(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "tritium.training.generate", *map(str, arguments), "--device", "cpu"],
+            [
+                sys.executable, "-m", "tritium.training.generate", *map(str, arguments),
+                "--device", "cpu",
+            ],
             cwd=root, capture_output=True, text=True,
         )  # fmt: skip
 
