@@ -27,12 +27,10 @@ TILE = 2048  # elements per program where rows are short: 16 a thread
 BACKWARD_TILE = TILE  # the same in backward
 MAX_TILE = 8192  # the longest row whose dw and db fit in registers beside it
 LOOP_BLOCK = 4096  # features per step over a longer row
-# Programs of backward: not the number of multiprocessors, so dw is the same sum on every GPU. Four
-# for each of an H100's 132 multiprocessors; bench/LOG.md has what more and fewer took there.
-P_MAX = 528
-STAGES = (
-    3  # tiles of backward on their way to shared memory, where rows have 1,024 features or less
-)
+# Programs of backward: not the number of multiprocessors, so dw is the same sum on every GPU. Two
+# thirds as many for rows of more than 1,024 features, half beyond TILE: bench/LOG.md has the times.
+P_MAX = 768
+STAGES = 1  # tiles of backward on their way to shared memory; 1: none before its turn
 P_LOOP_MAX = 64  # the same where the columns of long rows are distributed
 
 
@@ -49,6 +47,12 @@ def _tile(D: int, r_dtype: torch.dtype, crowded: bool = False, tile: int = TILE)
         "BLOCK_T": max(tile // block_D, 1), "BLOCK_D": block_D, "ACC": accumulator(r_dtype),
         "num_warps": max(num_warps, 4 if D % 16 == 0 or block_D < 2048 else 8),
     }  # fmt: skip
+
+
+def _most_programs(block_D: int) -> int:
+    if block_D <= 1024:
+        return P_MAX
+    return triton.cdiv(2 * P_MAX, 3) if block_D <= TILE else triton.cdiv(P_MAX, 2)
 
 
 def _loop(r_dtype: torch.dtype) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def _launch_backward(
     short = _is_short(D)
     crowded = m_T is not None and len(dbranch_TD) > 0  # a second sum, a second layout
     tile = _tile(D, r_T.dtype, crowded, BACKWARD_TILE) if short else _columns(r_T.dtype)
-    P = P_LOOP_MAX if not short else P_MAX if tile["BLOCK_D"] <= TILE else triton.cdiv(P_MAX, 2)
+    P = _most_programs(tile["BLOCK_D"]) if short else P_LOOP_MAX
     P = min(triton.cdiv(T, tile["BLOCK_T"]), P)
     dw_PD, db_PD = (
         None if dtype is None else r_T.new_empty(P, D) for dtype in (dw_dtype, db_dtype)
@@ -99,9 +103,8 @@ def _launch_backward(
     rows = dy_TD, ds_TD, s_TD, w_D, m_T, r_T, dx_TD, dbranch_TD if len(dbranch_TD) else None
     strides = dy_TD.stride(0), 0 if ds_TD is None else ds_TD.stride(0), s_TD.stride(0)
     if short:
-        stages = STAGES if tile["BLOCK_D"] <= 1024 else 1
         _norm_backward_tile_kernel[(P,)](
-            *rows, dw_PD, db_PD, T, D, *strides, offset, STAGES=stages, **tile
+            *rows, dw_PD, db_PD, T, D, *strides, offset, STAGES=STAGES, **tile
         )
     else:
         _norm_backward_loop_kernel[(T,)](*rows, D, *strides, offset, **_loop(r_T.dtype))

@@ -295,7 +295,7 @@ def validate_tables(
 ) -> None:
     """Raise a ValueError in the name of `op` unless the tables turn at least `least` pairs."""
     rows, most = _validate_offset(op, x, offset), x.shape[-1] // 2
-    pairs = str(most) if least == most else f"{least} to {most}"
+    pairs = f"{most}" if least == most else f"{least} to {most}"
     for name, table in tables.items():
         if (
             table.ndim != 2 or table.shape[0] < rows

@@ -85,8 +85,8 @@ def test_what_the_kernels_keep_is_what_their_formulas_need(device, monkeypatch):
     D, H, G, K = CONFIG.d_model, CONFIG.n_heads, CONFIG.kv_heads, CONFIG.head_width
     F, V, L, N = CONFIG.feed_forward_width, CONFIG.vocab_size, CONFIG.max_seq_len, CONFIG.n_layers
     norms = 2 * (D + D) + 2  # what they normalise, what comes of it, and 1 / root mean square
-    # Queries and keys before their norm and after rope, values, output; logsumexp, and the norms'.
-    attention = 2 * H * K + 2 * G * K + G * K + H * K + H + (H + G)
+    # The packed projection, queries and keys after their norm and rotation, output; logsumexp.
+    attention = (H + 2 * G) * K + (H + G) * K + H * K + H
     feed_forward = 3 * F  # gate, up, their product
     per_token = N * (norms + attention + feed_forward) + (D + 1) + D  # dhidden last
     expected = 4 * (5 * L * per_token + V * D + 1)  # dweight, and 1 / the number of targets

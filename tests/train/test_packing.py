@@ -40,7 +40,7 @@ def test_the_position_is_told_in_epochs(run, tmp_path):
         pytest.approx(step * per_step, abs=1e-4) for step in range(1, 7)
     ]
     out = run.output()
-    assert f"resuming from step 4, epoch {4 * per_step:.2f}" in out
+    assert f"resumed from step 4, epoch {4 * per_step:.2f}" in out
     assert f"6 steps of 4,096 tokens, {6 * per_step:.2f} epochs" in out
 
 

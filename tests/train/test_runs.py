@@ -20,7 +20,8 @@ SHORT = ("--max-steps", "12", "--save-every", "3", "--sample-tokens", "5")
 KERNELS = (
     "_optimizer_prepare_kernel", "_optimizer_update_kernel", "_cross_entropy_kernel",
     "_grad_norm_partials_kernel", "_norm_forward_tile_kernel", "_norm_backward_tile_kernel",
-    "_norm_partials_kernel", "_rope_kernel", "_softmax_forward_tile_kernel",
+    "_norm_partials_kernel", "_qk_norm_rope_forward_kernel",
+    "_qk_norm_rope_backward_kernel", "_softmax_forward_tile_kernel",
     "_activation_forward_kernel", "_activation_backward_kernel",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from tritium.training.monitor.terminal import TolerantStream, printable, toleran
 from tritium.training.optim import OptimizerConfig
 from tritium.training.schedule import Budget
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TEXTS = st.text(st.characters(exclude_categories=())) | st.sampled_from(
     ["[/b]", "[red]a[/red]", ":smile:", "лиса", "a\x1b[2Jb", "\udce9", "\x00", "$\\frac{", "a\nb"]
 )
