@@ -52,7 +52,7 @@ def _tile(D: int, r_dtype: torch.dtype, crowded: bool = False, tile: int = TILE)
 def _most_programs(block_D: int) -> int:
     if block_D <= 1024:
         return P_MAX
-    return triton.cdiv(2 * P_MAX, 3) if block_D <= TILE else triton.cdiv(P_MAX, 2)
+    return -(-2 * P_MAX // 3) if block_D <= TILE else -(-P_MAX // 2)
 
 
 def _loop(r_dtype: torch.dtype) -> dict[str, Any]:
