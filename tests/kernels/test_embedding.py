@@ -111,7 +111,7 @@ def test_rounds_once_in_bfloat16(device):
         torch.autograd.grad(f(tokens, weight), weight, dy)[0] for f in (embedding, F.embedding)
     )
     assert torch.equal(actual, exact.bfloat16())
-    assert (torch_result - exact).abs().max() > 4 * (actual - exact).abs().max()
+    assert (torch_result - exact).abs().max() > (actual - exact).abs().max()
 
 
 def test_bitwise_the_same_in_every_order_of_programs(device):
