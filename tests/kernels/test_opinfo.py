@@ -21,11 +21,20 @@ OPS = {(op.name.removeprefix("nn.functional."), op.variant_test_name): op for op
 MODULES = {info.module_cls.__name__: info for info in module_db}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
+ROOM = {  # relative, absolute: the defaults of torch.testing.assert_close
+    torch.float64: (1e-7, 1e-7), torch.float32: (1.3e-6, 1e-5), torch.bfloat16: (1.6e-2, 1e-5),
+    torch.float16: (1e-3, 1e-5),
+}  # fmt: skip
+
 # How many samples give PyTorch's results, how many are refused, how many errors there are.
 COUNTS = {
     ("rms_norm", ""): (6, 0, 3),
     ("layer_norm", ""): (6, 0, 0),
     ("embedding", ""): (3, 0, 2),
+    ("softmax", ""): (7, 0, 0),
+    ("log_softmax", ""): (7, 0, 0),
+    ("mse_loss", ""): (6, 0, 0),
+    ("cross_entropy", ""): (11, 10, 0),  # no gradient for class probabilities
 }
 # PyTorch's samples begin with what is differentiated.
 REORDERED = {
@@ -70,8 +79,12 @@ def agree(actual, torch_result, values, dtype: torch.dtype) -> bool:
     except ValueError:
         return False
     expected = outputs_and_gradients(torch_result, in_dtype(narrow, torch.float64), dtype)
-    for y, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(y, e.to(y.dtype), equal_nan=True)
+    for i, (y, e) in enumerate(zip(found, expected, strict=True)):
+        if torch.allclose(y, e.to(y.dtype), *ROOM[dtype], equal_nan=True):
+            continue
+        # Or at most twice as wrong as PyTorch in the same dtype, as everywhere.
+        same_dtype = outputs_and_gradients(torch_result, in_dtype(values, dtype), dtype)[i]
+        assert (y.double() - e).abs().max() <= 2 * (same_dtype.double() - e).abs().max()
     return True
 
 
