@@ -154,7 +154,7 @@ def _notes(tasks: dict[str, Task], settings: Settings) -> Iterator[str]:
         yield "Host: until the step returns; gradients stay where they are, nobody waits."
     else:
         yield (
-            "Host: gradients stay where they are; our launches are compiled and not run, the "
+            "Host: gradients stay where they are; Tritium's launches are compiled and not run, the "
             "others have parameters of one element each."
         )
         yield "Peak memory is not measured on a CPU."

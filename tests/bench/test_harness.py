@@ -308,7 +308,7 @@ def test_a_peer_that_is_not_installed_is_a_note():
         "forward",
         "both",
     ]
-    assert "No backward alone for eager: the gradient is made in the forward pass." in done.notes
+    assert "No backward alone for eager: its forward pass makes the gradient." in done.notes
     assert not any("for absent" in note for note in done.notes)
 
 

@@ -231,7 +231,7 @@ def test_saves_plots_and_judges(monkeypatch, tmp_path, capsys):
     for words in (
         "optimizer, float32 and bfloat16, a machine (measured on a CPU, not a GPU)",
         "bound, B/param", "state, B/param", "% of copy", "host", "at most 150: not measured",
-        "Tritium is the PyTorch reference here",
+        "Tritium runs its PyTorch reference here",
     ):  # fmt: skip
         assert words in text, text
     assert "peak memory " not in text
