@@ -200,10 +200,18 @@ def moving_average(values: list[float]) -> Iterator[float]:
     """Smooth over about a tenth of the values, each in the middle of those that make its mean.
 
     So the curve does not lag behind one that falls, as a mean of earlier values alone would: a
-    straight line stays as it is. Towards both ends there are fewer values to average.
+    straight line stays as it is. Near both ends, where one side is short of values, a line is
+    fitted to those there are.
     """
     n = len(values)
-    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    half = n // 20
+    y = np.asarray(values, dtype=np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(y)])
     for i in range(n):
-        half = min(i, n - 1 - i, n // 20)
-        yield float((sums[i + half + 1] - sums[i - half]) / (2 * half + 1))
+        first, last = max(0, i - half), min(n - 1, i + half)
+        if first + last == 2 * i:
+            yield float((sums[last + 1] - sums[first]) / (last - first + 1))
+        else:
+            x = np.arange(first, last + 1) - i
+            slope = ((x - x.mean()) * y[first : last + 1]).sum() / ((x - x.mean()) ** 2).sum()
+            yield float(y[first : last + 1].mean() - slope * x.mean())
