@@ -53,7 +53,7 @@ settings.register_profile(
 settings.load_profile("tritium")
 
 
-# What `pytest -m "not slow"` leaves out, besides tests that are marked where they stand: folders,
+# What `pytest -m "not slow"` leaves out, in addition to tests marked in their files: folders,
 # files and tests that start processes, compile, or ran for five seconds or more.
 SLOW = (
     "tests/bench/",

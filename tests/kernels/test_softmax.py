@@ -310,8 +310,8 @@ def test_bfloat16_gradient_of_a_nearly_certain_row(path, device):
 @each_op
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (2, 0, 3)], ids=str)
 def test_empty(op, shape, device):
-    ours, reference = PAIRS[op]
-    check(lambda x: ours(x, -1), lambda x: reference(x, -1), torch.ones(shape, device=device))
+    operation, reference = PAIRS[op]
+    check(lambda x: operation(x, -1), lambda x: reference(x, -1), torch.ones(shape, device=device))
 
 
 @each_path
