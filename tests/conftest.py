@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-import triton
 from hypothesis import Phase, settings
 
 # What a process has one of, how to read it, and how to set it: no test leaves it changed.
@@ -25,8 +24,11 @@ GLOBALS = {
 }
 
 if not torch.cuda.is_available():
-    # Triton reads this when a kernel is defined, hence before anything of Tritium's is imported.
+    # Triton reads this when a kernel is defined, its own when it is imported: so before both.
     os.environ["TRITON_INTERPRET"] = "1"
+import triton  # noqa: E402 (behind the variable that it reads)
+
+if not torch.cuda.is_available():
     try:
         import strict_interpreter
 
