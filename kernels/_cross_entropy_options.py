@@ -351,8 +351,6 @@ def check_target(op: str, target: Tensor, shape: torch.Size, V: int, x: Tensor) 
             raise ValueError(
                 f"{op}: soft targets must have shape {[*shape, V]}, got {list(target.shape)}"
             )
-        if target.requires_grad:
-            raise ValueError(f"{op}: soft targets get no gradient; pass target.detach()")
         q_TV = target.reshape(-1, V)
         return q_TV if q_TV.stride(1) == 1 else q_TV.contiguous()
     if target.dtype not in INTEGERS:

@@ -302,7 +302,13 @@ def linear_loss(
         raise ValueError(
             f"{op}: group and linear_weight_grad work neither inside torch.func nor in torch.export"
         )
-    if alone and (runtime.REFERENCE or sees_through() or hidden.is_meta):
+    if not alone and target_T.requires_grad:
+        raise ValueError(
+            f"{op}: soft targets get no gradient with group or linear_weight_grad; "
+            "pass target.detach()"
+        )
+    all_logits = sees_through() or target_T.requires_grad  # as large as the targets' gradient
+    if alone and (runtime.REFERENCE or all_logits or hidden.is_meta):
         return _whole(inputs, dtype, options, reduction, shape)
     if reduction == "none":
         loss, values_RT, argmax_T = _LinearCrossEntropyRows.apply(

@@ -13,6 +13,7 @@ _cross_entropy_options.py:
 
     dz_TV = p_TV · (hit_T + sum_V(a_TV) + 2 · z_loss · w_t · lse_T) - a_TV - [V = t] · hit_T
     dlogits_TV = dloss_T · logit_scale · dz_TV · (1 - (z_TV / softcap)²)
+    dq_TV = dloss_T · (1 - ε) · w_V · (lse_T - z_TV)
 
 T tokens, V classes. The kernel is in _cross_entropy_rows.py.
 
@@ -35,6 +36,7 @@ from tritium.kernels._cross_entropy_options import (
     SCHEMA,
     LossOptions,
     Results,
+    Row,
     TokenStats,
     check_class_weight,
     check_options,
@@ -196,7 +198,11 @@ class _CrossEntropy(torch.autograd.Function):
         if dloss_T is None:
             return (None,) * 5
         if not ctx.overwrite:
-            return _backward(dloss_T, *ctx.saved_tensors, *ctx.options), None, None, None, None
+            dx_TV = _backward(dloss_T, *ctx.saved_tensors, *ctx.options)
+            dq_TV = None
+            if ctx.needs_input_grad[1]:
+                dq_TV = _soft_target_gradient(dloss_T, *ctx.saved_tensors, ctx.options)
+            return dx_TV, dq_TV, None, None, None
         if ctx.spent:
             raise RuntimeError(ONCE)
         x_TV, target_T, w_V, values_RT = ctx.saved_tensors
@@ -204,6 +210,20 @@ class _CrossEntropy(torch.autograd.Function):
         _write_gradient(dx_TV, dloss_T, dx_TV, target_T, w_V, values_RT, ctx.options)
         torch.autograd.graph.increment_version(x_TV)
         return dx_TV, None, None, None, None
+
+
+def _soft_target_gradient(
+    dloss_T: Tensor, x_TV: Tensor, q_TV: Tensor, w_V: Tensor | None, values_RT: Tensor,
+    options: LossOptions,
+) -> Tensor:  # fmt: skip
+    """Compute dq_TV in plain PyTorch; few want it, and it is as large as the logits."""
+    z_TV = final_logits(x_TV, options.softcap, options.logit_scale)
+    log_s_T = values_RT[Row.SUM].log()
+    dq_TV = (values_RT[Row.MAXIMUM][:, None] - z_TV) + log_s_T[:, None]
+    dq_TV *= ((1 - options.label_smoothing) * dloss_T)[:, None]
+    if w_V is not None:
+        dq_TV *= w_V[options.first_class : options.first_class + x_TV.shape[1]]
+    return dq_TV.to(q_TV.dtype)
 
 
 class _CrossEntropyInPlace(torch.autograd.Function):
@@ -281,7 +301,8 @@ def cross_entropy(
         input: the logits, `[T, V]`, `[V]`, or `[N, V, ...]`; float32, float16, bfloat16 or
             float64. Copied unless its last axis is contiguous.
         target: class indices, `[T]`, `[]` or `[N, ...]`, any integer dtype; or probabilities in
-            the shape of `input`, floating point, each row of which should sum to 1.
+            the shape of `input`, floating point, each row of which should sum to 1. They may want
+            a gradient.
         weight: `[V]`, the weight of each class, or None for ones. It gets no gradient.
         size_average, reduce: deprecated in PyTorch, refused here: `reduction` says it.
         ignore_index: targets of this value count neither in the loss nor in the mean. With
@@ -293,7 +314,7 @@ def cross_entropy(
         logit_scale: factor of the logits, before the softcap.
         inplace: allow the logits to be overwritten, by their gradient: a third less memory traffic
             and no second buffer. They must be contiguous rows and not a leaf. With reduction
-            "none" and on the CPU nothing is overwritten. In float16 the backward pass overwrites,
+            "none", on the CPU and where `target` wants a gradient nothing is overwritten. In float16 the backward pass overwrites,
             at no less traffic: a gradient stored before the loss scale has come would be 0.
         return_stats: return `(loss, TokenStats)`: lse, entropy, argmax, target log-probability and
             accuracy, from the pass that computes the loss. They get no gradient.
@@ -340,7 +361,8 @@ def cross_entropy(
             return loss
         z_TV = final_logits(x_TV.detach(), softcap, logit_scale)
         return loss, shape_stats(stats_reference(z_TV, target_T, ignore_index), shape)
-    overwrite = overwrite and reduction != "none" and uses_triton(input, op)
+    overwrite = overwrite and reduction != "none" and not target_T.requires_grad
+    overwrite = overwrite and uses_triton(input, op)
     late = input.dtype == torch.float16  # its range is too narrow for a gradient over N
     if overwrite and not late:
         w_T = token_weights(target_T, w_V, ignore_index, torch.float32)

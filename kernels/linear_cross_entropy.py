@@ -98,7 +98,8 @@ def linear_cross_entropy(
     autocast where that is on; the gradients of weight and bias are summed in float32 over all
     chunks. Between forward and backward it keeps those gradients, not the logits. Deterministic.
     Targets outside [0, V) are treated as `cross_entropy` treats them. Inside torch.func, where
-    torch.export traces and with TRITIUM_REFERENCE=1 all logits exist at once.
+    torch.export traces, where probabilities want a gradient and with TRITIUM_REFERENCE=1 all logits
+    exist at once.
 
     Args:
         input: `[..., D]`; float32, float16, bfloat16 or float64.

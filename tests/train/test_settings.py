@@ -55,6 +55,81 @@ def test_a_number_of_another_type_is_refused_in_a_file_too(setting):
             check(changed, usual)
 
 
+@pytest.mark.parametrize(
+    ("flag", "legal", "illegal"),
+    [
+        ("dropout", "0", "1"),
+        ("beta2", "0.99999", "1"),
+        ("final-lr", "1", "1.001"),
+        ("decay-fraction", "1", "0"),
+        ("lower-lr", "0.999", "1"),
+        ("seed", str(2**64 - 1), str(2**64)),
+        ("max-steps", "1", "0"),
+        ("max-minutes", "0.001", "0"),
+        ("spike-window", "2", "1"),
+        ("sample-tokens", "0", "-1"),
+        ("weight-decay", "0", "-0.001"),
+        ("threads", "1024", "1025"),
+        ("model.rope-theta", "1", "0.99"),
+        ("model.softcap", "0.5", "0"),
+        ("max-epochs", "3e38", "4e38"),
+    ],
+)
+def test_the_ends_of_ranges(flag, legal, illegal):
+    assert answer(f"--{flag}={legal}") is None
+    assert "must" in (answer(f"--{flag}={illegal}") or "")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [x for x in settings().values() if x.choices or x.kinds == (bool,)],
+    ids=lambda x: x.flag,
+)
+def test_words_are_among_the_choices(setting):
+    assert answer(f"--{setting.flag}", "nonsense")
+    if setting.path[0] == "model":
+        return  # which its own class refuses
+    usual = presets.PRESETS["tiny"]
+    odd = ("nonsense",) if tuple in setting.kinds else "nonsense"
+    part = odd
+    if len(setting.path) == 2:
+        part = replace(getattr(usual, setting.path[0]), **{setting.path[1]: odd})
+    with pytest.raises(ConfigError, match=f"{setting.name} must be"):
+        check(replace(usual, **{setting.path[0]: part}), usual)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["7"], "'7' belongs to no flag"),
+        (["--seed"], "--seed takes one value, got none"),
+        (["--seed", "1", "2"], "--seed takes one value, got 1 2; quote it"),
+        (["--learning-rat", "1"], "there is no --learning-rat; did you mean --learning-rate"),
+        (["--fp16"], "there is no --fp16: say --precision"),
+        (["--resume", "a", "b"], "--resume takes one folder, got a b"),
+        (["--resume", "a", "--out", "b"], "--resume a and --out b name two folders"),
+        (["--resume", "no-such-run"], "--resume no-such-run: there is no run"),
+        (["--resume"], "--resume needs the folder of a run"),
+        (["--resume-anyway", "9"], "--resume-anyway takes no value, got 9"),
+        (["--no-seed", "3"], "there is no --no-seed"),
+    ],
+)
+def test_what_no_flag_takes_is_answered(arguments, message):
+    assert message in (answer(*arguments) or "")
+
+
+def test_the_last_of_equal_flags_counts_and_a_switch_is_turned_off():
+    config, preset, _ = parse(["tiny", "--seed", "1", "--resume-anyway", "--seed=2",
+                               "--no-resume-anyway"])  # fmt: skip
+    assert (config.seed, config.resume_anyway, preset) == (2, False, "tiny")
+
+
+def test_runs_that_begin_in_one_second_have_a_folder_each(monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
+    folders = {parse(["tiny", "--seed", "1"])[2] for _ in range(50)}
+    assert len(folders) == 50
+
+
 def test_there_is_a_range_for_every_number_and_no_other():
     assert {x.path[-1] for x in NUMBERS} == RANGES.keys()
 
@@ -92,8 +167,10 @@ def test_the_help_fits_two_screens_and_leaves_no_flag_out(capsys):
 def test_messages_name_flags_that_exist():
     known = {*settings(), *(f"no-{flag}" for flag in settings()), "help", "help-all", "flag", "no"}
     known |= {"logdir"}  # of TensorBoard
-    for file in [ROOT / "train.py", *(ROOT / "model").glob("*.py")]:
-        if file.name == "generate.py":  # which has flags of its own
+    files = [ROOT / "train.py", *(ROOT / "training").rglob("*.py")]
+    assert len(files) > 30
+    for file in files:
+        if file.name in ("generate.py", "evaluate.py"):  # which have flags of their own
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
