@@ -273,7 +273,7 @@ def test_rows_hold_what_was_measured():
         (AssertionError(), "AssertionError: "),
     ],
 )
-def test_a_contender_that_fails_is_a_row(problem, text):
+def test_an_implementation_that_fails_is_a_row(problem, text):
     peers = {"broken": lambda: raising(problem), "fine": lambda: lambda x: 2 * x}
     rows = list(compare.measure("softmax", doubling(peers=peers), SETTINGS))
     assert [row.problem for row in rows if row.implementation == "broken"] == [text] * 3
@@ -323,7 +323,7 @@ def test_every_operation_is_called_as_it_wants(name, dtype):
         assert row.problem is None, row.problem
         if row.implementation in operation.tritium:
             assert row.error is not None
-            # One rounding in bfloat16; in float32 those of the sums besides.
+            # One rounding in bfloat16; in float32 also those of the sums.
             assert row.error < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype], row
 
 
@@ -344,7 +344,7 @@ def test_shapes_are_complete_and_their_sizes_tell_them_apart(name):
     ("reference", "interpreter", "words"),
     [(True, True, "reference"), (False, True, "interpreter"), (False, False, "reference")],
 )
-def test_says_what_ours_is_on_a_cpu(reference, interpreter, words, monkeypatch):
+def test_says_what_tritium_is_on_a_cpu(reference, interpreter, words, monkeypatch):
     monkeypatch.setattr(runtime, "REFERENCE", reference)
     monkeypatch.setattr(runtime, "CPU_KERNELS", interpreter)
     (note,) = (note for note in report_of(doubling(), ()).notes if note.startswith("Tritium"))
@@ -481,7 +481,7 @@ def test_refuses_what_it_cannot_explain(op, shape, words, monkeypatch):
         run_main(monkeypatch, "explain", op, "--shape", shape, "--device", "H200")
 
 
-def test_ours_does_not_err_more_in_more_chunks(monkeypatch, tmp_path, capsys):
+def test_the_error_does_not_grow_with_the_number_of_chunks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tables, "results", lambda: tmp_path)
     found = dict(chunk_error.measure(512, 32, 128))
     actual = found["tritium.kernels.linear_cross_entropy"]
