@@ -10,7 +10,7 @@ import tyro
 VERBS = {
     "static": (
         "compiled.static",
-        "registers, spills, instructions of compiled kernels, without a GPU",
+        "registers, spills and instructions of the kernels, without a GPU",
     ),
     "explain": ("explain", "least bytes, operations and time of an operation (its roofline)"),
     "optimizer": ("optimizer", "optimizers' steps on the parameters of real models"),
