@@ -116,7 +116,7 @@ class Trial:
     def went_back(self) -> Outcome:
         """Several steps in a row go wrong, and the run is killed after it went back."""
         run, killed, actual, expected = (
-            self.folder / name for name in ("back", "killed", "Tritium", "unbroken")
+            self.folder / name for name in ("back", "killed", "recovered", "stopped")
         )
         ended = self.train(run, fault="much-garbage")
         process = self.start(self.command(killed, fault="much-garbage"))
