@@ -18,7 +18,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from tests.mutants import Mutant
 
@@ -80,7 +79,7 @@ def _copy(tree: Path) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the chosen mutants, show what killed each, and return the exit code."""
+    """Run the chosen mutants, print what killed each, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"all, or some of {', '.join(OPS)}")
     parser.add_argument("--sample", type=int, metavar="N", help="N faults, drawn from all tables")
@@ -92,19 +91,20 @@ def main(words: list[str] | None = None) -> int:
     size = sum(len(mutants(op)) for op in OPS) if asked.sample is None else asked.sample
     tasks = [task for task in sample(size, asked.seed) if task[0] in (asked.ops or OPS)]
     ops = list(dict.fromkeys(op for op, _ in tasks))
+    console, killed = Console(), 0
     with ThreadPoolExecutor(asked.jobs) as pool:
         for op, failed in zip(ops, pool.map(run, ops, [NOTHING] * len(ops)), strict=True):
             if failed:
                 print(f"mutants: {op}: {failed} fails without any fault; mend it first")
                 return 2
-        running = pool.map(run, [op for op, _ in tasks], [mutant for _, mutant in tasks])
-        killers = list(track(running, "mutants", len(tasks), transient=True))
-    table = Table("operation", "fault", "killed by")
-    for (op, mutant), killer in zip(tasks, killers, strict=True):
-        table.add_row(op, mutant.what, killer or "[bold red]SURVIVED")
-    Console().print(table)
-    print(f"{len(tasks) - killers.count('')} of {len(tasks)} faults killed")
-    return 1 if "" in killers else 0
+        killers = pool.map(run, [op for op, _ in tasks], [mutant for _, mutant in tasks])
+        shown = track(killers, "mutants", len(tasks), console=console, transient=True)
+        for (op, mutant), killer in zip(tasks, shown, strict=True):
+            killed += bool(killer)
+            line = f"{op}: {mutant.what}: {f'killed by {killer}' if killer else 'SURVIVED'}"
+            console.print(line, style=None if killer else "bold red", markup=False, soft_wrap=True)
+    print(f"{killed} of {len(tasks)} faults killed")
+    return 0 if killed == len(tasks) else 1
 
 
 if __name__ == "__main__":
