@@ -9,6 +9,7 @@ SIGTERM, SIGINT and SIGUSR1 finish the step and save; `main` lists the exit stat
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import sys
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 import tritium
 
 tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
+
+gc.disable()  # imports leave little garbage; looking for it took 0.6 of the 2.1 s of --help
 
 import torch
 
@@ -53,6 +56,9 @@ from tritium.training.settings import TrainConfig, fit_to_data
 from tritium.training.signals import StopRequest
 from tritium.training.validation import ConfigError
 from tritium.training.waiting import ThreadWaiting
+
+gc.freeze()  # nor is what they made looked through later, or at the end
+gc.enable()
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 

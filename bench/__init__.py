@@ -1,4 +1,4 @@
-"""Measurements: what the kernels compile to, and how fast they run."""
+"""Measurements: speed, memory and error, the compiled kernels, trials of complete runs."""
 
 import tritium
 

@@ -8,25 +8,28 @@ from importlib import import_module
 import tyro
 
 VERBS = {
-    "static": ("compiled.static", "what the kernels compile to, without a GPU"),
-    "explain": ("explain", "what no version of an operation can beat"),
+    "static": (
+        "compiled.static",
+        "registers, spills and instructions of the kernels, without a GPU",
+    ),
+    "explain": ("explain", "least bytes, operations and time of an operation (its roofline)"),
     "optimizer": ("optimizer", "optimizers' steps on the parameters of real models"),
-    "resume": ("runs.resume", "whether a killed run, resumed, ends in the same bytes"),
-    "faults": ("runs.faults", "what a user sees when something goes wrong, and what is left"),
-    "chunk_error": ("chunk_error", "what chunking costs linear_cross_entropy in accuracy"),
-    "low_precision": ("runs.low_precision", "what keeping less than float32 costs a training run"),
-    "trainer": ("runs.trainer", "what train.py does on a GPU: graphs, speed, precisions"),
+    "resume": ("runs.resume", "runs killed and resumed, compared byte for byte with unbroken ones"),
+    "faults": ("runs.faults", "messages and end states of runs in which something goes wrong"),
+    "chunk_error": ("chunk_error", "accuracy of linear_cross_entropy by the number of chunks"),
+    "low_precision": ("runs.low_precision", "loss of training runs with low-precision weights"),
+    "trainer": ("runs.trainer", "train.py on a GPU: CUDA graphs, speed, precisions"),
     "activations": (
         "runs.activations",
-        "bytes a step keeps for its backward pass, predicted, counted",
+        "bytes that a step keeps for its backward pass, predicted and counted",
     ),
     "report": ("runs.report", "one HTML page that compares runs"),
     "pictures": ("runs.pictures", "pictures of a run, for the README"),
-    "data": ("runs.data", "how fast text becomes shards, and shards become batches"),
-    "throughput": ("runs.throughput", "how fast the trainer trains, beside a plain PyTorch GPT"),
-    "contention": ("runs.contention", "what another busy process costs a run on a CPU"),
+    "data": ("runs.data", "speed of preparing text and of loading batches"),
+    "throughput": ("runs.throughput", "speed of the trainer, beside a plain PyTorch GPT"),
+    "contention": ("runs.contention", "cost of another busy process to a run on a CPU"),
 }
-"""The module of each, whose `main` it is, and what it measures or makes."""
+"""Each verb's module, whose `main` is called, and what it measures or makes."""
 
 
 def main() -> None:

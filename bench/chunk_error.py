@@ -1,4 +1,4 @@
-"""What chunking costs linear cross-entropy in accuracy: `python -m tritium.bench chunk_error`.
+"""Accuracy of linear cross-entropy by the number of chunks: `python -m tritium.bench chunk_error`.
 
 The gradient of the weight is a sum over chunks. Its relative root mean square error is taken
 against float64 on the same bfloat16 inputs. Tritium adds in float32, and

@@ -37,7 +37,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run fixes for all its operations."""
+    """Settings of a run, the same for all its operations."""
 
     device: torch.device
     rates: Device
@@ -49,7 +49,7 @@ class Settings:
     quick: bool = False
     compiled: bool = False
     seconds: float = 0.3
-    """That the timing of one pass may take."""
+    """Limit of the timing of one pass."""
 
 
 def installed(peers: dict[str, Loader]) -> tuple[dict[str, Loader], list[str]]:
@@ -65,8 +65,8 @@ def installed(peers: dict[str, Loader]) -> tuple[dict[str, Loader], list[str]]:
     return {name: load for name, load in peers.items() if name not in missing}, missing
 
 
-def contenders_of(operation: Operation, compiled: bool) -> dict[str, Loader]:
-    """Everyone who is measured, Tritium's first."""
+def implementations_of(operation: Operation, compiled: bool) -> dict[str, Loader]:
+    """The implementations to measure, Tritium's first."""
     implementations = operation.tritium | {"eager": lambda: operation.eager}
     if compiled:
         implementations["torch.compile"] = partial(_compile, operation.eager)
@@ -83,7 +83,7 @@ def measure(name: str, operation: Operation, settings: Settings) -> Iterator[Row
     """Measure every implementation at every shape in every pass; a failure is a row too."""
     make = Make(settings.dtype, settings.device)
     errors: dict[str, dict[str, float]] = {}
-    implementations = contenders_of(operation, settings.compiled)
+    implementations = implementations_of(operation, settings.compiled)
     for shape, dims in operation.cases(settings.device, settings.sizes, settings.quick).items():
         bounds = explain(
             name, **cast(dict[str, Any], dims), dtype=settings.dtype, device=settings.rates
@@ -110,7 +110,7 @@ def attempt(make: Callable[[], T]) -> T | str:
     """Return what `make` returns, or why it does not; an exception would keep its tensors."""
     try:
         return make()
-    except Exception as problem:  # whatever it is, it is one implementation's alone
+    except Exception as problem:  # of any kind: it concerns one implementation alone
         return harness.reason(problem)
 
 
@@ -161,7 +161,7 @@ def _errors(
     def errors() -> dict[str, float]:
         truth = operation.truth() if operation.truth else operation.eager
         inputs = operation.inputs(make, **operation.smallest)
-        exact = harness.outputs_of(truth, harness.widened(inputs))
+        exact = harness.outputs_of(truth, harness.in_float64(inputs))
         return harness.errors(function, exact, inputs)
 
     found = attempt(errors)
@@ -169,7 +169,7 @@ def _errors(
 
 
 def percent_of_bound(bound: Bound, milliseconds: float) -> float:
-    """How much of the time is what the bound asks for: 100 is the limit."""
+    """The bound in percent of the time taken: 100 is the limit."""
     return bound.microseconds / milliseconds / 10
 
 
@@ -178,7 +178,7 @@ def measure_all(names: list[str], settings: Settings, command: str) -> Iterator[
     for name in names:
         operation = OPERATIONS[name]
         cases = operation.cases(settings.device, settings.sizes, settings.quick)
-        per_case = len(contenders_of(operation, settings.compiled)) * len(harness.PASSES)
+        per_case = len(implementations_of(operation, settings.compiled)) * len(harness.PASSES)
         rows = watched(name, len(cases) * per_case, measure(name, operation, settings))
         notes = _notes(operation, settings)
         dtype = str(settings.dtype).removeprefix("torch.")
@@ -243,7 +243,7 @@ def _notes(operation: Operation, settings: Settings) -> Iterator[str]:
         yield "torch.compile was left out (--compile measures it)."
     if missing := installed(operation.peers)[1]:
         yield f"Not installed: {', '.join(missing)}."
-    for implementation in contenders_of(operation, settings.compiled):
+    for implementation in implementations_of(operation, settings.compiled):
         if implementation in operation.gradient_in_forward:
             yield f"No backward alone for {implementation}: its forward pass makes the gradient."
 

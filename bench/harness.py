@@ -1,4 +1,4 @@
-"""How fast a call is, how much memory it takes, how far it errs: on a GPU, or plainly on a CPU.
+"""Timing, peak memory and error of single calls, on a GPU or a CPU.
 
 Time is that of single calls, between CUDA events or by the host's clock. Every call takes the next
 of several copies of its inputs, together more than twice the last-level cache, and its outputs live
@@ -43,7 +43,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last-level cache; 32 MiB where the system does not tell."""
+    """The size of the last-level cache; 32 MiB where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -62,7 +62,7 @@ def rotated(inputs: Sequence[Tensor], cache: int) -> list[list[Tensor]]:
 
 
 def calls_of(function: Callable, inputs: Sequence[Tensor], pass_name: str) -> Call:
-    """What is timed: one pass of `function` on `inputs`."""
+    """The call to time: one pass of `function` on `inputs`."""
 
     def forward():
         with torch.no_grad():
@@ -133,7 +133,7 @@ def _warm_up(
 
 
 class HostBoundError(RuntimeError):
-    """The GPU waits for the host, so that its time cannot be told from the host's."""
+    """The GPU waits for the host, so that its time cannot be separated from the host's."""
 
 
 def _cuda_calls(call: Callable[[], None], n: int, clock: Callable[[], float]) -> list[float]:
@@ -232,7 +232,7 @@ def measured_device(device: torch.device, seconds: float) -> Device:
 
 
 def outputs_of(function: Callable, inputs: Sequence[Tensor]) -> Outputs:
-    """What `function` makes of `inputs` in every pass, with the same gradients from above."""
+    """Outputs of `function` in every pass, the incoming gradients always the same."""
     leaves = [x for x in inputs if x.requires_grad]
     ys = _tuple(function(*inputs))
     generator = torch.Generator().manual_seed(0)
@@ -260,7 +260,7 @@ def errors(function: Callable, exact: Outputs, inputs: Sequence[Tensor]) -> dict
     return {name: relative_rms(actual[name], exact[name]) for name in actual}
 
 
-def widened(inputs: Sequence[Tensor]) -> list[Tensor]:
+def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
     """`inputs` in float64, integers as they are."""
     return [
         x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
@@ -269,7 +269,7 @@ def widened(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def reason(problem: Exception) -> str:
-    """One short line about why a implementation has no numbers."""
+    """One short line about why an implementation has no numbers."""
     if isinstance(problem, torch.OutOfMemoryError):
         return "out of memory"
     if isinstance(problem, HostBoundError):

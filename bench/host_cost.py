@@ -1,6 +1,6 @@
-"""What a step costs the host: how many launches, and how long until the call returns.
+"""Host cost of a step: number of launches, and time until the call returns.
 
-On a GPU both are those of real calls, which are not waited for. On a CPU our kernels are compiled
+On a GPU both are those of real calls, which are not waited for. On a CPU the kernels are compiled
 for the GPU of `_stub_driver` and launched there, which runs nothing: the host's part is left.
 """
 
@@ -27,7 +27,7 @@ LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel|Memcpy|Memset|GraphLaunch)")
 
 @dataclass(frozen=True)
 class HostCost:
-    """Of one call."""
+    """Host cost of one call."""
 
     launches: int | None
     """Kernels, copies and fills that the device was asked for; None if they cannot be counted."""
@@ -48,7 +48,7 @@ def of_gpu_call(call: Call) -> HostCost:
 
 
 def count_launches(names: Iterable[str]) -> int:
-    """How many calls of CUDA among `names` hand work to the device."""
+    """Number of calls of CUDA among `names` that hand work to the device."""
     return sum(LAUNCH.match(name) is not None for name in names)
 
 
@@ -59,7 +59,7 @@ def of_cpu_call(call: Call) -> HostCost:
 
 
 def of_unexecuted_call(call: Call) -> HostCost | None:
-    """The cost of a call of our kernels on CPU tensors; None where they are not compiled."""
+    """The cost of a call of Tritium's kernels on CPU tensors; None where they are not compiled."""
     if knobs.runtime.interpret or runtime.REFERENCE:
         return None
     with _unexecuted() as launches:

@@ -1,7 +1,7 @@
-"""Who is measured: our operations, PyTorch's own, and the libraries to beat where installed.
+"""Implementations compared: Tritium, PyTorch, and peers where they are installed.
 
-A loader imports its implementation when it is measured, so that a missing library, or a kernel in
-pieces, costs its own rows and no other.
+A loader imports its implementation when it is measured, so that a missing library, or a broken
+kernel, costs its own rows and no other.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def cut_cross_entropy() -> Callable:
 
 
 def cross_entropy_inplace() -> Callable:
-    """Load our cross_entropy, overwriting the logits."""
+    """Load Tritium's cross_entropy, overwriting the logits."""
     inplace = own("cross_entropy", inplace=True)()
     return lambda logits, target: inplace(logits.view_as(logits), target)
 
@@ -118,4 +118,4 @@ EAGER: dict[str, Callable] = {
     "mse_loss": F.mse_loss,
     "info_nce": _info_nce,
 }
-"""What one writes without a library, by operation."""
+"""Plain PyTorch, as one writes it without a library, by operation."""

@@ -1,4 +1,4 @@
-"""What is measured: each operation at shapes of real models; its benchmark is one entry here."""
+"""Operations to measure, each at shapes of real models; its benchmark is one entry here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ class Operation:
     rows: tuple[str, int, int] | None = None
     """The dimension that every shape shares, its size on a GPU and on a CPU."""
     cpu_shapes: int | None = None
-    """How many of the shapes are measured on a CPU: the first ones."""
+    """Number of shapes measured on a CPU: the first ones."""
 
     def cases(self, device: torch.device, sizes: tuple[int, ...], quick: bool) -> dict[str, Dims]:
         """The shapes to measure, by name."""

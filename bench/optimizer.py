@@ -43,8 +43,8 @@ STEPS = 10  # that the error is of
 Make = Callable[[Parameters], Stepper]
 
 
-def contenders_of(task: Task) -> dict[str, Loader]:
-    """Everyone who takes the step, Tritium's first."""
+def implementations_of(task: Task) -> dict[str, Loader]:
+    """The implementations of the step, Tritium's first."""
     return task.implementations | installed(task.peers)[0]
 
 
@@ -54,7 +54,7 @@ def measure(models: dict[str, Shapes], tasks: dict[str, Task], settings: Setting
     for model, shapes in models.items():
         dims = {"N": sum(map(prod, shapes)), "tensors": len(shapes)}
         for name, task in tasks.items():
-            for implementation, load in contenders_of(task).items():
+            for implementation, load in implementations_of(task).items():
                 row = Row(model, dims, implementation, name)
                 found = attempt(partial(_measured, row, task, load, shapes, settings))
                 if settings.device.type == "cuda":
@@ -71,7 +71,7 @@ def measure(models: dict[str, Shapes], tasks: dict[str, Task], settings: Setting
 
 
 def _measured(row: Row, task: Task, load: Loader, shapes: Shapes, settings: Settings) -> Row:
-    """`row` with its numbers, but the error."""
+    """`row` with its numbers, except the error."""
     make, device, N = load(), settings.device, row.dims["N"]
     bound = task.bound(N, settings.rates)
     copies = 2 * settings.cache // (2 * N * task.dtype.itemsize) + 1
@@ -117,8 +117,8 @@ def parameters(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Para
 def error_of(make: Make, task: Task, device: torch.device) -> float:
     """The relative RMS error against float64 of a few steps with new gradients each.
 
-    It is that of how far the weights move, not of the weights, most of which are rounded alike; of
-    a norm, its own.
+    It is the error of the change of the weights, not of the weights, most of which are rounded
+    alike; for a norm, the error of the norm.
     """
     torch.manual_seed(0)
     ps = parameters(SMALLEST, task.dtype, device)
@@ -129,7 +129,7 @@ def error_of(make: Make, task: Task, device: torch.device) -> float:
 
 
 def _outcome(make: Make, ps: Parameters, gradients: list[list[Tensor]]) -> list[Tensor]:
-    """The way of all weights in one tensor, or what the steps returned."""
+    """The change of all weights in one tensor, or what the steps returned."""
     before = [p.detach().clone() for p in ps]
     for p, g in zip(ps, gradients[0], strict=True):
         p.grad = g.to(p)
@@ -147,11 +147,11 @@ def _outcome(make: Make, ps: Parameters, gradients: list[list[Tensor]]) -> list[
 
 def _notes(tasks: dict[str, Task], settings: Settings) -> Iterator[str]:
     yield (
-        f"Rates: the bytes of the bound. Error: of the way of all weights in {STEPS} steps of a "
+        f"Rates: the bytes of the bound. Error: of the change of all weights in {STEPS} steps of a "
         f"model of {sum(map(prod, SMALLEST))} parameters, or of the norm, against float64."
     )
     if settings.device.type == "cuda":
-        yield "Host: until the step returns; gradients stay where they are, nobody waits."
+        yield "Host: until the step returns, not its work; gradients stay where they are."
     else:
         yield (
             "Host: gradients stay where they are; Tritium's launches are compiled and not run, the "
@@ -197,7 +197,7 @@ def main(
         chosen = {"smallest": SMALLEST}
     elif settings.device.type == "cpu" and not models:
         chosen = dict(list(chosen.items())[:CPU_MODELS])
-    total = len(chosen) * sum(len(contenders_of(task)) for task in kinds.values())
+    total = len(chosen) * sum(len(implementations_of(task)) for task in kinds.values())
     rows = watched("optimizer", total, measure(chosen, kinds, settings))
     done = make_report(
         "optimizer", "N", "float32 and bfloat16", settings, command_line(),

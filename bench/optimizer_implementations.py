@@ -1,4 +1,4 @@
-"""Who takes an optimizer's step: Tritium's, PyTorch's own, and the libraries to beat.
+"""Implementations of an optimizer's step: Tritium, PyTorch and peers.
 
 A loader imports its implementation; the result makes a Stepper of parameters whose gradients are
 there already. `implementations` says why imports are left to loaders.
@@ -35,11 +35,11 @@ class Stepper:
     step: Callable[[], object]
     """Returns the norm, where that is all it computes."""
     kept: Callable[[], Iterable[Tensor]] = _nothing
-    """What it holds from one step to the next: moments, scales, masters."""
+    """State from one step to the next: moments, scales, masters."""
 
     @property
     def state_bytes(self) -> int:
-        """The memory of what is kept, each tensor once."""
+        """Memory of the state, each tensor counted once."""
         return sum(map(_bytes, {id(x): x for x in self.kept()}.values()))
 
 
@@ -59,7 +59,7 @@ def _state(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def gradients(params: Parameters) -> list[Tensor]:
-    """The gradients that there are."""
+    """The gradients of those parameters that have one."""
     return [p.grad for p in params if p.grad is not None]
 
 
@@ -74,7 +74,7 @@ def optimizer(load: Loader, **options) -> Loader:
     return lambda: partial(make, load())
 
 
-def our_optimizer(name: str, **options) -> Loader:
+def tritium_optimizer(name: str, **options) -> Loader:
     """Load an optimizer of kernels/."""
     return optimizer(own(name, "optimizers"), **options)
 
@@ -138,8 +138,8 @@ def clipped(load: Loader) -> Loader:
     return lambda: partial(make, load())
 
 
-def our_norm() -> Callable[[Parameters], Stepper]:
-    """Load our clip_grad_norm_, which leaves gradients alone that are short enough."""
+def tritium_norm() -> Callable[[Parameters], Stepper]:
+    """Load Tritium's clip_grad_norm_, with a limit that no gradient exceeds."""
     clip = own("clip_grad_norm_", "optimizers", max_norm=inf)()
     return lambda params: Stepper(lambda: clip(params))
 

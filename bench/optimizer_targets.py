@@ -1,11 +1,11 @@
-"""What the optimizers are held to, and whether the rows of a measurement show it."""
+"""Targets of the optimizers, and their check against the rows of a measurement."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tritium.bench.tables import Row
 
-OURS, UNFOLDED = "Tritium", "torch clip, fused"
+TRITIUM, UNFOLDED = "Tritium", "torch clip, fused"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Target:
     figure: Callable[[dict[str, Row]], float | None]
     """None where it was not measured."""
     device: str = "GPU"
-    """Where it is to be met: "GPU" or "CPU"."""
+    """The device on which it is to be met: "GPU" or "CPU"."""
     at_most: bool = False
 
     def met(self, found: float) -> bool:
@@ -27,21 +27,21 @@ class Target:
         return found <= self.limit if self.at_most else found >= self.limit
 
 
-def _ours(figure: str) -> Callable[[dict[str, Row]], float | None]:
-    return lambda rows: getattr(rows[OURS], figure) if OURS in rows else None
+def _tritium(figure: str) -> Callable[[dict[str, Row]], float | None]:
+    return lambda rows: getattr(rows[TRITIUM], figure) if TRITIUM in rows else None
 
 
 def _speedup(rows: dict[str, Row]) -> float | None:
-    times = [rows[who].milliseconds if who in rows else None for who in (UNFOLDED, OURS)]
+    times = [rows[name].milliseconds if name in rows else None for name in (UNFOLDED, TRITIUM)]
     return times[0] / times[1] if times[0] and times[1] else None
 
 
 def _copy(task: str) -> Target:
-    return Target("% of copy", "GPT-2 1.5B", task, 94, _ours("percent_of_copy"))
+    return Target("% of copy", "GPT-2 1.5B", task, 94, _tritium("percent_of_copy"))
 
 
 def _host(task: str) -> Target:
-    figure = _ours("host_microseconds")
+    figure = _tritium("host_microseconds")
     return Target("us of the host", "GPT-2 124M", task, 150, figure, device="CPU", at_most=True)
 
 
@@ -53,7 +53,7 @@ CLIP = "clip + AdamW float32"
 TARGETS = (
     *map(_copy, (*ADAMW, "norm float32", "norm bf16")),
     Target(f"times as fast as {UNFOLDED}", "GPT-2 1.5B", CLIP, 1.25, _speedup),
-    Target("launches", "GPT-2 1.5B", CLIP, 3, _ours("launches"), at_most=True),
+    Target("launches", "GPT-2 1.5B", CLIP, 3, _tritium("launches"), at_most=True),
     *map(_host, ("AdamW float32", CLIP)),
 )
 

@@ -1,4 +1,4 @@
-"""What is measured of optimizers: rules and precisions, their bounds, and who takes the step."""
+"""Optimizer tasks: rules and precisions with their bounds and their implementations."""
 
 from dataclasses import dataclass, field
 
@@ -12,12 +12,12 @@ from tritium.bench.optimizer_implementations import (
     clipped,
     exact_lion,
     exact_norm,
-    our_norm,
-    our_optimizer,
     torch_norm,
     torch_optimizer,
     torch_with_masters,
     torchao,
+    tritium_norm,
+    tritium_optimizer,
 )
 from tritium.kernels.roofline import Bound, Device, explain
 
@@ -29,7 +29,7 @@ class Task:
     """One kind of step."""
 
     op: str
-    """Of tritium.kernels.roofline; so are the three options below."""
+    """Operation of tritium.kernels.roofline; the three options below are its own too."""
     implementations: dict[str, Loader]
     """"Tritium" first."""
     truth: Loader
@@ -37,11 +37,11 @@ class Task:
     peers: dict[str, Loader] = field(default_factory=dict)
     """Libraries that may not be installed."""
     dtype: torch.dtype = F32
-    """Of weights and gradients."""
+    """Dtype of weights and gradients."""
     master: str | None = None
     state_dtype: torch.dtype = F32
     extra: dict[str, int] = field(default_factory=dict)
-    """Bytes per parameter that a implementation moves beyond the bound, the way it works."""
+    """Bytes per parameter that an implementation moves beyond the bound, by its design."""
 
     def bound(self, parameters: int, rates: Device) -> Bound:
         """The least that a step moves and takes."""
@@ -64,10 +64,10 @@ def _bf16_adamw(
     state_dtype: torch.dtype = F32,
     extra: dict[str, int] | None = None,
 ) -> Task:
-    mine = our_optimizer("AdamW", master=master, state_dtype=state_dtype)
+    tritium = tritium_optimizer("AdamW", master=master, state_dtype=state_dtype)
     return Task(
         "adamw",
-        {"Tritium": mine} | implementations,
+        {"Tritium": tritium} | implementations,
         EXACT,
         peers,
         BF16,
@@ -80,20 +80,20 @@ def _bf16_adamw(
 def _rule(name: str, op: str = "", fused: bool = True, **options) -> Task:
     """A rule that PyTorch has too, in float32."""
     ways = ("fused", "foreach") if fused else ("foreach",)
-    expected = {f"torch {way}": torch_optimizer(name, **{way: True}, **options) for way in ways}
-    mine = {"Tritium": our_optimizer(name, **options)}
-    return Task(op or name.lower(), mine | expected, torch_optimizer(name, **options))
+    torchs = {f"torch {way}": torch_optimizer(name, **{way: True}, **options) for way in ways}
+    tritium = {"Tritium": tritium_optimizer(name, **options)}
+    return Task(op or name.lower(), tritium | torchs, torch_optimizer(name, **options))
 
 
 def _norm(dtype: torch.dtype) -> Task:
-    implementations = {"Tritium": our_norm, "torch": torch_norm}
+    implementations = {"Tritium": tritium_norm, "torch": torch_norm}
     return Task("grad_norm", implementations, exact_norm, dtype=dtype)
 
 
 TASKS: dict[str, Task] = {
     "AdamW float32": Task(
         "adamw",
-        {"Tritium": our_optimizer("AdamW"), "torch fused": FUSED, "torch foreach": FOREACH},
+        {"Tritium": tritium_optimizer("AdamW"), "torch fused": FUSED, "torch foreach": FOREACH},
         EXACT, {"apex": apex_adamw()},
     ),
     "AdamW bf16, float32 master": _bf16_adamw(
@@ -123,7 +123,7 @@ TASKS: dict[str, Task] = {
     "RMSprop float32": _rule("RMSprop", fused=False),
     "Adagrad float32": _rule("Adagrad"),
     "Lion float32": Task(
-        "lion", {"Tritium": our_optimizer("Lion")}, exact_lion,
+        "lion", {"Tritium": tritium_optimizer("Lion")}, exact_lion,
         {"bitsandbytes": bitsandbytes("Lion32bit")},
     ),
     "norm float32": _norm(F32),
@@ -131,7 +131,7 @@ TASKS: dict[str, Task] = {
     "clip + AdamW float32": Task(
         "adamw_clipped",
         {
-            "Tritium": our_optimizer("AdamW", max_grad_norm=MAX_NORM),
+            "Tritium": tritium_optimizer("AdamW", max_grad_norm=MAX_NORM),
             "torch clip, fused": clipped(FUSED), "torch clip, foreach": clipped(FOREACH),
         },
         clipped(EXACT), extra={"torch clip, fused": 2 * 4, "torch clip, foreach": 2 * 4},
@@ -139,7 +139,7 @@ TASKS: dict[str, Task] = {
     "clip + AdamW bf16, float32 master": Task(
         "adamw_clipped",
         {
-            "Tritium": our_optimizer("AdamW", max_grad_norm=MAX_NORM, master="float32"),
+            "Tritium": tritium_optimizer("AdamW", max_grad_norm=MAX_NORM, master="float32"),
             "torch clip, fused, copies": clipped(torch_with_masters),
         },
         clipped(EXACT), dtype=BF16, master="float32",

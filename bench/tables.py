@@ -1,4 +1,4 @@
-"""What a measurement looks like: a table, a file that is whole or not there, a plot."""
+"""Tables, result files and plots of a measurement."""
 
 import io
 import json
@@ -40,12 +40,12 @@ class Row:
     """The bound's, as `flops`: not the implementation's own."""
     flops: int | None = None
     resource: str | None = None
-    """What bounds the operation."""
+    """The resource that bounds the operation."""
     percent_of_bound: float | None = None
     percent_of_copy: float | None = None
     """By the bytes that the implementation moves itself, where they are known."""
     state_bytes: int | None = None
-    """What an optimizer keeps from one step to the next."""
+    """Memory of an optimizer's state from one step to the next."""
     launches: int | None = None
     """Kernels, copies and fills that a step asks the device for."""
     host_microseconds: float | None = None
@@ -55,7 +55,7 @@ class Row:
     error: float | None = None
     """Relative root mean square against float64, at the operation's smallest shape."""
     problem: str | None = None
-    """Why there are no numbers."""
+    """The reason, where there are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Report:
         return f"{self.op}, {self.dtype}, {self.device}{cpu}"
 
     def path(self, suffix: str) -> Path:
-        """Where the measurement is kept."""
+        """The file in which the measurement is kept."""
         device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
         return results() / f"{self.op}-{device}.{suffix}"
 
@@ -110,7 +110,7 @@ def _time(row: Row) -> str:
 
 
 def _per_parameter(amount: float | None, row: Row) -> str:
-    """Of an optimizer alone: others have no state."""
+    """Bytes per parameter; blank except for optimizers."""
     return "" if amount is None or row.state_bytes is None else f"{amount / row.dims['N']:.4g}"
 
 
@@ -174,7 +174,7 @@ def present(lines: Sequence[str], *tables: Table, width: int, write_to: Path | N
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that is whole whenever it is there."""
+    """Write a file that is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(content)

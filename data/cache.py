@@ -22,7 +22,7 @@ def lock(folder: Path) -> Iterator[None]:
     """Wait until no other process makes `folder`, and keep others waiting inside the block."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+        fcntl.flock(f, fcntl.LOCK_EX)  # the kernel releases it when the process dies
         yield
 
 

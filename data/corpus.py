@@ -67,7 +67,7 @@ class Source:
     split: str = "train"
     """Split of a hub dataset."""
     max_bad: float = MOST_BAD
-    """Share of its records that may be unreadable; of a text file given by itself, its lines."""
+    """Share of its records that may be unreadable; for a single text file, of its lines."""
     stream: bool = False
     """Stream a hub dataset over the network every time instead of downloading it once."""
 
@@ -75,7 +75,7 @@ class Source:
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise DataError(f"{self}: weight must be above 0, got {self.weight}")
         if not 0 <= self.max_bad <= 1:
-            raise DataError(f"{self}: max_bad must lie between 0 and 1, got {self.max_bad}")
+            raise DataError(f"{self}: max_bad must be between 0 and 1, got {self.max_bad}")
         least = {"epochs": self.epochs, "limit": self.limit, "max_chars": self.max_chars}
         for name, value in least.items():
             if value is not None and value < 1:
@@ -128,7 +128,7 @@ def documents(source: Source | str | Path | None = None, tally: Tally | None = N
     """Yield the documents of `source`, one string each, in the same order every time.
 
     Each row of a table is a document, each text file of a folder, each module of the standard
-    library. A text file given by itself is cut at blank lines into pieces of a hundredth of its
+    library. A single text file is cut at blank lines into pieces of a hundredth of its
     length, 1 to 64 K characters, so that some can be kept for validation. Nulls and documents of
     white space alone are left out, UTF-16 and UTF-32 are decoded (see `decoding`), and every line
     end of a text file becomes a line feed. Records that cannot be read, or are mostly control

@@ -28,7 +28,7 @@ class PackedBatch(NamedTuple):
     """Id that follows each, -100 for padding."""
     positions: Tensor
     """Position of each token in its document, or in its piece of one that was cut; each padded
-    place is a document by itself."""
+    place is a document of its own."""
 
     @property
     def documents(self) -> Tensor:

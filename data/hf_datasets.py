@@ -84,7 +84,7 @@ def read(
                     yield text
     except DataError:
         raise
-    except Exception as error:  # of datasets and all that it stands on
+    except Exception as error:  # of datasets and all that it uses
         raise UnreachableError(
             f"cannot read {path} (configuration {config}, split {split}): {_first_line(error)}; "
             "check these and the network; finished shards are kept"

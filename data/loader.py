@@ -94,7 +94,7 @@ class Loader(ABC, Generic[_Batch]):
 
     @property
     def epoch(self) -> float:
-        """How many times all ranks together have read the split."""
+        """Epochs that all ranks together have read of the split."""
         return self._taken / self.n_windows
 
     def __len__(self) -> int:
@@ -158,11 +158,11 @@ class Loader(ABC, Generic[_Batch]):
             DataError: it is of other data or packing, another tokenizer, seed or length, or
                 malformed.
         """
-        for key, ours in self.state().items():
-            theirs = state.get(key)
-            if key != "windows" and theirs != ours:
+        for key, own in self.state().items():
+            saved = state.get(key)
+            if key != "windows" and saved != own:
                 raise DataError(
-                    f"cannot resume: the saved {key} is {theirs}, this run's is {ours}; "
+                    f"cannot resume: the saved {key} is {saved}, this run's is {own}; "
                     "give both runs the same data, packing, seed and length"
                 )
         windows = state.get("windows")

@@ -30,7 +30,7 @@ class Tally:
     kept: int = 0
     """Documents given out."""
     good: int = 0
-    """Records that could be read; of a text file given by itself, lines."""
+    """Records that could be read; for a single text file, lines."""
     bad: Counter[str] = field(default_factory=Counter)
     """Records that could not be read, by reason."""
     left_out: Counter[str] = field(default_factory=Counter)

@@ -161,7 +161,7 @@ class Tokenizer:
         listed = _as_list(ids)
         for i in listed:
             if not 0 <= i < self.vocab_size:
-                raise DataError(f"decode: ids must lie in [0, {self.vocab_size}), got {i}")
+                raise DataError(f"decode: ids must be in [0, {self.vocab_size}), got {i}")
         return self._engine.decode(listed)
 
 

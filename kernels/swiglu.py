@@ -34,7 +34,7 @@ def swiglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 class _CpuBackward(torch.autograd.Function):
-    """Of gate and up, or of both packed, whose gradients come as they do."""
+    """Backward pass on a CPU, of gate and up or of both packed; gradients come as inputs do."""
 
     @staticmethod
     def forward(ctx, *parts: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class ModelConfig:
 def check_share(name: str, share: float) -> None:
     """Raise ValueError unless `share` is at least 0 and below 1."""
     if not isinstance(share, Real) or isinstance(share, bool) or not 0 <= share < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {share!r}")
+        raise ValueError(f"{name} must be in [0, 1), got {share!r}")
 
 
 def _nearest_divisor(n: int, near: int) -> int:

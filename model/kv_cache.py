@@ -39,7 +39,7 @@ class Cache:
             ValueError: there are not so many.
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"truncate: length must lie in [0, {self.length}], got {length}")
+            raise ValueError(f"truncate: length must be in [0, {self.length}], got {length}")
         self.length = length
 
     def mask(self, tokens_BL: Tensor, positions_BL: Tensor | None) -> Tensor | None:

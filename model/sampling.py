@@ -52,7 +52,7 @@ def stream(
     V = model.config.vocab_size
     for stop in stop_tokens:
         if not 0 <= index(stop) < V:
-            raise ValueError(f"generate: stop_tokens must lie in [0, {V}), got {stop}")
+            raise ValueError(f"generate: stop_tokens must be in [0, {V}), got {stop}")
     draw = (temperature, top_k, top_p, generator)
     return _drawn(model, tokens, max_new_tokens, draw, list(stop_tokens))
 
@@ -147,7 +147,7 @@ def _check(tokens, max_new_tokens, temperature, top_k, top_p) -> None:
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
 
 
 class Tokenizer(Protocol):

@@ -52,7 +52,16 @@ settings.register_profile(
 settings.register_profile(
     "mutants", settings.get_profile("tritium"), phases=[Phase.explicit, Phase.generate]
 )
+# For `pytest -m "not slow"`: a quarter of the examples.
+settings.register_profile(
+    "quick", settings.get_profile("tritium"), max_examples=int(EXAMPLES or 50)
+)
 settings.load_profile("tritium")
+
+
+def pytest_configure(config):
+    if config.option.markexpr == "not slow":
+        settings.load_profile("quick")
 
 
 # What `pytest -m "not slow"` leaves out, in addition to tests marked in their files: folders,
@@ -70,7 +79,11 @@ SLOW = (
     "tests/kernels/test_embedding.py::test_gradient_in_float64",
     "tests/kernels/test_embedding.py::test_runs_across_borders",
     "tests/kernels/test_info_nce.py::test_gradient_in_float64",
+    "tests/kernels/test_layer_norm.py::test_gradient_in_float64",
     "tests/kernels/test_layer_norm.py::test_wide_rows",
+    "tests/kernels/test_linear_cross_entropy.py::test_gradient_in_float64",
+    "tests/kernels/test_linear_cross_entropy.py::test_weight_gradient_is_summed_in_float32",
+    "tests/kernels/test_opinfo.py::test_modules[kernel-Embedding",
     "tests/kernels/optimizers/test_adamw.py::test_matches_torch_at_every_size",
     "tests/kernels/optimizers/test_launcher.py",
     "tests/kernels/optimizers/test_optimizer_database.py",

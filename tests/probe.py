@@ -25,7 +25,7 @@ def probe(mend: str) -> Callable:
             if mend in RIGHT:
                 function()
                 return
-            with pytest.raises(BaseException):  # noqa: B017, PT011 (a lie comes out in many ways)
+            with pytest.raises(BaseException):  # noqa: B017, PT011 (a wrong answer shows in many ways)
                 function()
 
         return test

@@ -22,7 +22,7 @@ MENDS: dict[tuple[object, str], tuple[Callable | None, Callable]] = {}
 TRIED = ((3, 6), (3, 7), (3, 8), (3, 9))
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 RIGHT: set[str] = set()
-"""Names that this version of Triton answers right by itself: their probes see no lie without."""
+"""Names that this version of Triton answers correctly without the replacements."""
 
 
 def mend(owner: object, name: str, right_from: tuple[int, int] | None = None) -> Callable:

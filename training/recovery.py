@@ -181,7 +181,8 @@ class Recovery:
         done = {"from_step": last, "to_step": step, "windows": [start, self._position]}
         self.went_back.append(done | {"lr_factor": self.lr_factor})
         log.rewind(step, len(self.went_back))
-        self._log(f"{self._streak} bad steps in a row. Going {_told(self.went_back[-1])}")
+        move = _described(self.went_back[-1])
+        self._log(f"{self._streak} bad steps in a row. {move[0].upper()}{move[1:]}")
         self._note, self._streak = self.went_back[-1], 0
         return None if saved is None else (step, saved["best"])
 
@@ -228,7 +229,9 @@ class Recovery:
         return None if math.isfinite(entry["grad_norm"]) else "gradient not finite"
 
     def _account(self, source: Path | None) -> str:
-        tried = "".join(f"\n  after step {x['from_step']:,} {_told(x)}" for x in self.went_back)
+        tried = "".join(
+            f"\n  after step {x['from_step']:,}: {_described(x)}" for x in self.went_back
+        )
         bad = self._first_bad
         last = "none; start a new run" if source is None else f"step {checkpoint.step_of(source):,}"
         return (
@@ -275,8 +278,8 @@ def _place(bad: dict) -> str:
     return f"step {bad['step']:,} (windows {start:,} to {end - 1:,}): {bad['skipped']}"
 
 
-def _told(back: dict) -> str:
+def _described(back: dict) -> str:
     start, end = back["windows"]
-    where = "back to" if back["to_step"] < back["from_step"] else "on from"
+    where = "going back to" if back["to_step"] < back["from_step"] else "continuing from"
     rate = f", at {back['lr_factor']:g} of the learning rate" if back["lr_factor"] < 1 else ""
     return f"{where} step {back['to_step']:,}, past windows {start:,} to {end - 1:,}{rate}"

@@ -53,12 +53,12 @@ def _whole(low: int, high: int = 2**31 - 1) -> Range:
 
 AT_LEAST_0 = Range("be at least 0", 0, LARGEST)
 ABOVE_0 = Range("be above 0", SMALLEST, LARGEST)
-RATE = Range("lie in [0, 1)", 0, 1, below=True)
-SHARE = Range("lie in [0, 1]", 0, 1)
+RATE = Range("be in [0, 1)", 0, 1, below=True)
+SHARE = Range("be in [0, 1]", 0, 1)
 STEPS = 2**53  # as far as a step is a whole number in the schedule's fractions
 
 RANGES = {
-    "seed": Range("lie in [0, 2**64)", 0, 2**64 - 1, whole=True),
+    "seed": Range("be in [0, 2**64)", 0, 2**64 - 1, whole=True),
     "eval_every": _whole(1, STEPS), "eval_tokens": _whole(1, STEPS), "log_every": _whole(1, STEPS),
     "batch_size": _whole(1), "threads": _whole(0, 1024),
     "label_smoothing": RATE, "z_loss": AT_LEAST_0, "dropout": RATE,
@@ -66,7 +66,7 @@ RANGES = {
     "max_steps": _whole(1, STEPS), "max_tokens": _whole(1, STEPS), "max_epochs": ABOVE_0,
     "max_minutes": Range("be above 0", SMALLEST, 1e12),
     "learning_rate": ABOVE_0, "warmup_steps": _whole(0, STEPS), "final_lr": SHARE,
-    "decay_fraction": Range("lie in (0, 1]", SMALLEST, 1),
+    "decay_fraction": Range("be in (0, 1]", SMALLEST, 1),
     # OptimizerConfig
     "weight_decay": AT_LEAST_0, "max_grad_norm": ABOVE_0, "beta1": RATE, "beta2": RATE,
     "eps": ABOVE_0, "momentum": AT_LEAST_0, "dampening": SHARE, "alpha": SHARE,
@@ -74,7 +74,7 @@ RANGES = {
     # SaveConfig, RecoveryConfig, ObserveConfig, MemoryConfig
     "save_every": _whole(1, STEPS), "keep_last": _whole(1), "keep_every": _whole(1, STEPS),
     "spike_zscore": ABOVE_0, "spike_window": _whole(2, 1_000_000), "max_skips": _whole(1),
-    "lower_lr": Range("lie between 0 and 1", SMALLEST, 1, below=True),
+    "lower_lr": Range("be between 0 and 1", SMALLEST, 1, below=True),
     "layer_stats_every": _whole(0, STEPS), "sample_every": _whole(0, STEPS),
     "sample_tokens": _whole(0, 1_000_000), "micro_batch_size": _whole(1),
     "memory_gib": Range("be above 0", SMALLEST, 1e9),

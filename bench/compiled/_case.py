@@ -13,7 +13,7 @@ UNFIT = {
 
 @dataclass(frozen=True)
 class Limit:
-    """What the machine code of one kernel may cost, beyond what every kernel keeps to."""
+    """Limits of one kernel's machine code, beyond those of every kernel."""
 
     bytes: float = math.inf
     """Through device memory, for each element; 5 % are left for what each row has one of."""

@@ -1,4 +1,4 @@
-"""What `static` compiles for, and what one multiprocessor of each can hold and issue."""
+"""Targets of `static`, with what one multiprocessor of each can hold and issue."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class Device:
     """Bytes a second that a copy moves: 0.9 of the bandwidth of the datasheet."""
 
     def resident_warps(self, registers: int, shared: int, threads: int) -> int:
-        """How many warps of a kernel one multiprocessor holds at a time."""
+        """Warps of a kernel that one multiprocessor holds at a time."""
         lanes = self.target.warp_size
         warps = -(-threads // lanes)
         each = -(-max(registers, 1) // self.granularity) * self.granularity * lanes

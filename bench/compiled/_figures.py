@@ -50,7 +50,7 @@ class Trip:
 
     @property
     def unrolled(self) -> int:
-        """How many trips of the program the compiler put into one of the machine code."""
+        """Trips of the program that the compiler put into one of the machine code."""
         moved = self.tiles.bytes("load") + self.tiles.bytes("store")
         if self.tiles.index is None or moved < 4 * self.threads:
             return 1
@@ -61,7 +61,7 @@ class Trip:
 
     @property
     def instructions(self) -> float:
-        """Of one thread, per element."""
+        """Instructions of one thread, per element."""
         elements = self.tiles.elements * self.unrolled / self.threads
         return self.route.instructions / elements
 
@@ -110,7 +110,7 @@ def _pair(loops: list[Pass], routes: list[Route], threads: int) -> dict[int | No
 
 
 def _gap(loop: Pass, route: Route, threads: int) -> tuple[float, int]:
-    """How far `route` is from a multiple of `loop`, and the multiple."""
+    """Distance of `route` from a multiple of `loop`, and the multiple."""
     program = {kind: loop.bytes(kind) / threads for kind in ("load", "store")}
     total = max(sum(program.values()), 1)
     times = max(round(route.bytes / total), 1)

@@ -48,7 +48,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Route:
-    """What one thread runs on its way through a loop, or through a kernel."""
+    """Instructions and accesses of one thread on its way through a loop or a kernel."""
 
     instructions: int
     loads: Counter[int]  # from global memory, by their width in bits
@@ -56,7 +56,7 @@ class Route:
 
     @property
     def bytes(self) -> int:
-        """What the thread moves."""
+        """Bytes that the thread moves."""
         return self.moved("load") + self.moved("store")
 
     def moved(self, kind: str, bits: int = 0) -> int:
@@ -65,7 +65,7 @@ class Route:
 
     @property
     def count(self) -> int:
-        """How many accesses there are."""
+        """Number of accesses."""
         return (self.loads + self.stores).total()
 
     def accesses(self, kind: str) -> Counter[int]:

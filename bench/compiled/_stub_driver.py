@@ -79,7 +79,7 @@ class StubDriver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        """Never chosen by itself."""
+        """Never chosen unless `set_active` chooses it."""
         return False
 
     def map_python_to_cpp_type(self, ty: str) -> str:
@@ -99,7 +99,7 @@ class StubDriver(DriverBase):
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors: the CPU."""
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable:

@@ -1,7 +1,7 @@
-"""What a kernel moves, read from the program that Triton lowers (TTIR), before any target is known.
+"""Bytes that a kernel moves, read from the program that Triton lowers (TTIR), before any target.
 
 A `Pass` is one trip over a tile: an innermost loop that loads or stores, or the straight-line body
-of a kernel without one. Two kinds of code are told apart by their control flow:
+of a kernel without one. Control flow distinguishes two kinds of code:
 
 - what follows in sequence adds up (cross-entropy reads a row, then reads it again to write it);
   the branches of an `if` are alternatives, of which the kernel takes one (a dtype, a full chunk);
@@ -51,7 +51,7 @@ class Access:
 
     @property
     def bytes(self) -> int:
-        """What all threads of the program move together."""
+        """Bytes that all threads of the program move together."""
         return self.elements * self.bits // 8
 
 
@@ -84,14 +84,14 @@ class Pass:
 
     @cached_property
     def elements(self) -> int:
-        """Of one trip: those of the tensor that it moves most of."""
+        """Elements of one trip: those of the tensor that it moves most of."""
         counts = defaultdict(int)
         for x in self.tiles:
             counts[x.kind, x.base] += x.elements
         return max(counts.values(), default=0)
 
     def bytes(self, kind: str) -> int:
-        """What the threads move together, cached or not."""
+        """Bytes that the threads move together, cached or not."""
         return sum(x.bytes for x in self.tiles if x.kind == kind)
 
     def expected(self, kind: str, threads: int) -> dict[int, float]:
@@ -255,7 +255,7 @@ def _access(line: str, varying: set[str], base: dict[str, str]) -> Access | None
 
 
 def _enter_loop(loop: re.Match, varying: set[str], base: dict[str, str]) -> None:
-    """What the counter and the carried values of a loop depend on, as it begins."""
+    """Set the dependences of a loop's counter and carried values as it begins."""
     counter, bounds, carried = loop.groups()
     _set(varying, counter, bool(varying & set(NAME.findall(bounds))))
     for inside, start in re.findall(r"(%[\w$.-]+) = (%[\w$.-]+)", carried or ""):

@@ -1,4 +1,4 @@
-"""What the kernels compile to, without a GPU: `python -m tritium.bench static [OP ...] [--write]`.
+"""Static gate: compiles the kernels without a GPU: `python -m tritium.bench static [OP ...]`.
 
 The public functions are called as they are, on tensors of the host, under a driver that compiles
 every launch for sm_80, sm_90, sm_100 and gfx942 and runs none. Columns, where they are not plain:
@@ -14,10 +14,10 @@ every launch for sm_80, sm_90, sm_100 and gfx942 and runs none. Columns, where t
 
 A trip's elements are those of the tile in Triton's own program, padding included: rows of 768 in a
 block of 1024 need 4/3 of the figure for each true element. `_machine_code` and `_tiles`
-tell how hot loops are found and counted.
+say how hot loops are found and counted.
 
-The limits stand beside the kernels in `cases`; those that do not depend on a compiler's version are
-also compared with the table that is kept in static.md, in the folder of results.
+The limits are in `cases`, beside the kernels; those that do not depend on a compiler's version are
+also compared with the table that `--write` keeps in static.md, in the folder of results.
 Under another version of Triton than the table's, spilled registers are shown and break nothing.
 """
 
@@ -201,7 +201,7 @@ def read_tables(text: str) -> tuple[str, dict[Key, Line]]:
 
 
 def compare(fresh: dict[Key, Line], kept: str, ops: Iterable[str]) -> list[str]:
-    """What differs from the table that is kept, as far as it may not."""
+    """Differences from the kept table in columns that must be equal."""
     version, old = read_tables(kept)
     _, new = read_tables(write_tables(fresh))
     old = {key: line for key, line in old.items() if key[0] in ops}
@@ -234,15 +234,16 @@ def main(ops: tyro.conf.Positional[tuple[str, ...]] = (), write: bool = False) -
     if knobs.runtime.interpret:
         raise SystemExit("static: TRITON_INTERPRET is set, so nothing compiles; unset it")
     release = ".".join(triton.__version__.split(".")[:2])
-    untried = f"static: Triton {triton.__version__} is none of those tried, {', '.join(TRIED)}"
+    tried = ", ".join(TRIED)
+    unknown_version = f"static: Triton {triton.__version__} is none of those tried, {tried}"
     if release not in TRIED:
-        print(f"{untried}: the figures may be wrong", file=sys.stderr)
+        print(f"{unknown_version}: the figures may be wrong", file=sys.stderr)
     try:
         rows = measure_all(ops or CASES)
     except (AttributeError, ImportError, TypeError) as error:
         if release in TRIED:
             raise
-        raise SystemExit(f"{untried}, and does not compile here: {error}") from error
+        raise SystemExit(f"{unknown_version}, and does not compile here: {error}") from error
     found = lines(rows)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(*make_tables(found), sep="\n")

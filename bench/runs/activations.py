@@ -1,4 +1,4 @@
-"""What a step keeps for its backward pass, by policy: `python -m tritium.bench activations`.
+"""Bytes that a step keeps for its backward pass, by policy: `python -m tritium.bench activations`.
 
 Predicted by `tritium.training.memory.predict` from the shape alone, and counted in a forward pass
 through saved-tensor hooks, for the PyTorch references and for the Triton kernels, which off a GPU

@@ -1,4 +1,4 @@
-"""What another busy process costs a run: `python -m tritium.bench contention [--write]`.
+"""Cost of another busy process to a run: `python -m tritium.bench contention [--write]`.
 
 The run is train.py's default one on a CPU, its own step on random tokens, four times side by side:
 

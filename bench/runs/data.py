@@ -1,4 +1,4 @@
-"""How fast text becomes shards, and shards become batches: `python -m tritium.bench data`.
+"""Speed of preparing text and of loading batches: `python -m tritium.bench data`.
 
 `prepare` reads JSON lines from disk, splits, encodes, writes and syncs; it is compared with
 `tiktoken.Encoding.encode_ordinary_batch` on the same documents, in memory already, on the same

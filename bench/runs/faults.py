@@ -56,11 +56,11 @@ class Outcome:
 
     fault: str
     seen: list[str]
-    """What the program said about it."""
+    """Message of the program about it."""
     status: str
     """Exit status, of several runs one after another."""
     end: str
-    """What the end state was compared with."""
+    """The state with which the end state was compared."""
     right: bool
 
     def cells(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class Trial:
     def went_back(self) -> Outcome:
         """Several steps in a row go wrong, and the run is killed after it went back."""
         run, killed, actual, expected = (
-            self.folder / name for name in ("back", "killed", "Tritium", "theirs")
+            self.folder / name for name in ("back", "killed", "recovered", "stopped")
         )
         ended = self.train(run, fault="much-garbage")
         process = self.start(self.command(killed, fault="much-garbage"))
@@ -249,7 +249,7 @@ class Ended:
     output: str
 
     def lines(self, *beginnings: str) -> list[str]:
-        """The lines in which one of these stands, without the folder's name."""
+        """The lines that contain one of these, without the folder's name."""
         found = [line for line in self.output.splitlines() if any(b in line for b in beginnings)]
         return [re.sub(r"/\S*/(?=[\w.-]+\.(bin|jsonl))|/tmp/\S*/", "", line) for line in found]
 

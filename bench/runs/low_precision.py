@@ -1,8 +1,8 @@
-"""What keeping less than float32 costs a training run: `python -m tritium.bench low_precision`.
+"""Training runs with low-precision weights and moments: `python -m tritium.bench low_precision`.
 
 A small language model learns the bytes of Python's standard library, again and again from the same
 three seeds, and only what its optimizer keeps differs: the arithmetic of the model is float32, on
-parameters widened from whatever they are kept in. The seed decides weights and batches.
+parameters converted from the dtype that they are kept in. The seed decides weights and batches.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ BF16, U8 = torch.bfloat16, torch.uint8
 
 Make = Callable[..., torch.optim.Optimizer]
 
-CONTENDERS: dict[str, tuple[torch.dtype, Make, dict]] = {
+IMPLEMENTATIONS: dict[str, tuple[torch.dtype, Make, dict]] = {
     "float32": (torch.float32, AdamW, {}),
     "bfloat16, float32 master": (BF16, AdamW, {"master": "float32"}),
     "bfloat16, split": (BF16, AdamW, {"master": "split"}),
@@ -62,7 +62,7 @@ def sequences() -> tuple[Tensor, Tensor]:
 
 def train(implementation: str, seed: int, steps: int, data: tuple[Tensor, Tensor]) -> float:
     """Train from `seed` and return the loss on the sequences kept aside, in nats per byte."""
-    dtype, make, options = CONTENDERS[implementation]
+    dtype, make, options = IMPLEMENTATIONS[implementation]
     tokens, validation = data
     torch.manual_seed(seed)
     model = Transformer(CONFIG).to(device=tokens.device, dtype=dtype)
@@ -93,7 +93,7 @@ def loss_of(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def verdict(losses: list[float], base: list[float]) -> str:
-    """How the mean lies to that of `base`, in standard errors of their difference."""
+    """Distance of the mean from that of `base`, in standard errors of the difference."""
     error = ((stdev(losses) ** 2 + stdev(base) ** 2) / len(base)) ** 0.5
     distance = (mean(losses) - mean(base)) / error
     return f"{distance:+.1f}, {'within' if abs(distance) <= 2 else 'outside'}"
@@ -111,11 +111,11 @@ def main(steps: int = 1000, seeds: int = 3, write: bool = False) -> None:
         raise SystemExit(f"low_precision: seeds must be at least 2 to have a spread, got {seeds}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, validation = (x.to(device) for x in sequences())
-    runs = [(name, seed) for name in CONTENDERS for seed in range(seeds)]
-    losses: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    runs = [(name, seed) for name in IMPLEMENTATIONS for seed in range(seeds)]
+    losses: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for name, seed in track(runs, "runs", transient=True):
         losses[name].append(train(name, seed, steps, (tokens, validation)))
-    base = losses[next(iter(CONTENDERS))]
+    base = losses[next(iter(IMPLEMENTATIONS))]
     rows = [
         (name, f"{mean(own):.4f}", f"{stdev(own):.4f}", "" if own is base else verdict(own, base))
         for name, own in losses.items()

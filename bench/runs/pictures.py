@@ -1,7 +1,7 @@
 """The pictures of a run that the README shows: `python -m tritium.bench pictures RUN [RUN ...]`.
 
-They are made from what the runs left: the norms of the first one's layers, the progress display as
-it stood in its middle, and the page that compares them all, in a browser.
+They are made from what the runs left: the norms of the first one's layers, the progress display in
+its middle, and the page that compares them all, in a browser.
 """
 
 import io

@@ -56,7 +56,7 @@ class Outcome:
     asynchronous: bool
     killed_at: list[int]
     during: list[str]
-    """What was continuing: "write" or "delete" of a checkpoint, or "training"."""
+    """Work in progress when killed: "write" or "delete" of a checkpoint, or "training"."""
     unreadable: int
     """Checkpoints that could not be read after the kills."""
     readable: int

@@ -1,4 +1,4 @@
-"""How fast the trainer trains, beside a plain PyTorch GPT: `python -m tritium.bench throughput`.
+"""Speed of the trainer, beside a plain PyTorch GPT: `python -m tritium.bench throughput`.
 
 The shape is that of nanoGPT's published command for a CPU: 4 layers of 4 heads, 128 wide, batches
 of 12 sequences of 64 tokens, vocabulary 65. The plain GPT (plain_gpt.py) is of PyTorch's own
@@ -116,14 +116,14 @@ def tritium_step() -> tuple[nn.Module, Step]:
     return model, step
 
 
-CONTENDERS = {"plain PyTorch GPT": plain, "train.py": tritium_step}
+IMPLEMENTATIONS = {"plain PyTorch GPT": plain, "train.py": tritium_step}
 
 
 def _serve(asked: Connection, name: str, threads: int, dtype: torch.dtype, steps: int) -> None:
     """Send the number of parameters, then seconds per step whenever asked; None ends it."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model, step = CONTENDERS[name]()
+    model, step = IMPLEMENTATIONS[name]()
     cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     sequences = torch.randint(VOCABULARY, (steps, BATCH, LENGTH + 1))
     batches = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in sequences]
@@ -141,7 +141,7 @@ def _processes(threads: int, dtype: torch.dtype, steps: int) -> Iterator[dict[st
     """Each implementation in a process of its own, as a user has it."""
     context, connections = get_context("spawn"), {}
     with ExitStack() as stack:
-        for name in CONTENDERS:
+        for name in IMPLEMENTATIONS:
             connections[name], expected = context.Pipe()
             process = context.Process(
                 target=_serve, args=(expected, name, threads, dtype, steps), daemon=True

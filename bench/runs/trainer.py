@@ -1,4 +1,4 @@
-"""What train.py does on a GPU: `python -m tritium.bench trainer [--save]`.
+"""Trials of train.py on a GPU: `python -m tritium.bench trainer [--save]`.
 
     graph   100 steps with and without --cuda-graph: the losses must be the same bits, and so the
             weights. With PyTorch's deterministic algorithms, because the gradient of attention is
@@ -67,11 +67,11 @@ Part = Literal["graph", "speed", "curves"]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of train.py left."""
+    """Results of a run of train.py."""
 
     name: str
     entries: tuple[dict, ...] = ()
-    """Of its log."""
+    """Entries of its log."""
     weights: str = ""
     """Digest of the last checkpoint's."""
     problem: str = ""
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Of every step."""
+        """Loss of every step."""
         return [entry["loss"] for entry in self.entries]
 
     def rate(self, name: str) -> float:
@@ -162,7 +162,7 @@ def curves(trial: Trial, steps: int, picture: Path | None) -> Iterator[Table]:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Draw the losses above, and below how far each lies from the first run's."""
+    """Draw the losses above, and below the distance of each from the first run's."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -87,7 +87,7 @@ def prepare(
             document, or the cache cannot be written. A partial folder is never used as complete.
     """
     if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        raise DataError(f"val_fraction must be between 0 and 1, got {val_fraction}")
     if threads is not None and threads < 1:
         raise DataError(f"threads must be at least 1, got {threads}")
     console = Console(

@@ -6,7 +6,7 @@ from tritium.kernels.optimizers._rounding import join_reference
 from tritium.kernels.optimizers.adagrad import Adagrad
 from tritium.kernels.optimizers.adam import Adam
 from tritium.kernels.optimizers.adamw import AdamW
-from tritium.kernels.optimizers.grad_norm import clip_grad_norm_, clip_grad_norms_
+from tritium.kernels.optimizers.clip_grad_norm import clip_grad_norm_, clip_grad_norms_
 from tritium.kernels.optimizers.lion import Lion
 from tritium.kernels.optimizers.rmsprop import RMSprop
 from tritium.kernels.optimizers.sgd import SGD

@@ -62,8 +62,8 @@ def test_shapes_are_those_of_the_models_themselves():
 
 
 def task(step=None, **options) -> Task:
-    """AdamW in float32, by PyTorch's own, and by a implementation whose Stepper `step` makes."""
-    implementations = {"Tritium": FUSED} | ({"theirs": lambda: step} if step else {})
+    """AdamW in float32, by PyTorch's own, and by an implementation whose Stepper `step` makes."""
+    implementations = {"Tritium": FUSED} | ({"other": lambda: step} if step else {})
     return Task("adamw", implementations, EXACT, **options)
 
 
@@ -87,7 +87,7 @@ def test_rows_hold_what_was_measured():
 
 
 @pytest.mark.parametrize("problem", [TypeError("no option 'master'"), torch.OutOfMemoryError()])
-def test_a_contender_that_cannot_be_made_is_a_row(problem):
+def test_an_implementation_that_cannot_be_made_is_a_row(problem):
     def make(params):
         raise problem
 
@@ -114,7 +114,7 @@ def test_steps_of_small_models_take_turns(monkeypatch):
 
     settings = replace(SETTINGS, cache=8 * N)
     monkeypatch.setattr(optimizer, "error_of", lambda make, task, device: 0.0)
-    only = Task("adamw", {"theirs": lambda: make}, EXACT)
+    only = Task("adamw", {"other": lambda: make}, EXACT)
     list(optimizer.measure(TINY, {"adamw": only}, settings))
     assert [[len(p) for p in params] for params in made] == [[3, 7]] * 3 + [[1, 1]]
     assert turns[0] != turns[1] != turns[2] != turns[0]

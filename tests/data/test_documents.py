@@ -20,7 +20,7 @@ L = 16
 
 @pytest.fixture
 def lengths() -> list[int]:
-    """Of documents, end-of-text included: many short ones, some as long as a window and longer."""
+    """Lengths of documents, end-of-text included: many are short, some longer than a window."""
     rng = np.random.default_rng(0)
     return [*rng.integers(1, 12, 60).tolist(), 15, 16, 17, 32, 33, 50, 1]
 

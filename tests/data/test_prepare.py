@@ -205,7 +205,7 @@ def test_unusable_source_leaves_nothing(tmp_path, home, content, message):
 
 @pytest.mark.parametrize("val_fraction", [0.0, 1.0, -1, 2, float("nan")])
 def test_refuses_a_fraction(val_fraction):
-    with pytest.raises(DataError, match="val_fraction must lie between 0 and 1, got"):
+    with pytest.raises(DataError, match="val_fraction must be between 0 and 1, got"):
         prepare(val_fraction=val_fraction)
 
 

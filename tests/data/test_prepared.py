@@ -1,4 +1,4 @@
-"""What `prepare` takes and returns: read once, said at every start, refused in a sentence."""
+"""Prove what `prepare` takes and returns: read once, reported at every start, or refused."""
 
 import json
 import os

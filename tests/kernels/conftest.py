@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from tritium.kernels import runtime
-from tritium.kernels.optimizers import _base, _pointer_table, _step_kernels, grad_norm
+from tritium.kernels.optimizers import (
+    _base,
+    _pointer_table,
+    _step_kernels,
+    clip_grad_norm,
+    grad_norm,
+)
 
 SMALLER = [
     (_pointer_table, "CHUNK", 4096),
     (_step_kernels, "BLOCK", 2048),
     (grad_norm, "BLOCK", 2048),
-    (grad_norm, "LAYER_BLOCK", 4),
+    (clip_grad_norm, "LAYER_BLOCK", 4),
     (grad_norm, "P", 4),
 ]
 
@@ -42,7 +48,7 @@ def pointer_tables(monkeypatch):
 
     monkeypatch.setattr(_base.MultiTensorOptimizer, "_step_kernels", allowed_step)
     for name in ("_launch_clip", "_launch_clip_layers"):
-        monkeypatch.setattr(grad_norm, name, allowed(getattr(grad_norm, name)))
+        monkeypatch.setattr(clip_grad_norm, name, allowed(getattr(clip_grad_norm, name)))
 
 
 @pytest.fixture(params=["kernel", "reference"])

@@ -7,13 +7,19 @@ from strict_interpreter import allow
 from triton import knobs
 
 from tritium.kernels import runtime
-from tritium.kernels.optimizers import _base, _pointer_table, _step_kernels, grad_norm
+from tritium.kernels.optimizers import (
+    _base,
+    _pointer_table,
+    _step_kernels,
+    clip_grad_norm,
+    grad_norm,
+)
 
 
 @contextmanager
 def path(reference):
     """Go through kernels or references; the interpreter may follow the tables of addresses."""
-    step, clip = _base.MultiTensorOptimizer._step_kernels, grad_norm._launch_clip
+    step, clip = _base.MultiTensorOptimizer._step_kernels, clip_grad_norm._launch_clip
 
     def allowed_step(self, found):
         kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
@@ -32,5 +38,5 @@ def path(reference):
         patch.setattr(grad_norm, "BLOCK", 2048)
         patch.setattr(grad_norm, "P", 4)
         patch.setattr(_base.MultiTensorOptimizer, "_step_kernels", allowed_step)
-        patch.setattr(grad_norm, "_launch_clip", allowed_clip)
+        patch.setattr(clip_grad_norm, "_launch_clip", allowed_clip)
         yield

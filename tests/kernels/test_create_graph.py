@@ -36,7 +36,7 @@ def heads(x: Tensor) -> Tensor:
 
 
 def turned(x: Tensor) -> Tensor:
-    """What rope does, in complex numbers."""
+    """Rope in complex numbers."""
     x1, x2 = heads(x).chunk(2, -1)
     y = torch.complex(x1, x2) * torch.complex(COS, SIN)[2 : 2 + L, None]
     return torch.cat([y.real, y.imag], -1).view(x.shape)

@@ -69,14 +69,14 @@ def _hold_together(rank, device, options, soft, weighted):
     shard = target[:, mine] if soft else target
 
     def compare(whole, part, leaves, parts):
-        (loss, stats), (our_loss, our_stats) = whole, part
-        for expected, actual in zip((loss, *stats), (our_loss, *our_stats), strict=True):
+        (loss, stats), (part_loss, part_stats) = whole, part
+        for expected, actual in zip((loss, *stats), (part_loss, *part_stats), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         dloss = torch.rand_like(loss)
         for i, (dx, actual) in enumerate(
             zip(
                 torch.autograd.grad(loss, leaves, dloss),
-                torch.autograd.grad(our_loss, parts, dloss),
+                torch.autograd.grad(part_loss, parts, dloss),
                 strict=True,
             )
         ):

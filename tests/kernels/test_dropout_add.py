@@ -39,7 +39,7 @@ def either_path(request, monkeypatch):
 
 
 def mask(shape, p, seed, device):
-    """Which elements are kept, as 0 and 1."""
+    """The elements that are kept, as 0 and 1."""
     ones, zeros = torch.ones(shape, device=device), torch.zeros(shape, device=device)
     return (dropout_add(ones, zeros, p, seed=seed) != 0).double()
 

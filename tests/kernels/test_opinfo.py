@@ -71,7 +71,7 @@ def in_dtype(values, dtype: torch.dtype):
 
 
 def outputs_and_gradients(f, values, dtype: torch.dtype) -> list[Tensor]:
-    """What `f` returns for `values`, and the gradients, of an incoming one that `dtype` holds."""
+    """Outputs of `f` for `values`, and gradients, the incoming one exact in `dtype`."""
     leaves = [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor)]
     leaves = [x for x in leaves if x.requires_grad]
     y = f(*values[0], **values[1])

@@ -231,7 +231,7 @@ def test_says_that_there_is_no_device(monkeypatch):
 
 
 def test_devices_are_their_datasheets():
-    """Of the datasheet's TB/s the share that the H200 reaches, and likewise for its products."""
+    """The H200's rates are shares of its datasheet's, of copies and of products."""
     h200 = find_device("H200")
     assert (h200.copy, h200.matrix_16) == pytest.approx((4.3e12, 785e12))
     assert all(d.copy < d.matrix_32 < d.matrix_16 for d in DEVICES)

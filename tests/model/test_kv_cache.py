@@ -100,7 +100,7 @@ def test_refuses_what_would_be_read_wrongly(device):
     model.hidden(tokens, held)
     with pytest.raises(ValueError, match="the cache's number of rows, 3, got 1"):
         model.hidden(tokens[:1], held)
-    with pytest.raises(ValueError, match=r"truncate: length must lie in \[0, 4\], got 5"):
+    with pytest.raises(ValueError, match=r"truncate: length must be in \[0, 4\], got 5"):
         held.truncate(5)
     small = Cache(2, 6)
     model.hidden(tokens, small)

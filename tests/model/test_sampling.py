@@ -74,7 +74,7 @@ def test_the_prompt_itself_does_not_stop(device):
 @pytest.mark.parametrize("stop", [257, -1])
 def test_refuses_a_stop_token_that_is_none(stop, device):
     model, tokens = Transformer(CONFIG).to(device), prompts(device)
-    with pytest.raises(ValueError, match=rf"stop_tokens must lie in \[0, 257\), got {stop}"):
+    with pytest.raises(ValueError, match=rf"stop_tokens must be in \[0, 257\), got {stop}"):
         stream(model, tokens, 2, stop_tokens=[stop])  # at once, not with the first token
 
 

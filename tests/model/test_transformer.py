@@ -220,12 +220,12 @@ def test_refuses_a_policy_whenever_it_is_set(policy, device):
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, math.nan, "0.1", True, None])
 def test_refuses_a_share_that_is_none(wrong, device):
     for name in ("dropout", "label_smoothing"):
-        with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\)"):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\)"):
             Transformer(CONFIG, **{name: wrong})
     with pytest.raises(ValueError, match="z_loss must be at least 0"):
         Transformer(CONFIG, z_loss=-1.0)
     model = build(device)
-    with pytest.raises(ValueError, match="dropout must lie"):
+    with pytest.raises(ValueError, match="dropout must be in"):
         model.dropout = wrong
     assert model.dropout == 0
 
@@ -250,7 +250,7 @@ def test_dropout_set_later_is_that_of_every_block(device):
     [
         (dict(temperature=-1), "temperature must be at least 0"),
         (dict(top_k=0), "top_k must be at least 1"),
-        (dict(top_p=0.0), r"top_p must lie in \(0, 1\]"),
+        (dict(top_p=0.0), r"top_p must be in \(0, 1\]"),
         (dict(max_new_tokens=-1), "max_new_tokens must be at least 0"),
     ],
 )

@@ -1,10 +1,12 @@
-"""`python -m tests.mutants [OP ...]`: plant each fault in a copy of the tree, and run the tests.
+"""Planted faults: `python -m tests.mutants [OP ...]`; `--sample 60 --seed 0` draws some of all.
 
-Every fault must be killed by the test file of its operation, test_<op>.py. The tests run once
-without a fault first: where they fail anyway, nothing is learnt from a failure.
+Each is planted in a copy of the tree, and the test file of its operation, test_<op>.py, must fail.
+The tests run once without a fault first: where they fail anyway, nothing is learnt from a failure.
 """
 
+import argparse
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -16,7 +18,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from tests.mutants import Mutant
 
@@ -37,6 +38,13 @@ def file_of(op: str) -> Path:
 def mutants(op: str) -> list[Mutant]:
     """The planted faults of one operation."""
     return import_module(f"{__package__}.{op}").MUTANTS
+
+
+def sample(size: int, seed: int) -> list[tuple[str, Mutant]]:
+    """Draw `size` faults of all operations, in the order of the tables."""
+    everything = [(op, mutant) for op in OPS for mutant in mutants(op)]
+    chosen = sorted(random.Random(seed).sample(range(len(everything)), min(size, len(everything))))
+    return [everything[i] for i in chosen]
 
 
 def run(op: str, mutant: Mutant) -> str:
@@ -72,26 +80,34 @@ def _copy(tree: Path) -> None:
             shutil.copy(ROOT / name, tree / name)
 
 
-def main(ops: list[str]) -> int:
-    """Run the mutants of `ops`, show what killed each, and return the exit code."""
-    if unknown := set(ops) - set(OPS):
-        print(f"mutants: no operation {sorted(unknown)}; there are {', '.join(OPS)}")
-        return 2
-    tasks = [(op, mutant) for op in ops for mutant in mutants(op)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+def main(words: list[str] | None = None) -> int:
+    """Run the chosen mutants, print what killed each, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"all, or some of {', '.join(OPS)}")
+    parser.add_argument("--sample", type=int, metavar="N", help="N faults, drawn from all tables")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default 0)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tests run at once")
+    asked = parser.parse_args(words)
+    if unknown := set(asked.ops) - set(OPS):
+        parser.error(f"no operation {sorted(unknown)}; there are {', '.join(OPS)}")
+    size = sum(len(mutants(op)) for op in OPS) if asked.sample is None else asked.sample
+    tasks = [task for task in sample(size, asked.seed) if task[0] in (asked.ops or OPS)]
+    ops = list(dict.fromkeys(op for op, _ in tasks))
+    console, killed = Console(), 0
+    with ThreadPoolExecutor(asked.jobs) as pool:
         for op, failed in zip(ops, pool.map(run, ops, [NOTHING] * len(ops)), strict=True):
             if failed:
                 print(f"mutants: {op}: {failed} fails without any fault; mend it first")
                 return 2
-        running = pool.map(run, *zip(*tasks, strict=True))
-        killers = list(track(running, "mutants", len(tasks), transient=True))
-    table = Table("operation", "fault", "killed by")
-    for (op, mutant), killer in zip(tasks, killers, strict=True):
-        table.add_row(op, mutant.what, killer or "[bold red]SURVIVED")
-    Console().print(table)
-    print(f"{len(tasks) - killers.count('')} of {len(tasks)} faults killed")
-    return 1 if "" in killers else 0
+        killers = pool.map(run, [op for op, _ in tasks], [mutant for _, mutant in tasks])
+        shown = track(killers, "mutants", len(tasks), console=console, transient=True)
+        for (op, mutant), killer in zip(tasks, shown, strict=True):
+            killed += bool(killer)
+            line = f"{op}: {mutant.what}: {f'killed by {killer}' if killer else 'SURVIVED'}"
+            console.print(line, style=None if killer else "bold red", markup=False, soft_wrap=True)
+    print(f"{killed} of {len(tasks)} faults killed")
+    return 0 if killed == len(tasks) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or OPS))
+    sys.exit(main())

@@ -8,6 +8,7 @@ _shards = partial(Mutant, file="kernels/optimizers/_dtensor.py")
 _tensors = partial(Mutant, file="kernels/optimizers/_step_inputs.py")
 _optimizer = partial(Mutant, file="kernels/optimizers/_base.py")
 _norm = partial(Mutant, file="kernels/optimizers/grad_norm.py")
+_clip = partial(Mutant, file="kernels/optimizers/clip_grad_norm.py")
 
 MUTANTS = [
     _shards(
@@ -150,7 +151,7 @@ MUTANTS = [
         original="programs = P if mesh is not None else min(P, n_chunks)",
         replacement="programs = min(P, n_chunks)",
     ),
-    _norm(
+    _clip(
         what="clips by the norm of one rank's shards",
         original="partials_P = launch_partials(tables, mesh=mesh)",
         replacement="partials_P = launch_partials(tables)",

@@ -110,8 +110,8 @@ def test_lowers_the_rate_then_stops_with_a_report(run, tmp_path):
     assert "Going back to step 15, past windows 60 to 111, at 0.5 of the learning rate\n" in out
     report = out[out.index("train.py: the losses do not recover, stopped after step 18") :]
     assert "3 bad steps in a row, first step 16 (windows 112 to 115): gradient not" in report
-    assert "after step 25 back to step 20, past windows 80 to 99\n" in report
-    assert "after step 23 back to step 15, past windows 60 to 111, at 0.5 of" in report
+    assert "after step 25: going back to step 20, past windows 80 to 99\n" in report
+    assert "after step 23: going back to step 15, past windows 60 to 111, at 0.5 of" in report
     assert "Last healthy checkpoint: step 15\n" in report
     assert "a lower --learning-rate" in report
     last = log(stopped)[-1]
@@ -141,18 +141,18 @@ def test_a_lowered_rate_survives_a_resume(run, tmp_path):
 
 
 @pytest.mark.parametrize("last", [3, 5, 36])
-def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(last, run, tmp_path):
+def test_before_the_first_checkpoint_a_run_continues_where_it_is(last, run, tmp_path):
     # Also where the run ends with the streak, and the last step is saved all the same.
     with disturbed(range(8, 20), model=nan_in_a_gradient):
         assert run(tmp_path / "run", *SPIKES, "--max-steps", str(last), "--save-every", "40") == 0
-    told = "3 bad steps in a row. Going on from step 5, past windows 8 to 19"
-    assert (told in run.output()) == (last >= 5)
+    expected = "3 bad steps in a row. Continuing from step 5, past windows 8 to 19"
+    assert (expected in run.output()) == (last >= 5)
     assert [x["step"] for x in log(tmp_path / "run")] == list(range(1, last + 1))
     (kept,) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
     assert (checkpoint.step_of(kept), checkpoint.is_healthy(kept)) == (last, last == 36)
 
 
-def test_of_a_run_that_ends_in_trouble_the_healthy_steps_are_done_again(run, tmp_path):
+def test_healthy_steps_are_replayed_after_an_unrecoverable_end(run, tmp_path):
     with disturbed(range(4 * 33, 4 * 36), model=nan_in_a_gradient):
         assert run(tmp_path / "run", *SPIKES) == 0
     assert "Going back to step 30, past windows 120 to 143" in run.output()
@@ -160,9 +160,9 @@ def test_of_a_run_that_ends_in_trouble_the_healthy_steps_are_done_again(run, tmp
     assert checkpoint.step_of(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1]) == 36
 
 
-def test_a_checkpoint_made_in_trouble_is_not_gone_on_from(run, tmp_path):
+def test_a_checkpoint_made_in_trouble_is_not_resumed(run, tmp_path):
     folder = tmp_path / "run"
-    run.at_step(27, crash)  # the checkpoint of step 25 lies within a streak
+    run.at_step(27, crash)  # the checkpoint of step 25 is within a streak
     with disturbed(range(4 * 24, 10**6), model=nan_in_a_gradient), pytest.raises(CrashError):
         run(folder, *SPIKES, "--max-skips", "20", "--keep-last", "1")
     kept = checkpoint.checkpoints(folder / "checkpoints")

@@ -1,4 +1,4 @@
-"""Prove that a run fits its memory by itself, and that how it does so changes no result."""
+"""Prove that a run adapts to its memory without help, and that no result depends on how."""
 
 import itertools
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Prove that a run reads what it was told to, and says how far through the data it is."""
+"""Prove that a run reads the data asked for, and says how far through the data it is."""
 
 import pytest
 from train_runs import CrashError, crash, log

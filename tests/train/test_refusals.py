@@ -46,7 +46,7 @@ def write(path: Path, content: str | bytes) -> Path:
         (["tiny", "--activation-checkpointing", "every-3"], "'every-3'"),
         (["tiny", "--max-minutes", "1", "--max-tokens", "9"], "exclude each other"),
         (["tiny", "--optimizer", "sgd", "--beta1", "0.9"], "sgd has no beta1"),
-        (["tiny", "--dropout", "1"], "dropout must lie in [0, 1), got 1"),
+        (["tiny", "--dropout", "1"], "dropout must be in [0, 1), got 1"),
         (["tiny", "--learning-rate", "nan"], "learning_rate must be above 0, got nan"),
         (["tiny", "--max-steps", "0"], "max_steps must be at least 1, got 0"),
         (["tiny", "--resume"], "--resume needs the folder of a run: "),

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,3 +222,9 @@ def test_little_data_shortens_a_run_whose_length_nobody_chose(run, tmp_path, mon
     assert run(tmp_path / "asked", *many, "--max-steps", "3") == 0
     assert "instead of" not in run.output()
     assert len(log(tmp_path / "asked")) == 3
+
+
+def test_importing_train_leaves_garbage_collection_on():
+    """Garbage is not collected while train.py imports, and is afterwards."""
+    code = "import gc, train; assert gc.isenabled() and gc.get_freeze_count() > 100_000"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -62,7 +62,7 @@ def test_replays_what_it_captured_on_every_batch_and_rate(gpu):
     owner, calls = optimizer(), []
 
     def take(static):
-        """Of the batch and the rate alone, as a graph is."""
+        """Return results that depend on the batch and the rate alone, as a graph does."""
         calls.append(static)
         rate = owner.param_groups[0]["lr"]
         results = static[0].sum() * rate, static[1].sum() * 1.0

@@ -1,9 +1,15 @@
 """Checkpoints: folders written atomically, with checksums.
 
-A checkpoint is a folder `step-00000060` with `model.safetensors`, `optimizer.safetensors` and
-`state.json`, which holds the sizes and SHA-256 of the other two and of itself. It is written under
-a temporary name, synced, and renamed: a process killed at any moment leaves the last one valid. No
-pickle is written or read.
+A checkpoint is a folder `step-00000060` of three files:
+
+    model.safetensors      parameters, by name
+    optimizer.safetensors  the optimizer's state, by name of the parameter
+    state.json             step, health, the model's configuration and dtype, the rest of the run
+                           (`run_state`: position in the data, random numbers, recovery, time), and
+                           the sizes and SHA-256 of the other two and of itself
+
+It is written under a temporary name, synced, and renamed: a process killed at any moment leaves the
+last one valid. No pickle is written or read.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class SaveConfig:
     save_async: bool = False
     """Continue training while a checkpoint is written, from a copy in host memory."""
     keep_last: int = 2
-    """How many of the newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = True
     """Save whenever the validation loss is the lowest so far, and keep that checkpoint."""
     keep_every: int | None = None

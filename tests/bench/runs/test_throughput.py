@@ -8,7 +8,7 @@ from tritium.bench.runs import throughput
 def test_the_models_have_as_many_parameters():
     plain, actual = (
         sum(p.numel() for p in model.parameters())
-        for model, _ in (make() for make in throughput.CONTENDERS.values())
+        for model, _ in (make() for make in throughput.IMPLEMENTATIONS.values())
     )
     assert plain == 804_096  # nanoGPT's count for this shape, its table of positions included
     assert abs(actual - plain) < 0.01 * plain
@@ -19,7 +19,7 @@ def test_both_learn_a_batch_by_heart(monkeypatch):
     exact = torch.autocast("cpu", enabled=False)
     tokens = torch.randint(65, (12, 65))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    for make in throughput.CONTENDERS.values():
+    for make in throughput.IMPLEMENTATIONS.values():
         model, step = make()
         before = model(*batch).item()
         for _ in range(8):

@@ -9,8 +9,8 @@ from recorded import record_launches
 from small_training import programs_in
 from torch import nn
 
-from tritium.kernels.optimizers import grad_norm
-from tritium.kernels.optimizers.grad_norm import clip_grad_norm_, clip_grad_norms_
+from tritium.kernels.optimizers import clip_grad_norm, grad_norm
+from tritium.kernels.optimizers.clip_grad_norm import clip_grad_norm_, clip_grad_norms_
 
 SIZES = [(0,), (1,), (3,), (127,), (4097,), (8, 16), (16385,)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -163,7 +163,7 @@ def test_is_bitwise_repeatable(path, device):
 
 @pytest.fixture
 def grids(monkeypatch):
-    return record_launches(monkeypatch, grad_norm)
+    return record_launches(monkeypatch, grad_norm, clip_grad_norm)
 
 
 def test_takes_two_launches_of_a_fixed_grid(grids, device):

@@ -18,7 +18,13 @@ from small_training import (
 )
 from torch import nn
 
-from tritium.kernels.optimizers import _base, _pointer_table, _step_kernels, grad_norm
+from tritium.kernels.optimizers import (
+    _base,
+    _pointer_table,
+    _step_kernels,
+    clip_grad_norm,
+    grad_norm,
+)
 from tritium.kernels.optimizers.adamw import AdamW
 
 pytestmark = pytest.mark.usefixtures("pointer_tables")
@@ -27,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("pointer_tables")
 @pytest.mark.parametrize("shapes", [[(5,)], [(5000,), (0,), *SMALL]], ids=str)
 @pytest.mark.parametrize(("max_grad_norm", "launches"), [(None, 2), (1.0, 3)])
 def test_launches_do_not_depend_on_the_model(max_grad_norm, launches, shapes, monkeypatch, device):
-    grids = record_launches(monkeypatch, _step_kernels, grad_norm)
+    grids = record_launches(monkeypatch, _step_kernels, grad_norm, clip_grad_norm)
     train(lambda ps: AdamW(ps, max_grad_norm=max_grad_norm), parameters(shapes, device), 1)
     assert len(grids) == launches
 

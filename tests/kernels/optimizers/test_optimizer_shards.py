@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tritium.kernels.optimizers import grad_norm
+from tritium.kernels.optimizers import clip_grad_norm
 from tritium.kernels.optimizers.adamw import AdamW
 
 RANKS = 4
@@ -184,7 +184,7 @@ def _clips_as_torch_does(placed, reference):
     for max_norm in (1.0, 1e6):
         set_gradients(ps, qs, seed=1)
         with path(reference):
-            norm = grad_norm.clip_grad_norm_(qs, max_norm)
+            norm = clip_grad_norm.clip_grad_norm_(qs, max_norm)
         torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(ps, max_norm))
         assert alike_on_all_ranks(norm)
         assert_close([q.grad for q in qs], [p.grad for p in ps])
@@ -230,7 +230,7 @@ def _ranks_may_have_few_and_different_chunks():
     qs = spread(ps, mesh_of(4), (Shard(0),))
     set_gradients(ps, qs, seed=1)
     with path(KERNEL):
-        norm = grad_norm.clip_grad_norm_(qs, 1.0)
+        norm = clip_grad_norm.clip_grad_norm_(qs, 1.0)
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(ps, 1.0))
     assert_close([q.grad for q in qs], [p.grad for p in ps])
 
@@ -291,7 +291,7 @@ def _refuses_unsupported_placements():
     with pytest.raises(ValueError, match=r"as its parameter is, .* \(\(Partial\(sum\),\),"):
         AdamW(qs).step()
     with pytest.raises(ValueError, match=r"clip_grad_norm_: .* \(Partial\(sum\),\).*redistribute"):
-        grad_norm.clip_grad_norm_(qs, 1.0)
+        clip_grad_norm.clip_grad_norm_(qs, 1.0)
     qs[0].grad = ps[0].grad
     with pytest.raises(ValueError, match=r"must be sharded or replicated as its .* got None"):
         AdamW(qs).step()
@@ -300,7 +300,7 @@ def _refuses_unsupported_placements():
     with pytest.raises(ValueError, match=r"AdamW: .* must share one device mesh, got 2"):
         AdamW(qs).step()
     with pytest.raises(ValueError, match=r"clip_grad_norm_: .* must share one device mesh, got 2"):
-        grad_norm.clip_grad_norm_(qs, 1.0)
+        clip_grad_norm.clip_grad_norm_(qs, 1.0)
     with pytest.raises(TypeError, match=r"float32 or bfloat16 for distributed tensors"):
         AdamW(qs, state_dtype=torch.uint8)
     summed = nn.Parameter(DTensor.from_local(torch.ones(5), mesh, [Partial()]))

@@ -62,7 +62,7 @@ def loaded(optimizer, make):
 
 
 def widened(optimizer, p):
-    """What a parameter and its state mean, in float32."""
+    """Values of a parameter and its state, in float32."""
     state = {**optimizer.state[p]}
     for name, x in state.items():
         if x.dtype == U8:
@@ -192,10 +192,10 @@ def test_a_mean_of_squares_in_bfloat16_decays(path, large_blocks, device):
                 for x in (actual.state[p]["exp_avg_sq"], torchs.state[expected]["exp_avg_sq"])
             ]
         )
-    (our_first, their_first), (our_last, their_last) = v[0], v[-1]
-    assert torch.equal(their_last, their_first)  # which is how torch's stays where it is
-    kept = our_first > 0
-    ratio = our_last[kept] / our_first[kept]
+    (v_first, torch_first), (v_last, torch_last) = v[0], v[-1]
+    assert torch.equal(torch_last, torch_first)  # which is how torch's stays where it is
+    kept = v_first > 0
+    ratio = v_last[kept] / v_first[kept]
     print(f"after {steps} steps {ratio.mean():.4f}, float32 {0.999**steps:.4f}, torch.optim 1")
     assert abs(ratio.mean() - 0.999**steps) < 4 * ratio.std() / len(ratio) ** 0.5
 

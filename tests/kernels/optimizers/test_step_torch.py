@@ -27,7 +27,7 @@ def size(request, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many parts each step of PyTorch's kernels was of."""
+    """The number of parts of each step of PyTorch's kernels."""
     parts = []
     for kind in (Adam, AdamW):
         fused = kind.fused
