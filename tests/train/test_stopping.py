@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import time
 from types import SimpleNamespace
@@ -126,6 +127,7 @@ def test_the_clock_ends_a_run_and_goes_on_after_a_resume(run, tmp_path, monkeypa
     with pytest.raises(CrashError):
         run(tmp_path / "run", *minute)
     assert run(tmp_path / "run", *minute, "--resume") == 0
+    assert re.search(r"bits per byte, after 1 min 0\d s", run.output())  # both starts together
     entries = log(tmp_path / "run")
     state = checkpoint.read_record(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1])
     assert 60 <= state["state"]["seconds"] < 63
