@@ -39,6 +39,7 @@ from tritium.training.memory.retry import MemoryRetry
 from tritium.training.monitor.display import Display, console, count, group_table, show_end
 from tritium.training.monitor.observer import Observer
 from tritium.training.monitor.plot import LossPicture
+from tritium.training.monitor.prompts import beginnings
 from tritium.training.monitor.terminal import tolerant_output
 from tritium.training.monitor.throughput import Meter
 from tritium.training.optim import Optimizer, set_rate
@@ -159,8 +160,11 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     tokenizer.save(run / "tokenizer.json")
     n_rollbacks = len(recovery.went_back)
     log = RunLog(run / "log.jsonl", step, console.print, n_rollbacks)
+    prompts = config.observing.sample_prompt or beginnings(
+        validation.fixed_batches(config.eval_tokens), tokenizer
+    )
     observer = Observer(
-        run, config.observing, model, tokenizer, step, record, console.print, n_rollbacks
+        run, config.observing, model, tokenizer, prompts, step, record, console.print, n_rollbacks
     )
     saver.on_failure = observer.save_failed
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)

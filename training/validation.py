@@ -120,8 +120,10 @@ class Setting(NamedTuple):
         if (value is None and NoneType in self.kinds) or value in self.choices:
             return None
         if tuple in self.kinds:
-            named = isinstance(value, (tuple, list)) and all(x in self.choices for x in value)
-            return None if named else f"be among {', '.join(self.choices)}"
+            named = isinstance(value, (tuple, list)) and all(
+                x in self.choices if self.choices else isinstance(x, str) for x in value
+            )
+            return None if named else f"be among {', '.join(self.choices) or 'texts'}"
         if self.range is not None:
             problem = self.range.problem(value)
             others = f", or {' or '.join(self.choices)}" if self.choices else ""

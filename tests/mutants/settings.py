@@ -59,8 +59,8 @@ MUTANTS = [
     ),
     _check(
         what="any words in a list",
-        original="(tuple, list)) and all(x in self.choices for x in value)",
-        replacement="(tuple, list))",
+        original="x in self.choices if self.choices else isinstance(x, str) for x in value",
+        replacement="True for x in value",
     ),
     _check(
         what="a switch takes anything",

@@ -43,6 +43,20 @@ def test_a_killed_run_keeps_what_an_uninterrupted_one_keeps(run, tmp_path):
     assert events == [(6, "resume"), (12, "resume")]
 
 
+def test_samples_continue_documents_or_what_was_asked_for(run, tmp_path):
+    assert run(tmp_path / "run", *RANDOM, "--sample-tokens", "4") == 0
+    (entry,) = lines(tmp_path / "run", "samples")
+    assert 1 <= len(entry["prompts"]) <= 3
+    assert all(prompt in entry["text"] for prompt in entry["prompts"])
+    asked = ("--sample-tokens", "4", "--sample-prompt", "def ", "Dear ")
+    assert run(tmp_path / "asked", *RANDOM, *asked) == 0
+    (entry,) = lines(tmp_path / "asked", "samples")
+    assert entry["prompts"] == ["def ", "Dear "]
+    first, second = entry["text"].split("\n---\n")
+    assert (first[:4], second[:5]) == ("def ", "Dear ")
+    assert first in run.output()
+
+
 def test_a_broken_block_is_reported_and_kept(run, tmp_path, monkeypatch):
     whole = Block.forward
 

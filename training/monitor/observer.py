@@ -17,6 +17,7 @@ from tritium.training.monitor.plot import draw, plot_layers
 from tritium.training.optim import Optimizer
 from tritium.training.run.run_folder import RunLog
 
+BETWEEN = "\n---\n"
 SEED = 1  # of all samples, so that they differ by the model alone
 
 
@@ -28,10 +29,11 @@ class ObserveConfig:
     """Steps between records of every layer's gradient, update and weight norms. 0: none."""
     sample_every: int = 0
     """Steps between text samples, kept in samples.jsonl. 0: one at the end only."""
-    sample_prompt: str = "def "
-    """Prompt that samples continue."""
-    sample_tokens: int = 200
-    """Length of a sample, in tokens. 0: none."""
+    sample_prompt: tuple[str, ...] = ()
+    """Prompts that samples continue. None given: the first words of three documents that are not
+    trained on."""
+    sample_tokens: int = 100
+    """Length of each continuation, in tokens. 0: no samples."""
     track: tuple[trackers.Name, ...] = ()
     """Trackers that receive the log; the package of that name must be installed."""
 
@@ -56,6 +58,7 @@ class Observer:
         config: its settings.
         model: the model that is trained.
         tokenizer: tokenizer of the samples.
+        prompts: what samples continue.
         step: the step that the run resumes from; entries of later steps are deleted.
         settings: settings of the run, shown by trackers.
         log: called with a one-line message for each warning and event.
@@ -64,10 +67,10 @@ class Observer:
 
     def __init__(
         self, run: Path, config: ObserveConfig, model: Transformer, tokenizer: Tokenizer,
-        step: int, settings: dict, log: Callable[[str], None], n_rollbacks: int = 0,
+        prompts: tuple[str, ...], step: int, settings: dict, log: Callable[[str], None], n_rollbacks: int = 0,
     ):  # fmt: skip
         self._run, self._config, self._log = run, config, log
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._prompts = model, tokenizer, prompts
         self._layers, self._samples, self._events = (
             RunLog(run / f"{name}.jsonl", step, log, n_rollbacks)
             for name in ("layers", "samples", "events")
@@ -137,15 +140,18 @@ class Observer:
         return self._config.sample_every > 0 and step % self._config.sample_every == 0
 
     def sample(self, step: int) -> str:
-        """Sample text and record it; "" if samples are not wanted.
+        """Continue each prompt, and record the texts; "" if samples are not wanted.
 
         The random numbers of training are not used.
         """
-        prompt, length = self._config.sample_prompt, self._config.sample_tokens
+        length = self._config.sample_tokens
         if not length:
             return ""
-        text = write_on(self._model, self._tokenizer, prompt, length, SEED)
-        entry = {"step": step, "prompt": prompt, "text": text}
+        texts = (
+            write_on(self._model, self._tokenizer, prompt, length, SEED) for prompt in self._prompts
+        )
+        text = BETWEEN.join(x.rstrip("\n") for x in texts)
+        entry = {"step": step, "prompts": [*self._prompts], "text": text}
         if entry not in self._samples.entries[-1:]:  # of a run that had come to its end
             self._samples.append([entry])
         return text

@@ -69,7 +69,7 @@ def test_only_the_norms_that_are_taken_are_recorded(tmp_path):
     optimizer = AdamW(model.parameters(), record_norms=True)
     config = ObserveConfig(layer_stats_every=3)
     tokenizer: Any = None
-    observer = Observer(tmp_path, config, model, tokenizer, 0, {}, print)
+    observer = Observer(tmp_path, config, model, tokenizer, ("",), 0, {}, print)
     recorded = []
     for step in range(1, 8):
         observer.enable_norms(step, optimizer)
