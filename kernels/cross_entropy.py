@@ -314,8 +314,9 @@ def cross_entropy(
         logit_scale: factor of the logits, before the softcap.
         inplace: allow the logits to be overwritten, by their gradient: a third less memory traffic
             and no second buffer. They must be contiguous rows and not a leaf. With reduction
-            "none", on the CPU and where `target` wants a gradient nothing is overwritten. In float16 the backward pass overwrites,
-            at no less traffic: a gradient stored before the loss scale has come would be 0.
+            "none", on the CPU and where `target` wants a gradient nothing is overwritten. In
+            float16 the backward pass overwrites, at no less traffic: a gradient stored before the
+            loss scale has come would be 0.
         return_stats: return `(loss, TokenStats)`: lse, entropy, argmax, target log-probability and
             accuracy, from the pass that computes the loss. They get no gradient.
         group: the ranks over which the classes are split. Rank r of R holds the logits (and the

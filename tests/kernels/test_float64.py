@@ -31,7 +31,9 @@ calls = {
         lambda: kernels.cross_entropy(x, q, weight=w.detach(), **odd),
         lambda: kernels.cross_entropy(x * 1, classes, inplace=True, **odd),
     ],
-    "linear_cross_entropy": [lambda: kernels.linear_cross_entropy(x, tensor(8, 32), classes, **odd)],
+    "linear_cross_entropy": [
+        lambda: kernels.linear_cross_entropy(x, tensor(8, 32), classes, **odd)
+    ],
     "info_nce": [lambda: kernels.info_nce(x, tensor(4, 32), temperature=0.07)],
     "softmax": [lambda: kernels.softmax(tensor(2, n), -1, scale=0.3) for n in (8, 40000)],
     "log_softmax": [lambda: kernels.log_softmax(tensor(2, n), -1, scale=0.3) for n in (8, 40000)],

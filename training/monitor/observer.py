@@ -67,7 +67,8 @@ class Observer:
 
     def __init__(
         self, run: Path, config: ObserveConfig, model: Transformer, tokenizer: Tokenizer,
-        prompts: tuple[str, ...], step: int, settings: dict, log: Callable[[str], None], n_rollbacks: int = 0,
+        prompts: tuple[str, ...], step: int, settings: dict, log: Callable[[str], None],
+        n_rollbacks: int = 0,
     ):  # fmt: skip
         self._run, self._config, self._log = run, config, log
         self._model, self._tokenizer, self._prompts = model, tokenizer, prompts
