@@ -35,8 +35,10 @@ calls = {
         lambda: kernels.linear_cross_entropy(x, tensor(8, 32), classes, **odd)
     ],
     "info_nce": [lambda: kernels.info_nce(x, tensor(4, 32), temperature=0.07)],
-    "softmax": [lambda: kernels.softmax(tensor(2, n), -1, scale=0.3) for n in (8, 40000)],
-    "log_softmax": [lambda: kernels.log_softmax(tensor(2, n), -1, scale=0.3) for n in (8, 40000)],
+    "softmax": [lambda n=n: kernels.softmax(tensor(2, n), -1, scale=0.3) for n in (8, 40000)],
+    "log_softmax": [
+        lambda n=n: kernels.log_softmax(tensor(2, n), -1, scale=0.3) for n in (8, 40000)
+    ],
     "mse_loss": [lambda: kernels.mse_loss(x, tensor(4, 32))],
     "rms_norm": [lambda: kernels.rms_norm(x, (32,), w, 1e-5),
                  lambda: kernels.rms_norm(tensor(2, 20000), (20000,), tensor(20000), 1e-5)],
