@@ -104,7 +104,7 @@ def reduce_loss(
 def mean_scale(w_T: Tensor) -> Tensor:
     """Return the factor from sum to mean; nan where all weights are 0, as in PyTorch."""
     total = w_T.sum()
-    return torch.where(total == 0, torch.nan, 1 / total)
+    return (total != 0) / total
 
 
 def loss_of(values_RT: Tensor, w_T: Tensor, options: LossOptions, soft: bool) -> Tensor:
