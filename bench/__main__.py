@@ -11,6 +11,7 @@ VERBS = {
     "static": ("compiled.static", "what the kernels compile to, without a GPU"),
     "explain": ("explain", "what no version of an operation can beat"),
     "host": ("host", "what each operation costs the host, beside PyTorch and Liger, without a GPU"),
+    "step": ("step", "what a training step consists of: launches, and on a GPU milliseconds"),
     "optimizer": ("optimizer", "optimizers' steps on the parameters of real models"),
     "resume": ("runs.resume", "whether a killed run, resumed, ends in the same bytes"),
     "faults": ("runs.faults", "what a user sees when something goes wrong, and what is left"),
