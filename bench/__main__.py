@@ -17,6 +17,7 @@ VERBS = {
     "faults": ("runs.faults", "what a user sees when something goes wrong, and what is left"),
     "chunk_error": ("chunk_error", "what chunking costs linear_cross_entropy in accuracy"),
     "low_precision": ("runs.low_precision", "what keeping less than float32 costs a training run"),
+    "residual": ("runs.residual", "what a residual stream in bfloat16 costs in loss"),
     "trainer": ("runs.trainer", "what train.py does on a GPU: graphs, speed, precisions"),
     "activations": (
         "runs.activations",
