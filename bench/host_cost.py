@@ -62,7 +62,7 @@ def of_unexecuted_call(call: Call) -> HostCost | None:
     """The cost of a call of Tritium's kernels on CPU tensors; None where they are not compiled."""
     if knobs.runtime.interpret or runtime.REFERENCE:
         return None
-    with _unexecuted() as launches:
+    with unexecuted() as launches:
         call()  # compiles
         launches.clear()
         call()
@@ -71,7 +71,7 @@ def of_unexecuted_call(call: Call) -> HostCost | None:
 
 
 @contextmanager
-def _unexecuted() -> Iterator[list]:
+def unexecuted() -> Iterator[list]:
     """Send CPU tensors to kernels that are compiled and not run; give the list of launches."""
     driver = _stub_driver()
     triton.runtime.driver.set_active(driver)

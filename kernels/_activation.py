@@ -21,7 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritium.kernels.runtime import accumulator, once_differentiable, operator, unit_stride
+from tritium.kernels.runtime import (
+    Launcher,
+    accumulator,
+    cdiv,
+    once_differentiable,
+    operator,
+    power_of_2,
+    unit_stride,
+)
 
 TILE = 2048  # elements per program: 16 a thread
 
@@ -103,38 +111,53 @@ def _activation_backward_kernel(
 
 
 def _launch(
-    kernel, inputs: list[Tensor | None], outputs: list[Tensor | None], activation: str
-) -> None:
-    x_TF: Any = outputs[0]  # all outputs have its strides
-    T, F = x_TF.shape
-    block_F = min(triton.next_power_of_2(max(F, 1)), TILE)
+    launch: Launcher, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...],
+    activation: str,
+) -> None:  # fmt: skip
+    x: Any = outputs[0]  # all outputs have its strides
+    tensors = *inputs, *outputs
+    if all(y is None or y.is_contiguous() for y in tensors):
+        # One long row where memory allows: its accesses stay 16 bytes wide whatever F is.
+        T, F = 1, x.numel()
+        strides = (F,) * (len(inputs) + 1)
+    else:
+        T, F = x.shape
+        strides = (*[0 if y is None else y.stride(0) for y in inputs], x.stride(0))
+    block_F = min(power_of_2(F), TILE)
     block_T = TILE // block_F
-    kernel[(triton.cdiv(T, block_T) * triton.cdiv(F, block_F),)](
-        *inputs, *outputs, T, F, *(0 if x is None else x.stride(0) for x in (*inputs, x_TF)),
-        ACTIVATION=activation, BLOCK_T=block_T, BLOCK_F=block_F, ACC=accumulator(x_TF.dtype),
+    launch(
+        (cdiv(T, block_T) * cdiv(F, block_F),), tensors, (T, F, *strides),
+        (activation, block_T, block_F, accumulator(x.dtype)),
     )  # fmt: skip
 
 
+_launch_value = Launcher(_activation_forward_kernel)
+_launch_slope = Launcher(_activation_backward_kernel)
+
+
 def _launch_forward(x_TF: Tensor, up_TF: Tensor | None, activation: str) -> Tensor:
-    h_TF = x_TF.new_empty(x_TF.shape)
-    _launch(_activation_forward_kernel, [x_TF, up_TF], [h_TF], activation)
+    h_TF = _empty_like(x_TF)
+    _launch(_launch_value, (x_TF, up_TF), (h_TF,), activation)
     return h_TF
 
 
 def _launch_backward(
     dh_TF: Tensor, x_TF: Tensor, up_TF: Tensor | None, activation: str
 ) -> list[Tensor]:
-    dx_TF = x_TF.new_empty(x_TF.shape)
-    dup_TF = None if up_TF is None else x_TF.new_empty(x_TF.shape)
-    _launch(_activation_backward_kernel, [dh_TF, x_TF, up_TF], [dx_TF, dup_TF], activation)
+    dx_TF = _empty_like(x_TF)
+    dup_TF = None if up_TF is None else _empty_like(x_TF)
+    _launch(_launch_slope, (dh_TF, x_TF, up_TF), (dx_TF, dup_TF), activation)
     return [dx_TF] if dup_TF is None else [dx_TF, dup_TF]
 
 
 def _launch_packed_backward(dh_TF: Tensor, packed_TF: Tensor, activation: str) -> Tensor:
-    dpacked_TF = packed_TF.new_empty(packed_TF.shape)
-    inputs, outputs = [dh_TF, *packed_TF.chunk(2, 1)], [*dpacked_TF.chunk(2, 1)]
-    _launch(_activation_backward_kernel, inputs, outputs, activation)
+    dpacked_TF = _empty_like(packed_TF)
+    _launch(_launch_slope, (dh_TF, *packed_TF.chunk(2, 1)), dpacked_TF.chunk(2, 1), activation)
     return dpacked_TF
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 _forward = operator(
@@ -164,8 +187,10 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dh_TF: Tensor):
-        dh_TF = _matrix(dh_TF, *dh_TF.shape)
-        dx_TF, *dup_TF = _backward(dh_TF, *ctx.saved_tensors, ctx.activation)
+        x_TF, up_TF = ctx.saved_tensors
+        flat = x_TF.is_contiguous() and (up_TF is None or up_TF.is_contiguous())
+        dh_TF = dh_TF.contiguous() if flat else unit_stride(dh_TF)
+        dx_TF, *dup_TF = _backward(dh_TF, x_TF, up_TF, ctx.activation)
         return dx_TF, dup_TF[0] if dup_TF else None, None
 
 
@@ -188,9 +213,9 @@ def _matrix(x: Tensor, T: int, F: int) -> Tensor:
 
 def activate(activation: str, x: Tensor, up: Tensor | None = None) -> Tensor:
     """f(`x`), times `up` where there is one, by the kernels. Same shape, dtype and device."""
-    # One long row where memory allows: its accesses stay 16 bytes wide whatever F is.
-    flat = x.is_contiguous() and (up is None or up.is_contiguous())
-    T, F = (1, x.numel()) if flat or not x.ndim else (math.prod(x.shape[:-1]), x.shape[-1])
+    if x.is_contiguous() and (up is None or up.is_contiguous()):
+        return _Activation.apply(x, up, activation)
+    T, F = math.prod(x.shape[:-1]), x.shape[-1]
     up_TF = None if up is None else _matrix(up, T, F)
     return _Activation.apply(_matrix(x, T, F), up_TF, activation).view(x.shape)
 

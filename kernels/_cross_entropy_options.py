@@ -104,7 +104,7 @@ def reduce_loss(
 def mean_scale(w_T: Tensor) -> Tensor:
     """Return the factor from sum to mean; nan where all weights are 0, as in PyTorch."""
     total = w_T.sum()
-    return torch.where(total == 0, torch.nan, 1 / total)
+    return (total != 0) / total
 
 
 def loss_of(values_RT: Tensor, w_T: Tensor, options: LossOptions, soft: bool) -> Tensor:
@@ -189,6 +189,26 @@ def stats_reference(z_TV: Tensor, target_T: Tensor, ignore_index: int) -> TokenS
     argmax_T = argmax_T.masked_fill(ignored_T, -1)
     accuracy = ((argmax_T == target_T) & ~ignored_T).sum() / (~ignored_T).sum()
     return TokenStats(lse_T, entropy_T, argmax_T, log_p_T, accuracy)
+
+
+def final_logits(x_TV: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """Return the logits scaled and capped, in float32 or their wider dtype."""
+    z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32)) * logit_scale
+    return softcap * torch.tanh(z_TV / softcap) if softcap else z_TV
+
+
+def soft_target_gradient(
+    dloss_T: Tensor, x_TV: Tensor, q_TV: Tensor, w_V: Tensor | None, values_RT: Tensor,
+    options: LossOptions,
+) -> Tensor:  # fmt: skip
+    """Compute dq_TV in plain PyTorch; few want it, and it is as large as the logits."""
+    z_TV = final_logits(x_TV, options.softcap, options.logit_scale)
+    log_s_T = values_RT[Row.SUM].log()
+    dq_TV = (values_RT[Row.MAXIMUM][:, None] - z_TV) + log_s_T[:, None]
+    dq_TV *= ((1 - options.label_smoothing) * dloss_T)[:, None]
+    if w_V is not None:
+        dq_TV *= w_V[options.first_class : options.first_class + x_TV.shape[1]]
+    return dq_TV.to(q_TV.dtype)
 
 
 def rows_reference(

@@ -34,7 +34,7 @@ from tritium.kernels._cross_entropy_options import (
     rows_reference,
     token_weights,
 )
-from tritium.kernels.runtime import accumulator, uses_triton
+from tritium.kernels.runtime import Launcher, accumulator, power_of_2, uses_triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -313,6 +313,9 @@ def _cross_entropy_kernel(
             tl.store(dx_ptr + full + offs_V, zero_V, mask=full + offs_V < V)
 
 
+_launch = Launcher(_cross_entropy_kernel)
+
+
 def launch_rows(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
     values_RT: Tensor | None = None, dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
@@ -331,21 +334,29 @@ def launch_rows(
     # the second pass (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
     # The entropy's sums need more registers than 32 warps leave to a thread.
     warps = (16 if options.stats else 32) if loss and dx_TV is not None else 8
-    block = max(64, min(512 * warps, triton.next_power_of_2(V)))
+    block = max(64, min(512 * warps, power_of_2(V)))
     unused = loss_T  # stands in for a pointer that the kernel does not follow
-    _cross_entropy_kernel[(T,)](
-        x_TV, target_T, unused if w_V is None else w_V,
-        w_V.sum(dtype=acc) if w_V is not None and smoothing and not soft else unused,
-        unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
-        unused if dx_TV is None else dx_TV,
-        V, options.first_class, options.n_classes or V, x_TV.stride(0),
-        target_T.stride(0) if soft else 0, 0 if dx_TV is None else dx_TV.stride(0),
-        0 if dloss_T is None else dloss_T.stride(0), values_RT.stride(0), *options[:5],
-        LOSS=loss, GRADIENT=dx_TV is not None, INCOMING=dloss_T is not None,
-        ALL_VALUES=loss and len(values_RT) == len(Row), SOFT=soft, WEIGHT=w_V is not None,
-        SMOOTHING=smoothing, SCALE=options.logit_scale != 1, SOFTCAP=options.softcap > 0,
-        STATS=loss and options.stats, ACC=accumulator(x_TV.dtype), BLOCK_V=block,
-        LANES=16 // x_TV.element_size(), num_warps=max(1, block // 512),
+    _launch(
+        (T,),
+        (
+            x_TV, target_T, unused if w_V is None else w_V,
+            w_V.sum(dtype=acc) if w_V is not None and smoothing and not soft else unused,
+            unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
+            unused if dx_TV is None else dx_TV,
+        ),
+        (
+            V, options.first_class, options.n_classes or V, x_TV.stride(0),
+            target_T.stride(0) if soft else 0, 0 if dx_TV is None else dx_TV.stride(0),
+            0 if dloss_T is None else dloss_T.stride(0), values_RT.stride(0),
+            options.ignore_index, *map(float, options[1:5]),
+        ),
+        (
+            loss, dx_TV is not None, dloss_T is not None,
+            loss and len(values_RT) == len(Row), soft, w_V is not None,
+            smoothing, options.logit_scale != 1, options.softcap > 0,
+            loss and options.stats, accumulator(x_TV.dtype), block, 16 // x_TV.element_size(),
+        ),
+        num_warps=max(1, block // 512),
     )  # fmt: skip
     return results
 

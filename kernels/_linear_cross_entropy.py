@@ -20,6 +20,7 @@ from tritium.kernels._cross_entropy_options import (
     all_reduce,
     check_class_weight,
     check_target,
+    final_logits,
     mean_scale,
     shape_stats,
     shard,
@@ -29,7 +30,7 @@ from tritium.kernels._cross_entropy_options import (
 )
 from tritium.kernels._cross_entropy_rows import empty_results
 from tritium.kernels._cross_entropy_rows import rows as loss_rows
-from tritium.kernels.cross_entropy import cross_entropy_reference, final_logits
+from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import once_differentiable, operator, sees_through
 
 # A chunk's rows must outnumber what the float32 sum of dweight costs (about 230 rows' worth on an

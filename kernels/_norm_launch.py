@@ -4,13 +4,11 @@ The formulas are in `_norm_kernels.py`. T tokens (every leading axis, flattened)
 programs that share the rows in backward.
 """
 
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels._norm_kernels import (
@@ -21,7 +19,15 @@ from tritium.kernels._norm_kernels import (
     _norm_forward_tile_kernel,
     _norm_partials_kernel,
 )
-from tritium.kernels.runtime import accumulator, once_differentiable, operator, unit_stride
+from tritium.kernels.runtime import (
+    Launcher,
+    accumulator,
+    cdiv,
+    once_differentiable,
+    operator,
+    power_of_2,
+    unit_stride,
+)
 
 TILE = 2048  # elements per program where rows are short: 16 a thread
 BACKWARD_TILE = TILE  # the same in backward
@@ -39,85 +45,91 @@ def _is_short(D: int) -> bool:
     return (MAX_TILE if D % 16 == 0 else MAX_TILE // 2) >= D
 
 
-def _tile(D: int, r_dtype: torch.dtype, crowded: bool = False, tile: int = TILE) -> dict[str, Any]:
-    """Return tile size and warps: several rows per program where they are short, else one."""
-    block_D = triton.next_power_of_2(max(D, 1))
+def _tile(
+    D: int, r_dtype: torch.dtype, crowded: bool = False, tile: int = TILE
+) -> tuple[tuple[int, int, tl.dtype], int]:
+    """Return BLOCK_T, BLOCK_D, ACC and the warps: several rows per program where they are short."""
+    block_D = power_of_2(D)
     num_warps = block_D // (1024 if crowded else 512)  # the fewer, the more registers for each
-    return {
-        "BLOCK_T": max(tile // block_D, 1), "BLOCK_D": block_D, "ACC": accumulator(r_dtype),
-        "num_warps": max(num_warps, 4 if D % 16 == 0 or block_D < 2048 else 8),
-    }  # fmt: skip
+    num_warps = max(num_warps, 4 if D % 16 == 0 or block_D < 2048 else 8)
+    return (max(tile // block_D, 1), block_D, accumulator(r_dtype)), num_warps
 
 
 def _most_programs(block_D: int) -> int:
     if block_D <= 1024:
         return P_MAX
-    return -(-2 * P_MAX // 3) if block_D <= TILE else -(-P_MAX // 2)
-
-
-def _loop(r_dtype: torch.dtype) -> dict[str, Any]:
-    return {"BLOCK_D": LOOP_BLOCK, "ACC": accumulator(r_dtype), "num_warps": 8}
-
-
-def _columns(r_dtype: torch.dtype) -> dict[str, Any]:
-    return {"BLOCK_T": 4, "BLOCK_D": TILE // 4, "ACC": accumulator(r_dtype), "num_warps": 4}
+    return cdiv(2 * P_MAX, 3) if block_D <= TILE else cdiv(P_MAX, 2)
 
 
 def _launch_forward(
-    x_TD: Tensor, residual_TD: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
+    x: Tensor, residual: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
     eps: float, offset: float, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    T, D = x_TD.shape
-    y_TD, s_TD, m_T, r_T = _fake_forward(x_TD, residual_TD, w_D, b_D, eps, offset, centred)
-    tensors = x_TD, residual_TD, w_D, b_D, y_TD, s_TD, m_T, r_T
-    strides = x_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0)
+    T, D, stride_xT = _rows(x)
+    y, s, m_T, r_T = _fake_forward(x, residual, w_D, b_D, eps, offset, centred)
+    tensors = x, residual, w_D, b_D, y, s, m_T, r_T
+    strides = stride_xT, 0 if residual is None else _rows(residual)[2]
+    constants = float(eps), float(offset), centred
     if _is_short(D):
         crowded = b_D is not None and D > 4096  # with 16 warps it spills on sm_80
-        tile = _tile(D, r_T.dtype, crowded)
-        _norm_forward_tile_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](
-            *tensors, T, D, *strides, eps, offset, centred, **tile
+        tile, num_warps = _tile(D, r_T.dtype, crowded)
+        _forward_tile(
+            (cdiv(T, tile[0]),), tensors, (T, D, *strides), (*constants, *tile), num_warps
         )
     else:
-        _norm_forward_loop_kernel[(T,)](
-            *tensors, D, *strides, eps, offset, centred, **_loop(r_T.dtype)
-        )
-    return y_TD, s_TD, m_T, r_T
+        loop = LOOP_BLOCK, accumulator(r_T.dtype)
+        _forward_loop((T,), tensors, (D, *strides), (*constants, *loop), num_warps=8)
+    return y, s, m_T, r_T
 
 
 def _launch_backward(
-    dy_TD: Tensor, ds_TD: Tensor | None, s_TD: Tensor, w_D: Tensor | None, m_T: Tensor | None,
+    dy: Tensor, ds: Tensor | None, s: Tensor, w_D: Tensor | None, m_T: Tensor | None,
     r_T: Tensor, offset: float, dw_dtype: torch.dtype | None, db_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    T, D = s_TD.shape
-    dx_TD, dbranch_TD, dw_D, db_D = _fake_backward(
-        dy_TD, ds_TD, s_TD, w_D, m_T, r_T, offset, dw_dtype, db_dtype
-    )
-    short = _is_short(D)
-    crowded = m_T is not None and len(dbranch_TD) > 0  # a second sum, a second layout
-    tile = _tile(D, r_T.dtype, crowded, BACKWARD_TILE) if short else _columns(r_T.dtype)
-    P = _most_programs(tile["BLOCK_D"]) if short else P_LOOP_MAX
-    P = min(triton.cdiv(T, tile["BLOCK_T"]), P)
-    dw_PD, db_PD = (
-        None if dtype is None else r_T.new_empty(P, D) for dtype in (dw_dtype, db_dtype)
-    )
-    rows = dy_TD, ds_TD, s_TD, w_D, m_T, r_T, dx_TD, dbranch_TD if len(dbranch_TD) else None
-    strides = dy_TD.stride(0), 0 if ds_TD is None else ds_TD.stride(0), s_TD.stride(0)
+    T, D, stride_sT = _rows(s)
+    dx, dbranch, dw_D, db_D = _fake_backward(dy, ds, s, w_D, m_T, r_T, offset, dw_dtype, db_dtype)
+    short, acc = _is_short(D), accumulator(r_T.dtype)
+    branched = dy.dtype != s.dtype
+    crowded = m_T is not None and branched  # a second sum, a second layout
+    tile, num_warps = ((4, TILE // 4, acc), 4)
     if short:
-        _norm_backward_tile_kernel[(P,)](
-            *rows, dw_PD, db_PD, T, D, *strides, offset, STAGES=STAGES, **tile
-        )
+        tile, num_warps = _tile(D, r_T.dtype, crowded, BACKWARD_TILE)
+    P = min(cdiv(T, tile[0]), _most_programs(tile[1]) if short else P_LOOP_MAX)
+    dw_PD = None if dw_dtype is None else r_T.new_empty(P, D)
+    db_PD = None if db_dtype is None else r_T.new_empty(P, D)
+    rows = dy, ds, s, w_D, m_T, r_T, dx, dbranch if branched else None
+    strides = _rows(dy)[2], 0 if ds is None else _rows(ds)[2], stride_sT
+    offset = float(offset)
+    if short:
+        constants = offset, *tile, STAGES
+        _backward_tile((P,), (*rows, dw_PD, db_PD), (T, D, *strides), constants, num_warps)
     else:
-        _norm_backward_loop_kernel[(T,)](*rows, D, *strides, offset, **_loop(r_T.dtype))
+        _backward_loop((T,), rows, (D, *strides), (offset, LOOP_BLOCK, acc), num_warps=8)
         if dw_PD is not None or db_PD is not None:
-            _norm_columns_kernel[(triton.cdiv(D, tile["BLOCK_D"]), P)](
-                dy_TD, s_TD, m_T, r_T, dw_PD, db_PD, T, D, strides[0], strides[2], **tile
-            )
-    block: dict[str, Any] = {"BLOCK_P": 64, "BLOCK_D": 32}
+            _columns(
+                (cdiv(D, tile[1]), P), (dy, s, m_T, r_T, dw_PD, db_PD),
+                (T, D, strides[0], strides[2]), tile,
+            )  # fmt: skip
     for partials_PD, total_D in ((dw_PD, dw_D), (db_PD, db_D)):
         if partials_PD is not None:
-            grid = (triton.cdiv(D, block["BLOCK_D"]),)
-            _norm_partials_kernel[grid](partials_PD, total_D, P, D, **block)
-    return dx_TD, dbranch_TD, dw_D, db_D
+            _partials((cdiv(D, 32),), (partials_PD, total_D), (P, D), (64, 32))
+    return dx, dbranch, dw_D, db_D
+
+
+_forward_tile = Launcher(_norm_forward_tile_kernel)
+_forward_loop = Launcher(_norm_forward_loop_kernel)
+_backward_tile = Launcher(_norm_backward_tile_kernel)
+_backward_loop = Launcher(_norm_backward_loop_kernel)
+_columns = Launcher(_norm_columns_kernel)
+_partials = Launcher(_norm_partials_kernel)
+
+
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    """Return the rows of `x`, their width and their stride; `x` is a matrix or contiguous."""
+    if x.ndim == 2:
+        return x.shape[0], x.shape[1], x.stride(0)
+    D = x.shape[-1]
+    return math.prod(x.shape[:-1]), D, D
 
 
 # An operator returns a fixed number of tensors: those that are not needed come back empty.
@@ -125,23 +137,25 @@ def _fake_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     eps: float, offset: float, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    T = x.shape[0]
-    s = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    T = x.shape[0] if x.ndim == 2 else math.prod(x.shape[:-1])
+    s = x.new_empty(0) if residual is None else _empty_like(residual)
     r = x.new_empty(T, dtype=_wide(x.dtype, s.dtype))
-    return x.new_empty(x.shape), s, r.new_empty(T if centred else 0), r
+    return _empty_like(x), s, r.new_empty(T if centred else 0), r
 
 
 def _fake_backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, m: Tensor | None,
     r: Tensor, offset: float, dw_dtype: torch.dtype | None, db_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    D = s.shape[1]
-    dbranch = dy.new_empty(dy.shape if dy.dtype != s.dtype else 0)
-    dw, db = (
-        s.new_empty(0) if dtype is None else s.new_empty(D, dtype=dtype)
-        for dtype in (dw_dtype, db_dtype)
-    )
-    return s.new_empty(s.shape), dbranch, dw, db
+    D = s.shape[-1]
+    dbranch = dy.new_empty(0) if dy.dtype == s.dtype else _empty_like(s, dy.dtype)
+    dw = s.new_empty(0) if dw_dtype is None else s.new_empty(D, dtype=dw_dtype)
+    db = s.new_empty(0) if db_dtype is None else s.new_empty(D, dtype=db_dtype)
+    return _empty_like(s), dbranch, dw, db
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 _forward = operator(
@@ -162,41 +176,44 @@ _backward = operator(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x_TD: Tensor, residual_TD: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
+        ctx, x: Tensor, residual: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
         eps: float, offset: float, centred: bool,
     ):  # fmt: skip
         ctx.set_materialize_grads(False)  # no zeros for an unused residual
-        y_TD, s_TD, m_T, r_T = _forward(x_TD, residual_TD, w_D, b_D, eps, offset, centred)
-        saved_TD = x_TD if residual_TD is None else s_TD
-        ctx.save_for_backward(saved_TD, w_D, m_T if centred else None, r_T)
-        ctx.dtypes = tuple(None if x is None else x.dtype for x in (x_TD, residual_TD, w_D, b_D))
+        y, s, m_T, r_T = _forward(x, residual, w_D, b_D, eps, offset, centred)
+        ctx.save_for_backward(x if residual is None else s, w_D, m_T if centred else None, r_T)
+        ctx.dtypes = (
+            x.dtype, None if residual is None else residual.dtype,
+            None if w_D is None else w_D.dtype, None if b_D is None else b_D.dtype,
+        )  # fmt: skip
         ctx.offset = offset
-        return y_TD if residual_TD is None else (y_TD, s_TD)
+        return y if residual is None else (y, s)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_TD: Tensor | None, ds_TD: Tensor | None = None):
-        x_dtype, residual_dtype, *dtypes = ctx.dtypes
-        if dy_TD is None:
-            return None if ds_TD is None else ds_TD.to(x_dtype), ds_TD, *[None] * 5
-        ds_TD = None if ds_TD is None else unit_stride(ds_TD)
-        needed = ctx.needs_input_grad[2:4]
-        wanted = [dtype if needs else None for needs, dtype in zip(needed, dtypes, strict=True)]
-        ds_total_TD, dbranch_TD, *sums_D = _backward(
-            unit_stride(dy_TD), ds_TD, *ctx.saved_tensors, ctx.offset, *wanted
-        )
-        dx_TD = dbranch_TD if residual_dtype not in (None, x_dtype) else ds_total_TD
-        dresidual_TD = None if residual_dtype is None else ds_total_TD
-        sums_D = [x if needs else None for needs, x in zip(needed, sums_D, strict=True)]
-        return dx_TD, dresidual_TD, *sums_D, None, None, None
+    def backward(ctx, dy: Tensor | None, ds: Tensor | None = None):
+        x_dtype, residual_dtype, w_dtype, b_dtype = ctx.dtypes
+        if dy is None:
+            return None if ds is None else ds.to(x_dtype), ds, *[None] * 5
+        _, _, needs_w, needs_b, *_ = ctx.needs_input_grad
+        ds_total, dbranch, dw_D, db_D = _backward(
+            _flat(dy), None if ds is None else _flat(ds), *ctx.saved_tensors, ctx.offset,
+            w_dtype if needs_w else None, b_dtype if needs_b else None,
+        )  # fmt: skip
+        dx = dbranch if residual_dtype not in (None, x_dtype) else ds_total
+        dresidual = None if residual_dtype is None else ds_total
+        return (
+            dx, dresidual, dw_D if needs_w else None, db_D if needs_b else None, None, None, None
+        )  # fmt: skip
 
 
 def norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool
 ) -> Tensor:
     """Normalise the rows of `x`, checked by `validate`."""
-    y_TD = _Norm.apply(_matrix(x), None, *_vectors(weight, bias), eps, offset, centred)
-    return y_TD.view(x.shape)
+    if not _is_flat(x):
+        return norm(_matrix(x), weight, bias, eps, offset, centred).view(x.shape)
+    return _Norm.apply(x, None, *_vectors(weight, bias), eps, offset, centred)
 
 
 def add_norm(
@@ -204,10 +221,20 @@ def add_norm(
     eps: float, offset: float, centred: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add `x` to `residual` and normalise the rows of the sum, which is returned second."""
-    y_TD, s_TD = _Norm.apply(
-        _matrix(x), _matrix(residual), *_vectors(weight, bias), eps, offset, centred
-    )
-    return y_TD.view(x.shape), s_TD.view(x.shape)
+    if not (_is_flat(x) and _is_flat(residual)):
+        pair = add_norm(_matrix(x), _matrix(residual), weight, bias, eps, offset, centred)
+        y, s = (each.view(x.shape) for each in pair)
+        return y, s
+    return _Norm.apply(x, residual, *_vectors(weight, bias), eps, offset, centred)
+
+
+def _is_flat(x: Tensor) -> bool:
+    """Return whether `_rows` describes `x`."""
+    return x.is_contiguous() or (x.ndim == 2 and x.stride(1) == 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if _is_flat(x) else _matrix(x)
 
 
 Shape = int | Sequence[int]
@@ -294,9 +321,12 @@ def _matrix(x: Tensor) -> Tensor:
     return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
-def _vectors(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x_D is None else x_D.contiguous() for x_D in vectors)
+def _vectors(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )
 
 
-def _wide(*dtypes: torch.dtype) -> torch.dtype:
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+def _wide(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in (a, b) else torch.float32

@@ -15,14 +15,13 @@ differ by a rounding: their blocks begin at other columns.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritium.kernels.runtime import accumulator
+from tritium.kernels.runtime import Launcher, accumulator, cdiv, power_of_2
 
 BLOCK = 4096  # columns per step: 16 a thread, of float32 half as many
 # Split a row over several programs if there are fewer than 264 rows (2 per SM of an H100) and the
@@ -235,26 +234,31 @@ def _softmax_backward_loop_kernel(
         tl.store(part_ptr + (m * 2 + 1) * SHARES + share, mass)
 
 
-def _launch(kernel: Any, tensors: tuple, in_MN: Tensor, row: tuple, options: dict) -> None:
-    """Launch `kernel` over rows that are read from `in_MN`: once, or twice if split."""
+_forward_loop = Launcher(_softmax_forward_loop_kernel)
+_backward_loop = Launcher(_softmax_backward_loop_kernel)
+
+
+def _launch(
+    launch: Launcher, tensors: tuple[Tensor | None, ...], in_MN: Tensor, row: tuple[float, ...],
+    kind: tuple[bool, bool], constants: tuple,
+) -> None:  # fmt: skip
+    """Launch a kernel over rows that are read from `in_MN`: once, or twice if split."""
     M, N = in_MN.shape
     alike = M == 1 or in_MN.stride(0) == N
-    options |= {
-        "BLOCK": BLOCK if in_MN.element_size() < 4 else BLOCK // 2,
-        "SHARES": SHARES,
-        "LEAD": 16 if alike and N % 16 else 0,
-    }
-    options["num_warps"] = 8
+    block = BLOCK if in_MN.element_size() < 4 else BLOCK // 2
+    constants = (16 if alike and N % 16 else 0, block, *constants)
     if M >= FEW_ROWS or N < LONG_ROW:
-        width = triton.cdiv(N, BLOCK) * BLOCK
-        kernel[(M, 1)](*tensors, None, N, *row, width, MEASURE=True, WRITE=True, **options)
+        width = cdiv(N, BLOCK) * BLOCK
+        numbers = N, *row, width
+        launch((M, 1), (*tensors, None), numbers, (*kind, True, True, *constants), num_warps=8)
         return
-    width = max(BLOCK, triton.next_power_of_2(triton.cdiv(N, SHARES)))
+    width = max(BLOCK, power_of_2(cdiv(N, SHARES)))
     part_M2S = in_MN.new_empty(M, 2, SHARES, dtype=torch.promote_types(in_MN.dtype, torch.float32))
     for measure in (True, False):
-        kernel[(M, triton.cdiv(N, width))](
-            *tensors, part_M2S, N, *row, width, MEASURE=measure, WRITE=not measure, **options
-        )
+        launch(
+            (M, cdiv(N, width)), (*tensors, part_M2S), (N, *row, width),
+            (*kind, measure, not measure, *constants), num_warps=8,
+        )  # fmt: skip
 
 
 def launch_forward(
@@ -262,12 +266,9 @@ def launch_forward(
 ) -> None:
     """Write the (log-)softmax of `x_MN`, and its lse where one is given."""
     acc = torch.promote_types(x_MN.dtype, torch.float32)
-    options = {
-        "CAUSAL": Lq > 0, "LOG": log, "LANES": 16 // x_MN.element_size(),
-        "LOWEST": torch.finfo(acc).min, "ACC": accumulator(x_MN.dtype),
-    }  # fmt: skip
-    row = (Lq, x_MN.stride(0), scale)
-    _launch(_softmax_forward_loop_kernel, (x_MN, y_MN, lse_M), x_MN, row, options)
+    constants = 16 // x_MN.element_size(), SHARES, torch.finfo(acc).min, accumulator(x_MN.dtype)
+    row = Lq, x_MN.stride(0), float(scale)
+    _launch(_forward_loop, (x_MN, y_MN, lse_M), x_MN, row, (Lq > 0, log), constants)
 
 
 def launch_backward(
@@ -275,7 +276,6 @@ def launch_backward(
     Lq: int, scale: float, log: bool,
 ) -> None:  # fmt: skip
     """Write the gradient of the (log-)softmax `y_MN`."""
-    options = {"CAUSAL": Lq > 0, "LOG": log, "ACC": accumulator(y_MN.dtype)}
-    row = (Lq, dy_MN.stride(0), 0 if dlse_M is None else dlse_M.stride(0), scale)
+    row = Lq, dy_MN.stride(0), 0 if dlse_M is None else dlse_M.stride(0), float(scale)
     tensors = (dy_MN, y_MN, dlse_M, dx_MN)
-    _launch(_softmax_backward_loop_kernel, tensors, dy_MN, row, options)
+    _launch(_backward_loop, tensors, dy_MN, row, (Lq > 0, log), (SHARES, accumulator(y_MN.dtype)))

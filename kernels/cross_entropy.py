@@ -36,23 +36,25 @@ from tritium.kernels._cross_entropy_options import (
     SCHEMA,
     LossOptions,
     Results,
-    Row,
     TokenStats,
     check_class_weight,
     check_options,
     check_reduction,
     check_target,
+    final_logits,
     mean_scale,
     reduce_loss,
     rows_reference,
     shape_stats,
     shard,
+    soft_target_gradient,
     stats_reference,
     token_stats,
     token_weights,
 )
 from tritium.kernels._cross_entropy_rows import empty_results, launch_rows, rows
 from tritium.kernels.runtime import (
+    Launcher,
     once_differentiable,
     operator,
     sees_through,
@@ -92,12 +94,6 @@ def cross_entropy_reference(
     return reduce_loss(loss_T, target, w_V, ignore_index, reduction)
 
 
-def final_logits(x_TV: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """Return the logits scaled and capped, in float32 or their wider dtype."""
-    z_TV = x_TV.to(torch.promote_types(x_TV.dtype, torch.float32)) * logit_scale
-    return softcap * torch.tanh(z_TV / softcap) if softcap else z_TV
-
-
 @triton.jit
 def _cross_entropy_scale_kernel(dx_ptr, scale_ptr, V, stride_dxT, BLOCK_V: tl.constexpr):
     scale = tl.load(scale_ptr)
@@ -110,6 +106,9 @@ def _cross_entropy_scale_kernel(dx_ptr, scale_ptr, V, stride_dxT, BLOCK_V: tl.co
             tl.store(dx_ptr + offs_V, dx_V, mask=offs_V < V)
 
 
+_multiply = Launcher(_cross_entropy_scale_kernel)
+
+
 def _launch_forward(x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, *options) -> Results:
     return rows(x_TV, target_T, w_V, None, LossOptions(*options), gradient=False)
 
@@ -118,7 +117,7 @@ def _launch_backward(
     dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, values_RT: Tensor,
     *options,
 ) -> Tensor:  # fmt: skip
-    dx_TV = torch.empty(x_TV.shape, dtype=x_TV.dtype, device=x_TV.device)
+    dx_TV = torch.empty_like(x_TV, memory_format=torch.contiguous_format)
     _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, LossOptions(*options))
     return dx_TV
 
@@ -145,7 +144,7 @@ def _launch_inplace(
 def _launch_scale(dx_TV: Tensor, scale: Tensor) -> None:
     T, V = dx_TV.shape
     if T and uses_triton(dx_TV, "cross_entropy"):
-        _cross_entropy_scale_kernel[(T,)](dx_TV, scale, V, dx_TV.stride(0), BLOCK_V=4096)
+        _multiply((T,), (dx_TV, scale), (V, dx_TV.stride(0)), (4096,))
     else:
         dx_TV.mul_(scale)
 
@@ -178,52 +177,48 @@ _scale = operator(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The loss of each row; with `overwrite`, backward writes the gradient over the logits."""
+    """The loss, reduced; with `overwrite`, backward writes the gradient over the logits."""
 
     @staticmethod
     def forward(
         ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions,
-        overwrite: bool,
+        overwrite: bool, reduction: str,
     ):  # fmt: skip
         loss_T, values_RT, argmax_T = _forward(x_TV, target_T, w_V, *options)
-        ctx.save_for_backward(x_TV, target_T, w_V, values_RT)
+        loss, scale = loss_T, None
+        if reduction != "none":
+            loss = loss_T.sum()
+        if reduction == "mean":
+            scale = mean_scale(token_weights(target_T, w_V, options.ignore_index, loss.dtype))
+            loss = loss * scale
+        ctx.save_for_backward(x_TV, target_T, w_V, values_RT, scale)
+        ctx.reduced = reduction != "none"
         ctx.mark_non_differentiable(values_RT, argmax_T)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.overwrite, ctx.spent = options, overwrite, False
-        return loss_T, values_RT, argmax_T
+        return loss, values_RT, argmax_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss_T: Tensor | None, *_):
-        if dloss_T is None:
-            return (None,) * 5
+    def backward(ctx, dloss: Tensor | None, *_):
+        if dloss is None:
+            return (None,) * 6
+        x_TV, target_T, w_V, values_RT, scale = ctx.saved_tensors
+        dloss_T = dloss if scale is None else dloss * scale
+        if ctx.reduced:
+            dloss_T = dloss_T.expand(x_TV.shape[0])
         if not ctx.overwrite:
-            dx_TV = _backward(dloss_T, *ctx.saved_tensors, *ctx.options)
+            dx_TV = _backward(dloss_T, x_TV, target_T, w_V, values_RT, *ctx.options)
             dq_TV = None
             if ctx.needs_input_grad[1]:
-                dq_TV = _soft_target_gradient(dloss_T, *ctx.saved_tensors, ctx.options)
-            return dx_TV, dq_TV, None, None, None
+                dq_TV = soft_target_gradient(dloss_T, x_TV, target_T, w_V, values_RT, ctx.options)
+            return dx_TV, dq_TV, None, None, None, None
         if ctx.spent:
             raise RuntimeError(ONCE)
-        x_TV, target_T, w_V, values_RT = ctx.saved_tensors
         dx_TV, ctx.spent = x_TV.detach(), True
         _write_gradient(dx_TV, dloss_T, dx_TV, target_T, w_V, values_RT, ctx.options)
         torch.autograd.graph.increment_version(x_TV)
-        return dx_TV, None, None, None, None
-
-
-def _soft_target_gradient(
-    dloss_T: Tensor, x_TV: Tensor, q_TV: Tensor, w_V: Tensor | None, values_RT: Tensor,
-    options: LossOptions,
-) -> Tensor:  # fmt: skip
-    """Compute dq_TV in plain PyTorch; few want it, and it is as large as the logits."""
-    z_TV = final_logits(x_TV, options.softcap, options.logit_scale)
-    log_s_T = values_RT[Row.SUM].log()
-    dq_TV = (values_RT[Row.MAXIMUM][:, None] - z_TV) + log_s_T[:, None]
-    dq_TV *= ((1 - options.label_smoothing) * dloss_T)[:, None]
-    if w_V is not None:
-        dq_TV *= w_V[options.first_class : options.first_class + x_TV.shape[1]]
-    return dq_TV.to(q_TV.dtype)
+        return dx_TV, None, None, None, None, None
 
 
 class _CrossEntropyInPlace(torch.autograd.Function):
@@ -373,8 +368,9 @@ def cross_entropy(
         )  # fmt: skip
     else:
         overwrite = overwrite and not torch.compiler.is_compiling()
-        loss_T, values_RT, argmax_T = _CrossEntropy.apply(x_TV, target_T, w_V, options, overwrite)
-        loss = reduce_loss(loss_T, target_T, w_V, ignore_index, reduction)
+        loss, values_RT, argmax_T = _CrossEntropy.apply(
+            x_TV, target_T, w_V, options, overwrite, reduction
+        )  # fmt: skip
     loss = loss.view(shape) if reduction == "none" else loss
     if not return_stats:
         return loss
@@ -393,7 +389,7 @@ def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         target = target.movedim(1, -1)
     shape, V = x.shape[:-1], x.shape[-1]
     target_T = check_target("cross_entropy", target, shape, V, input)
-    return unit_stride(x.reshape(-1, V)), target_T, shape
+    return unit_stride(x if x.ndim == 2 else x.reshape(-1, V)), target_T, shape
 
 
 def _check_inplace(input: Tensor, x_TV: Tensor) -> None:

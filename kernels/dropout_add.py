@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton
+from tritium.kernels.runtime import (
+    Launcher,
+    accumulator,
+    cdiv,
+    once_differentiable,
+    operator,
+    uses_triton,
+)
 
 S = tl.constexpr(1024)  # part of the formula: another S is another mask
 ROUNDS = tl.constexpr(7)
@@ -98,13 +105,16 @@ def _dropout_add_kernel(
 def _launch(
     x: Tensor, residual: Tensor | None, seed: Tensor, threshold: int, dtype: torch.dtype
 ) -> Tensor:
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _dropout_add_kernel[(triton.cdiv(x.numel(), 4 * S.value),)](
-        x, residual, seed, y, x.numel(), threshold,
-        LANES=16 // min(x.element_size(), y.element_size()),
-        ACC=accumulator(torch.promote_types(x.dtype, dtype)),
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    N, lanes = x.numel(), 16 // min(x.element_size(), y.element_size())
+    _drop(
+        (cdiv(N, 4 * S.value),), (x, residual, seed, y), (N, threshold),
+        (lanes, accumulator(torch.promote_types(x.dtype, dtype))),
     )  # fmt: skip
     return y
+
+
+_drop = Launcher(_dropout_add_kernel)
 
 
 def _launch_forward(x: Tensor, residual: Tensor, seed: Tensor, threshold: int) -> Tensor:

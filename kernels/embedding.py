@@ -12,8 +12,6 @@ order. All orders are fixed, so the result is bitwise the same on every run, and
 T tokens (every leading axis, flattened), D features, V rows, B blocks of S sorted positions.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -21,9 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels.runtime import (
+    Launcher,
     accumulator,
+    cdiv,
     once_differentiable,
     operator,
+    power_of_2,
     unit_stride,
     uses_triton,
     widen,
@@ -135,11 +136,12 @@ def _embedding_runs_kernel(
 def _launch_forward(tokens_T: Tensor, w_VD: Tensor) -> Tensor:
     (T,), (V, D) = tokens_T.shape, w_VD.shape
     y_TD = w_VD.new_empty(T, D)
-    block_D = min(triton.next_power_of_2(max(D, 1)), TILE)
+    block_D = min(power_of_2(D), TILE)
     block_T = TILE // block_D
-    _embedding_forward_kernel[(triton.cdiv(T, block_T) * triton.cdiv(D, block_D),)](
-        tokens_T, w_VD, y_TD, T, D, V, w_VD.stride(0), BLOCK_T=block_T, BLOCK_D=block_D
-    )
+    _look_up(
+        (cdiv(T, block_T) * cdiv(D, block_D),), (tokens_T, w_VD, y_TD),
+        (T, D, V, w_VD.stride(0)), (block_T, block_D),
+    )  # fmt: skip
     return y_TD
 
 
@@ -149,21 +151,23 @@ def _launch_backward(dy_TD: Tensor, tokens_T: Tensor, V: int, padding_idx: int) 
     counts_T = (tokens_T >= 0) & (tokens_T < V) & (tokens_T != padding_idx)
     keys_T = torch.where(counts_T, tokens_T, V).to(torch.int32)
     sorted_T, order_T = keys_T.sort(stable=True)
-    B = triton.cdiv(T, S)
+    B = cdiv(T, S)
     acc = torch.promote_types(dy_TD.dtype, torch.float32)
     partials_B2D = dy_TD.new_empty(B, 2, D, dtype=acc)
     dw_VD = dy_TD.new_zeros(V, D)
-    block_D = min(triton.next_power_of_2(max(D, 1)), BLOCK_D)
-    grid = (B * triton.cdiv(D, block_D),)
-    options: dict[str, Any] = {"S": S, "BLOCK_D": block_D}
-    _embedding_blocks_kernel[grid](
-        sorted_T, order_T, dy_TD, dw_VD, partials_B2D, T, D, V, dy_TD.stride(0),
-        ACC=accumulator(acc), num_warps=1, **options,
+    block_D = min(power_of_2(D), BLOCK_D)
+    grid = (B * cdiv(D, block_D),)
+    _add_blocks(
+        grid, (sorted_T, order_T, dy_TD, dw_VD, partials_B2D), (T, D, V, dy_TD.stride(0)),
+        (S, block_D, accumulator(acc)), num_warps=1,
     )  # fmt: skip
-    _embedding_runs_kernel[grid](
-        sorted_T, partials_B2D, dw_VD, T, D, V, BLOCK_B=BLOCK_B, num_warps=4, **options
-    )
+    _add_runs(grid, (sorted_T, partials_B2D, dw_VD), (T, D, V), (S, BLOCK_B, block_D))
     return dw_VD
+
+
+_look_up = Launcher(_embedding_forward_kernel)
+_add_blocks = Launcher(_embedding_blocks_kernel)
+_add_runs = Launcher(_embedding_runs_kernel)
 
 
 _forward = operator(

@@ -90,7 +90,8 @@ def layer_norm(
     if not uses_triton(input, "layer_norm"):
         return layer_norm_reference(input, sizes, weight, bias, eps)
     x, w, b = flat(input, sizes, weight, bias)
-    return norm(x, w, b, eps, offset=0.0, centred=True).view(input.shape)
+    y = norm(x, w, b, eps, offset=0.0, centred=True)
+    return y if x is input else y.view(input.shape)
 
 
 def add_layer_norm(

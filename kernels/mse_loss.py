@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels._cross_entropy_options import check_reduction
-from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton
+from tritium.kernels.runtime import (
+    Launcher,
+    accumulator,
+    cdiv,
+    once_differentiable,
+    operator,
+    power_of_2,
+    uses_triton,
+)
 
 TILE = 2048  # elements that a program holds at a time: 16 a thread
 P_MAX = 1024  # not the number of multiprocessors: the loss is the same sum on every GPU
@@ -92,21 +100,18 @@ def _mse_loss_backward_kernel(
 def _launch_elements(input_N: Tensor, target_N: Tensor) -> Tensor:
     (N,) = input_N.shape
     loss_N = _fake_elements(input_N, target_N)
-    _mse_loss_elements_kernel[(triton.cdiv(N, TILE),)](
-        input_N, target_N, loss_N, N, TILE=TILE, ACC=accumulator(loss_N.dtype)
-    )
+    constants = TILE, accumulator(loss_N.dtype)
+    _each((cdiv(N, TILE),), (input_N, target_N, loss_N), (N,), constants)
     return loss_N
 
 
 def _launch_forward(input_N: Tensor, target_N: Tensor, divisor: int) -> Tensor:
     (N,) = input_N.shape
-    P = min(triton.cdiv(N, TILE), P_MAX)
+    P = min(cdiv(N, TILE), P_MAX)
     loss = _fake_forward(input_N, target_N, divisor)
     partials_P = loss.new_empty(P)
-    _mse_loss_partials_kernel[(P,)](
-        input_N, target_N, partials_P, N, TILE=TILE, ACC=accumulator(loss.dtype)
-    )
-    _mse_loss_sum_kernel[(1,)](partials_P, loss, P, divisor, BLOCK_P=triton.next_power_of_2(P_MAX))
+    _add((P,), (input_N, target_N, partials_P), (N,), (TILE, accumulator(loss.dtype)))
+    _sum((1,), (partials_P, loss), (P, divisor), (power_of_2(P_MAX),))
     return loss
 
 
@@ -116,12 +121,18 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (N,) = input_N.shape
     grads = _fake_backward(dloss, input_N, target_N, divisor, needs_dinput, needs_dtarget)
-    wanted = zip(grads, (needs_dinput, needs_dtarget), strict=True)
-    _mse_loss_backward_kernel[(triton.cdiv(N, TILE),)](
-        dloss, input_N, target_N, *(dx_N if needed else None for dx_N, needed in wanted), N,
-        divisor, EACH=dloss.ndim == 1, TILE=TILE, ACC=accumulator(dloss.dtype),
+    dinput_N, dtarget_N = grads[0] if needs_dinput else None, grads[1] if needs_dtarget else None
+    _differ(
+        (cdiv(N, TILE),), (dloss, input_N, target_N, dinput_N, dtarget_N), (N, divisor),
+        (dloss.ndim == 1, TILE, accumulator(dloss.dtype)),
     )  # fmt: skip
     return grads
+
+
+_each = Launcher(_mse_loss_elements_kernel)
+_add = Launcher(_mse_loss_partials_kernel)
+_sum = Launcher(_mse_loss_sum_kernel)
+_differ = Launcher(_mse_loss_backward_kernel)
 
 
 def _fake_elements(input: Tensor, target: Tensor) -> Tensor:

@@ -23,11 +23,9 @@ https://arxiv.org/abs/2104.09864
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from tritium.kernels._cpu_backward import differentiate, uses_cpu_backward
@@ -38,7 +36,16 @@ from tritium.kernels._qk_norm_rope_kernels import (
 )
 from tritium.kernels.rms_norm import rms_norm_reference
 from tritium.kernels.rope import _heads, _rows, rope_reference, validate_tables
-from tritium.kernels.runtime import accumulator, once_differentiable, operator, uses_triton, widen
+from tritium.kernels.runtime import (
+    Launcher,
+    accumulator,
+    cdiv,
+    once_differentiable,
+    operator,
+    power_of_2,
+    uses_triton,
+    widen,
+)
 
 FORWARD_TILE = 4096  # elements per program
 BACKWARD_TILE = 2048  # and as many sums in registers
@@ -165,14 +172,16 @@ def _wide_angles(
     return F.pad(cos, (0, x.shape[-1] - cos.shape[-1]), value=1.0), sin
 
 
-def _tile(elements: int, K: int, J: int, dtype: torch.dtype) -> dict[str, Any]:
-    block_J = triton.next_power_of_2(J)
+def _tile(elements: int, K: int, J: int) -> tuple[int, int, int, int]:
+    """The constants BLOCK_L, BLOCK_N, BLOCK_J and BLOCK_R."""
     rest = K - 2 * J
-    block_R = triton.next_power_of_2(rest) if rest else 0
-    return {
-        "BLOCK_L": max(1, elements // (BLOCK_N * triton.next_power_of_2(K))), "BLOCK_N": BLOCK_N,
-        "BLOCK_J": block_J, "BLOCK_R": block_R, "ACC": accumulator(dtype),
-    }  # fmt: skip
+    block_R = power_of_2(rest) if rest else 0
+    return max(1, elements // (BLOCK_N * power_of_2(K))), BLOCK_N, power_of_2(J), block_R
+
+
+_launch_turn = Launcher(_qk_norm_rope_forward_kernel)
+_launch_back = Launcher(_qk_norm_rope_backward_kernel)
+_launch_weights = Launcher(_qk_norm_rope_weights_kernel)
 
 
 def _launch_forward(
@@ -181,12 +190,14 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, L, N, K = qkv_BLNK.shape
     H, (S, J) = N - 2 * G, cos_SJ.shape
-    q_BLHK, k_BLGK = (qkv_BLNK.new_empty(B, L, heads, K) for heads in (H, G))
-    tile = _tile(FORWARD_TILE, K, J, qkv_BLNK.dtype)
-    tiles = triton.cdiv(H, BLOCK_N) + triton.cdiv(G, BLOCK_N)
-    _qk_norm_rope_forward_kernel[(tiles * B * triton.cdiv(L, tile["BLOCK_L"]),)](
-        qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K, q_BLHK, k_BLGK,
-        L, H, G, J, K, S, *qkv_BLNK.stride()[:3], eps, interleaved, **tile,
+    q_BLHK, k_BLGK = qkv_BLNK.new_empty(B, L, H, K), qkv_BLNK.new_empty(B, L, G, K)
+    tile = _tile(FORWARD_TILE, K, J)
+    tiles = cdiv(H, BLOCK_N) + cdiv(G, BLOCK_N)
+    _launch_turn(
+        (tiles * B * cdiv(L, tile[0]),),
+        (qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K, q_BLHK, k_BLGK),
+        (L, H, G, J, K, S, *qkv_BLNK.stride()[:3]),
+        (float(eps), interleaved, *tile, accumulator(qkv_BLNK.dtype)),
     )  # fmt: skip
     return q_BLHK, k_BLGK
 
@@ -199,9 +210,9 @@ def _launch_backward(
     inputs = dq_BLHK, dk_BLGK, dv_BLGK, qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K
     dqkv_BLNK, dq_weight_K, dk_weight_K = _fake_backward(*inputs, eps, interleaved)
     (B, L, H, K), G, (S, J) = dq_BLHK.shape, dk_BLGK.shape[2], cos_SJ.shape
-    tile = _tile(BACKWARD_TILE, K, J, dq_BLHK.dtype)
-    q_tiles, k_tiles = (triton.cdiv(heads, BLOCK_N) for heads in (H, G))
-    tiles, shares = q_tiles + 2 * k_tiles, B * triton.cdiv(L, tile["BLOCK_L"])
+    tile = _tile(BACKWARD_TILE, K, J)
+    q_tiles, k_tiles = cdiv(H, BLOCK_N), cdiv(G, BLOCK_N)
+    tiles, shares = q_tiles + 2 * k_tiles, B * cdiv(L, tile[0])
     blocks, partials_PK = shares, None
     if q_weight_K is not None:
         shares = max(1, min(blocks, P_MAX // tiles))
@@ -209,15 +220,16 @@ def _launch_backward(
         partials_PK = dq_BLHK.new_empty(tiles * shares, K, dtype=dtype)
     strides = [x.stride()[:3] for x in (dq_BLHK, dk_BLGK, dv_BLGK)]
     strides.append((0, 0, 0) if qkv_BLNK is None else qkv_BLNK.stride()[:3])
-    _qk_norm_rope_backward_kernel[(tiles * shares,)](
-        *inputs, dqkv_BLNK, partials_PK, blocks, L, H, G, J, K, S, *sum(strides, ()),
-        eps, interleaved, **tile, BLOCK_K=triton.next_power_of_2(K),
+    _launch_back(
+        (tiles * shares,), (*inputs, dqkv_BLNK, partials_PK),
+        (blocks, L, H, G, J, K, S, *sum(strides, ())),
+        (float(eps), interleaved, *tile, power_of_2(K), accumulator(dq_BLHK.dtype)),
     )  # fmt: skip
     if partials_PK is not None:
-        block: dict[str, Any] = {"BLOCK_P": 512, "BLOCK_K": 16, "num_warps": 8}
-        _qk_norm_rope_weights_kernel[(triton.cdiv(K, block["BLOCK_K"]), 2)](
-            partials_PK, dq_weight_K, dk_weight_K, tiles * shares, K, q_tiles, k_tiles, **block
-        )
+        _launch_weights(
+            (cdiv(K, 16), 2), (partials_PK, dq_weight_K, dk_weight_K),
+            (tiles * shares, K, q_tiles, k_tiles), (512, 16), num_warps=8,
+        )  # fmt: skip
     return dqkv_BLNK, dq_weight_K, dk_weight_K
 
 
@@ -267,7 +279,9 @@ class _QkNormRope(torch.autograd.Function):
         ctx.save_for_backward(None if q_weight_K is None else qkv, *angles, *weights)
         ctx.shape, ctx.options = qkv.shape, (eps, interleaved)
         batch = qkv.shape[:-2]
-        q, k = (x.view(*batch, *x.shape[2:]) for x in (q_BLHK, k_BLGK))
+        q, k = q_BLHK, k_BLGK
+        if len(batch) != 2:
+            q, k = (x.view(*batch, *x.shape[2:]) for x in (q_BLHK, k_BLGK))
         return q, k, qkv[..., -G:, :]
 
     @staticmethod
@@ -345,7 +359,9 @@ def qk_norm_rope(
             kv_heads=G, offset=offset, interleaved=interleaved,
         )  # fmt: skip
     if isinstance(offset, int):
-        cos, sin, offset_B = *(_rows(table, qkv.shape[-3], offset) for table in (cos, sin)), None
+        if offset:
+            cos, sin = (_rows(table, qkv.shape[-3], offset) for table in (cos, sin))
+        offset_B = None
     else:
         offset_B = offset.reshape(-1).contiguous()
     q_weight_K, k_weight_K = (None if w is None else w.contiguous() for w in (q_weight, k_weight))

@@ -16,7 +16,6 @@ https://arxiv.org/abs/2104.09864
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -25,9 +24,12 @@ from torch import Tensor
 
 from tritium.kernels._cpu_backward import uses_cpu_backward
 from tritium.kernels.runtime import (
+    Launcher,
     accumulator,
+    cdiv,
     once_differentiable,
     operator,
+    power_of_2,
     unit_stride,
     uses_triton,
 )
@@ -144,22 +146,22 @@ def _launch(
     *, inverse: bool, interleaved: bool,
 ) -> None:  # fmt: skip
     B, L, H, K = x_BLHK.shape
-    block_H, block_J = (triton.next_power_of_2(max(n, 1)) for n in (H, K // 2))
+    block_H, block_J = power_of_2(H), power_of_2(K // 2)
     block_L = max(1, TILE // (block_H * block_J))
-    options: dict[str, Any] = {
-        "BLOCK_L": block_L, "BLOCK_H": block_H, "BLOCK_J": block_J,
-        "INVERSE": inverse, "INTERLEAVED": interleaved, "ACC": accumulator(x_BLHK.dtype),
-    }  # fmt: skip
-    _rope_kernel[(B * triton.cdiv(L, block_L),)](
-        x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK, L, H, K // 2, cos_SJ.shape[0],
-        *x_BLHK.stride()[:3], *y_BLHK.stride()[:3], **options,
+    _turn(
+        (B * cdiv(L, block_L),), (x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK),
+        (L, H, K // 2, cos_SJ.shape[0], *x_BLHK.stride()[:3], *y_BLHK.stride()[:3]),
+        (inverse, interleaved, block_L, block_H, block_J, accumulator(x_BLHK.dtype)),
     )  # fmt: skip
+
+
+_turn = Launcher(_rope_kernel)
 
 
 def _launch_forward(
     x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
 ) -> Tensor:
-    y_BLHK = x_BLHK.new_empty(x_BLHK.shape)
+    y_BLHK = x_BLHK.new_empty(*x_BLHK.shape)
     _launch(x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK, inverse=False, interleaved=interleaved)
     return y_BLHK
 
@@ -167,7 +169,7 @@ def _launch_forward(
 def _launch_backward(
     dy_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
 ) -> Tensor:
-    dx_BLHK = dy_BLHK.new_empty(dy_BLHK.shape)
+    dx_BLHK = dy_BLHK.new_empty(*dy_BLHK.shape)
     _launch(dy_BLHK, cos_SJ, sin_SJ, offset_B, dx_BLHK, inverse=True, interleaved=interleaved)
     return dx_BLHK
 
@@ -215,11 +217,14 @@ class _Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         dx_BLHK = _backward(_heads(dy), *ctx.saved_tensors, ctx.interleaved)
-        return dx_BLHK.view(dy.shape), None, None, None, None, None
+        dx = dx_BLHK if dy.ndim == 4 else dx_BLHK.view(dy.shape)
+        return dx, None, None, None, None, None
 
 
 def _heads(x: Tensor) -> Tensor:
     """Return `x` as `[B, L, H, K]`: a view where the strides allow, else a copy."""
+    if x.ndim == 4:
+        return unit_stride(x)
     return unit_stride(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
@@ -272,13 +277,16 @@ def rope(
             return _CpuBackward.apply(x, cos, sin, offset, interleaved)
         return rope_reference(x, cos, sin, offset=offset, interleaved=interleaved)
     if not isinstance(offset, Tensor):
-        cos, sin, offset_B = *(_rows(table, x.shape[-3], offset) for table in (cos, sin)), None
+        if offset:
+            cos, sin = (_rows(table, x.shape[-3], offset) for table in (cos, sin))
+        offset_B = None
     else:
         offset_B = offset.reshape(-1).contiguous()
     angles = cos.contiguous(), sin.contiguous(), offset_B
     if inplace:
         return _Rope.apply(x, *angles, interleaved, True)
-    return _Rope.apply(_heads(x), *angles, interleaved, False).view(x.shape)
+    y_BLHK = _Rope.apply(_heads(x), *angles, interleaved, False)
+    return y_BLHK if x.ndim == 4 else y_BLHK.view(x.shape)
 
 
 def _validate(x: Tensor, offset: int | Tensor, **tables: Tensor) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from triton import knobs
 from triton.runtime import driver
 
@@ -117,62 +119,126 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def cdiv(n: int, block: int) -> int:
+    """Return how many blocks cover `n`: `triton.cdiv` without its 3 us on the host."""
+    return -(-n // block)
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of two that is at least `n`, 1 for 0: Triton's own takes 2 us."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+KEPT = 64  # kernels per launcher: with more shapes than that in turn, Triton is asked again
+
+
 class Launcher:
-    """Launcher of a kernel that caches the compiled kernel of its last launch.
+    """Launcher of a kernel that caches what it was compiled to, for launches that are alike.
 
     Triton looks that up at every launch, by the dtype, alignment or value of every argument, which
-    takes it 10 us. Here Triton is asked only if one of them, or the device, has changed.
+    takes it 10 to 20 us. Here Triton is asked only if something decisive was never seen before: the
+    device, a dtype, an alignment, the value or type of a number, a constant, the warps.
     """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._key: tuple = ()
-        self._compiled: Any = None
+        self._kept: dict[tuple, tuple] = {}
 
     def __call__(
-        self, programs: int, args: tuple[Tensor | float | None, ...], constants: tuple[Any, ...],
-        **options: int,
+        self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...],
+        numbers: tuple[float, ...], constants: tuple[Any, ...], num_warps: int = 4,
+        **options: Any,
     ) -> None:  # fmt: skip
-        """Launch `programs` programs.
+        """Launch the kernel, whose parameters are `tensors`, `numbers`, `constants`, in this order.
 
         Args:
-            programs: the grid, of one axis.
-            args: the leading arguments of the kernel. Tensors at one position always have one
-                dtype.
-            constants: the constexprs, which follow.
-            options: options of Triton, the same at every launch.
+            grid: one axis or two.
+            tensors: pointer arguments, None where there is none.
+            numbers: sizes, strides and other arguments whose value is not compiled in.
+            constants: the constexprs.
+            num_warps: Triton's option.
+            options: other options of Triton.
         """
-        decisive = [x.data_ptr() % 16 if isinstance(x, Tensor) else (type(x), x) for x in args]
-        if self._compiled is None or self._key != (decisive, constants, _device()):
-            # None from the interpreter.
-            self._compiled = self._kernel[(programs,)](*args, *constants, **options)
-            self._key = () if self._compiled is None else (decisive, constants, _device())
-        else:
-            self._compiled[(programs, 1, 1)](*args, *constants)
+        device = _device()
+        key = (
+            device, num_warps, numbers, constants, *options.items(),
+            *map(type, numbers), *map(type, constants),
+            *[x if x is None else x.dtype for x in tensors],
+            *[x if x is None else x.data_ptr() % 16 == 0 for x in tensors],
+        )  # fmt: skip
+        if _minds_size(device):
+            key += tuple(x is not None and x.untyped_storage().nbytes() < 1 << 31 for x in tensors)
+        kept = self._kept.get(key)
+        if kept is None:
+            options["num_warps"] = num_warps
+            compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
+            if compiled is not None:  # the interpreter returns None
+                if len(self._kept) >= KEPT:
+                    self._kept.clear()
+                self._kept[key] = (
+                    compiled, compiled.run, compiled.function, compiled.packed_metadata
+                )  # fmt: skip
+            return
+        compiled, run, function, metadata = kept
+        if _is_hooked():
+            compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
+            return
+        active: Any = driver.active
+        stream = active.get_current_stream(device)
+        run(
+            *(*grid, 1, 1)[:3], stream, function, metadata, None, None, None,
+            *tensors, *numbers, *constants,
+        )  # fmt: skip
 
 
-def _device() -> int:
+_INTERPRETED = knobs.runtime.interpret
+
+
+def _device() -> Any:
+    """Return where Triton would launch now; None in its interpreter."""
+    if _INTERPRETED:
+        return None
     active: Any = driver.active
     return active.get_current_device()
 
 
-def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
-    """Register `launch` as the operator `tritium::<schema>` and return it, bound for cheap calls.
+@functools.cache
+def _minds_size(device: Any) -> bool:
+    """Return whether Triton compiles by a tensor's memory, below 2 GiB or not: on AMD it does."""
+    if device is None:
+        return False
+    active: Any = driver.active
+    return active.get_current_target().backend == "hip"
 
-    The operator is opaque to torch.compile and has no gradient of its own: a classic
-    `torch.autograd.Function` around it supplies that (25 us forward and backward on a CPU, against
-    50 us for `torch.library.custom_op` with `register_autograd`). Its first argument must be a
-    tensor: the launch happens on that tensor's device, which need not be the current one.
+
+def _is_hooked() -> bool:
+    """Return whether hooks, of Triton's profiler say, are to be called at every launch."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool((enter is not None and enter.calls) or (leave is not None and leave.calls))
+
+
+def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
+    """Register `launch` as the operator `tritium::<schema>` and return a function that calls it.
+
+    The operator, that function's `overload`, is opaque to torch.compile and has no gradient of its
+    own: a classic `torch.autograd.Function` around it supplies that (25 us forward and backward on
+    a CPU, against 50 us for `torch.library.custom_op` with `register_autograd`). Its first argument
+    must be a tensor: the launch happens on that tensor's device, which need not be the current one.
+
+    The function calls `launch` at once where only the device would see the operator (no compiler,
+    mode, transform, trace, profiler or subclass of Tensor): PyTorch's dispatcher takes 3 to 6 us.
+    An operator that overwrites an argument is always dispatched, which counts its version.
     """
 
     def launch_on_its_device(x: Tensor, *args):
-        if x.device.index == torch.cuda.current_device():
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
             return launch(x, *args)
         with torch.cuda.device(x.device):
             return launch(x, *args)
 
     def fake_for_inductor(*args):
-        _register_lowering(bound)
+        _register_lowering(overload)
         return fake(*args)
 
     name = schema.partition("(")[0]
@@ -182,8 +248,41 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
         name, launch, "CPU"
     )  # reached under the interpreter and by tritium.bench.compiled.static only
     torch.library.register_fake(f"tritium::{name}", fake_for_inductor, lib=_library)
-    bound = getattr(torch.ops.tritium, name).default
-    return bound
+    overload = getattr(torch.ops.tritium, name).default
+    overwrites = "!" in schema
+
+    def call(*args):
+        if overwrites or torch.compiler.is_compiling() or _is_watched() or not _are_plain(args):
+            return overload(*args)
+        return launch_on_its_device(*args)
+
+    call.overload = overload
+    return call
+
+
+def _is_watched() -> bool:
+    """Return whether a mode, a transform, a trace or a profiler must see the operators called."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or _profiler_enabled()
+    )
+
+
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})
+
+
+def _are_plain(args: tuple) -> bool:
+    """Return whether the dispatcher would hand `args` to a device's kernel as they are."""
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.is_neg() or x._is_zerotensor() or not (x.is_cuda or x.is_cpu):
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return True
 
 
 def _register_lowering(op: Any) -> None:
@@ -212,9 +311,11 @@ def once_differentiable(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def refusing(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return outputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(None if x is None else _refuse(x) for x in outputs)

@@ -24,7 +24,7 @@ https://arxiv.org/abs/1805.02867
 """
 
 import math
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 import triton
@@ -43,9 +43,12 @@ from tritium.kernels._softmax_long_rows import (
     softmax_visible,
 )
 from tritium.kernels.runtime import (
+    Launcher,
     accumulator,
+    cdiv,
     once_differentiable,
     operator,
+    power_of_2,
     unit_stride,
     uses_triton,
 )
@@ -144,11 +147,14 @@ def _softmax_backward_tile_kernel(
     tl.store(dx_ptr + m * N + offs_N, dx_MN, mask=mask_MN)
 
 
-def _tile(N: int) -> dict[str, Any]:
+def _tile(N: int) -> tuple[int, int, int]:
     """Return tile size and warps: several rows per program where they are short, else one."""
-    block_N = triton.next_power_of_2(max(N, 1))
-    num_warps = min(max(block_N // 512, 4), 16)
-    return {"BLOCK_M": max(TILE // block_N, 1), "BLOCK_N": block_N, "num_warps": num_warps}
+    block_N = power_of_2(N)
+    return max(TILE // block_N, 1), block_N, min(max(block_N // 512, 4), 16)
+
+
+_forward_tile = Launcher(_softmax_forward_tile_kernel)
+_backward_tile = Launcher(_softmax_backward_tile_kernel)
 
 
 def _launch_forward(
@@ -158,10 +164,11 @@ def _launch_forward(
     y_MN = x_MN.new_empty(M, N)
     lse_M = x_MN.new_empty(M, dtype=_wide(x_MN)) if return_lse else None
     if N <= MAX_TILE:
-        options = _tile(N) | {"LOWEST": torch.finfo(_wide(x_MN)).min}
-        _softmax_forward_tile_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-            x_MN, y_MN, lse_M, M, N, Lq, x_MN.stride(0), scale,
-            CAUSAL=Lq > 0, LOG=log, ACC=accumulator(x_MN.dtype), **options,
+        block_M, block_N, num_warps = _tile(N)
+        lowest, acc = torch.finfo(_wide(x_MN)).min, accumulator(x_MN.dtype)
+        _forward_tile(
+            (cdiv(M, block_M),), (x_MN, y_MN, lse_M), (M, N, Lq, x_MN.stride(0), float(scale)),
+            (Lq > 0, log, block_M, block_N, lowest, acc), num_warps,
         )  # fmt: skip
     else:
         launch_forward(x_MN, y_MN, lse_M, Lq, scale, log)
@@ -174,11 +181,12 @@ def _launch_backward(
     M, N = y_MN.shape
     dx_MN = y_MN.new_empty(M, N)
     if N <= MAX_TILE:
-        options = _tile(N)
+        block_M, block_N, num_warps = _tile(N)
         stride_dlseM = 0 if dlse_M is None else dlse_M.stride(0)
-        _softmax_backward_tile_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-            dy_MN, y_MN, dlse_M, dx_MN, M, N, Lq, dy_MN.stride(0), stride_dlseM, scale,
-            CAUSAL=Lq > 0, LOG=log, ACC=accumulator(y_MN.dtype), **options,
+        _backward_tile(
+            (cdiv(M, block_M),), (dy_MN, y_MN, dlse_M, dx_MN),
+            (M, N, Lq, dy_MN.stride(0), stride_dlseM, float(scale)),
+            (Lq > 0, log, block_M, block_N, accumulator(y_MN.dtype)), num_warps,
         )  # fmt: skip
     else:
         launch_backward(dy_MN, y_MN, dlse_M, dx_MN, Lq, scale, log)
@@ -336,6 +344,9 @@ def _apply(
         return tuple(
             y.view(()) for y in _apply(x.view(1), 0, scale, causal, log=log, return_lse=return_lse)
         )
+    if x.ndim == 2 and dim in (-1, 1):
+        Lq = x.shape[0] if causal else 0
+        return _Softmax.apply(unit_stride(x), Lq, scale, log, return_lse)
     moved = x.movedim(dim, -1)
     x_MN = unit_stride(moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]))
     Lq = x.shape[-2] if causal else 0

@@ -43,7 +43,7 @@ ALIASES = {
     "per-device-train-batch-size": "micro-batch-size", "wd": "weight-decay",
     "grad-clip": "max-grad-norm", "clip": "max-grad-norm", "clip-grad-norm": "max-grad-norm",
     "adam-beta1": "beta1", "adam-beta2": "beta2", "epsilon": "eps", "adam-epsilon": "eps",
-    "optim": "optimizer", "dtype": "precision", "torch-compile": "compile",
+    "optim": "optimizer", "dtype": "precision",
     "gradient-checkpointing": "activation-checkpointing",
     "eval-interval": "eval-every", "eval-steps": "eval-every", "val-every": "eval-every",
     "log-interval": "log-every", "logging-steps": "log-every", "save-interval": "save-every",

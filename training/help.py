@@ -34,7 +34,7 @@ USUAL = {
     "max-steps", "max-epochs", "max-tokens", "max-minutes",
     "schedule", "learning-rate", "warmup-steps", "final-lr",
     "batch-size", "optimizer", "weight-decay", "max-grad-norm", "beta1", "beta2", "dropout",
-    "device", "threads", "precision", "compile", "cuda-graph",
+    "device", "threads", "precision", "cuda-graph",
     "micro-batch-size", "activation-checkpointing", "plan",
     "data", "text-field", "tokenizer", "packing", "seed",
     "out", "resume", "resume-anyway", "save-every", "keep-last", "keep-best",

@@ -1,9 +1,7 @@
-"""Arithmetic of a step: its precision, torch.compile, the self-check, the CUDA graph."""
+"""Arithmetic of a step: its precision, the self-check, the CUDA graph."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -34,8 +32,6 @@ class ComputeConfig:
     """Precision. float32; bfloat16: matrix products in bfloat16 (autocast), weights in float32;
     bfloat16-true: weights and activations in bfloat16, see --master-weights. auto: bfloat16 where
     the device multiplies it natively, else float32."""
-    compile: bool = False
-    """Compile the model with torch.compile, without graph breaks, at the first step."""
     cuda_graph: bool = True
     """On a GPU, capture the whole training step in a CUDA graph, which the host launches as one:
     the same bits in less time. Where that cannot be, a line at the start says why."""
@@ -46,23 +42,16 @@ class ComputeConfig:
     """Compare every kernel with its reference at the start, at the run's shapes; one that is wrong
     or does not run is replaced by its reference. Without a GPU no kernel runs."""
 
-    def check(self, device: torch.device, optimizer: OptimizerConfig) -> None:
+    def check(self, optimizer: OptimizerConfig) -> None:
         """Raise ValueError unless a run can be computed like this.
 
         Args:
-            device: where it runs.
             optimizer: what keeps the weights.
         """
         if optimizer.master_weights is not None and self.precision != "bfloat16-true":
             raise ValueError(
                 "--master-weights says what is kept beside weights in bfloat16; add --precision "
                 "bfloat16-true, or leave it out"
-            )
-        compiler = os.environ.get("CXX", "g++")
-        if self.compile and device.type == "cpu" and shutil.which(compiler) is None:
-            raise ValueError(
-                f"--compile needs a C++ compiler on a CPU, and there is no {compiler}; install "
-                "one, name it in CXX, or leave --compile out"
             )
 
     def product_dtype(self, device: torch.device) -> torch.dtype:
@@ -77,15 +66,10 @@ class ComputeConfig:
         return model
 
     def apply(self, model: Transformer, device: torch.device) -> Arithmetic:
-        """Move a model to where and into what it is trained in; compile it if asked to.
-
-        The names of its parameters stay, so checkpoints do not depend on `compile`.
-        """
+        """Move a model to where and into what it is trained in."""
         dtype = self.product_dtype(device)
         self.convert(model).to(device)
         cast = dtype == torch.bfloat16 and self.precision != "bfloat16-true"
-        if self.compile:
-            model.compile(fullgraph=True)
         return Arithmetic(dtype, torch.autocast(device.type, torch.bfloat16, enabled=cast))
 
     @contextmanager
@@ -107,7 +91,6 @@ class ComputeConfig:
         """Return what decides the rounding of a step; what is as usual is left out."""
         unusual = {
             "weights": "torch.bfloat16" if self.precision == "bfloat16-true" else None,
-            "compiled": self.compile or None,
             "residual": None if self.residual == "auto" else self.residual,
             "references": ", ".join(sorted(fallen_back())) or None,
         }

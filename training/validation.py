@@ -163,7 +163,8 @@ def check(config: TrainConfig, usual: TrainConfig) -> None:
         config.memory.check(config.model.n_layers)
         config.optimizer.check()
         trackers.require(config.observing.track)
-        config.compute.check(choose_device(config.device), config.optimizer)
+        choose_device(config.device)
+        config.compute.check(config.optimizer)
     except ConfigError:
         raise
     except ValueError as error:

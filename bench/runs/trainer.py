@@ -3,7 +3,7 @@
     graph   100 steps with and without --cuda-graph: the losses must be the same bits, and so the
             weights. With PyTorch's deterministic algorithms, because the gradient of attention is
             not deterministic otherwise; eager is run twice to show that it repeats itself.
-    speed   tokens per second and MFU, eager, captured and compiled
+    speed   tokens per second and MFU, eager and captured
     curves  the loss in float32, with products in bfloat16, and with weights in bfloat16
 
 Without a GPU there is nothing to capture: `graph` is left out, and said so; the rest runs, of a
@@ -50,8 +50,6 @@ GRAPHS = {"eager": (), "eager, again": (), "CUDA graph": ("--cuda-graph",)}
 SPEEDS = {
     "eager": (),
     "CUDA graph": ("--cuda-graph",),
-    "compiled": ("--compile",),
-    "compiled, CUDA graph": ("--compile", "--cuda-graph"),
 }
 CURVES = {
     "float32": ("--precision", "float32"),

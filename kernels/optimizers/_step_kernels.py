@@ -326,16 +326,18 @@ def launch_update(
     n_partials = 0 if partials_P is None else len(partials_P)
     block = BLOCK * (2 if all(format.is_16_bit for format in formats) else 1)
     _prepare(
-        1,
-        (tables.tensors, hyper, coefs, partials_P, norm, skipped, max_norm, n_tensors, n_partials),
+        (1,),
+        (tables.tensors, hyper, coefs, partials_P, norm, skipped),
+        (max_norm, n_tensors, n_partials),
         (rule.prepare, rule.coefs, columns, hyper.shape[1], 128, P),
         enable_fp_fusion=False,
     )
     # Products are rounded before they are added: where a compiler fuses the two depends on format,
     # alignment and what else is computed, and equal numbers would take unequal steps.
     _update(
-        len(tables.chunks),
-        (*tables, coefs, norm, sums, options.ema_weight),
+        (len(tables.chunks),),
+        (*tables, coefs, norm, sums),
+        (options.ema_weight,),
         (
             rule.update, rule.coefs, (columns - STATE.value) // 2, tuple(map(int, formats)),
             options.l1, options.l2, options.zero, columns, _pointer_table.CHUNK, block,

@@ -143,7 +143,7 @@ def launch_partials(
     partials_P = torch.empty(programs, dtype=torch.float32, device=tables.tensors.device)
     columns, n_sums = tables.tensors.shape[1], 0 if sums is None else sums.shape[1]
     _partials(
-        programs, (*tables, partials_P, sums, n_chunks),
+        (programs,), (*tables, partials_P, sums), (n_chunks,),
         (columns, n_sums, _pointer_table.CHUNK, BLOCK), num_warps=THREADS.value // 32,
     )  # fmt: skip
     if mesh is not None:

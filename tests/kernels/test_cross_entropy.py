@@ -309,11 +309,11 @@ def test_is_a_well_formed_operator(device):
     for stats in (False, True):
         for aim in (target, x.softmax(1)):
             options = (IGNORE, 0.1, 0.01, 30.0, 0.5, stats, 0, 0, "")
-            torch.library.opcheck(_forward, (x, aim, weight, *options))
+            torch.library.opcheck(_forward.overload, (x, aim, weight, *options))
             values = _forward(x, aim, weight, *options)[1]
-            torch.library.opcheck(_backward, (dloss, x, aim, weight, values, *options))
-            torch.library.opcheck(_inplace, (x, aim, weight, dloss, *options))
-    torch.library.opcheck(_scale, (x, dloss[0]))
+            torch.library.opcheck(_backward.overload, (dloss, x, aim, weight, values, *options))
+            torch.library.opcheck(_inplace.overload, (x, aim, weight, dloss, *options))
+    torch.library.opcheck(_scale.overload, (x, dloss[0]))
 
 
 # Dynamo's own warning.

@@ -235,8 +235,8 @@ def test_is_a_well_formed_operator(dtype, device):
     # The raw operators have no gradient: the autograd.Function around them has.
     tokens = torch.tensor([1, 2, 2, 0], device=device)
     dy, weight = torch.randn(2, 4, 33, device=device, dtype=dtype)
-    torch.library.opcheck(_forward, (tokens, weight[:3]))
-    torch.library.opcheck(_backward, (dy, tokens, 3, -1))
+    torch.library.opcheck(_forward.overload, (tokens, weight[:3]))
+    torch.library.opcheck(_backward.overload, (dy, tokens, 3, -1))
 
 
 # Dynamo's own warning.

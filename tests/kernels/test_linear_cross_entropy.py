@@ -293,7 +293,8 @@ def test_is_a_well_formed_operator(device):
             plan = (dloss, 6, True) if stats else (dloss, 4, False)
             options = (IGNORE, 0.1, 0.01, 30.0, 2.0, stats, 0, 0, "")
             torch.library.opcheck(
-                _operator, (hidden, weight, bias, target, None, None, *plan, *wants, *options)
+                _operator.overload,
+                (hidden, weight, bias, target, None, None, *plan, *wants, *options),
             )
 
 

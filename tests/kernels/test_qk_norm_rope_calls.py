@@ -84,9 +84,9 @@ def test_is_a_well_formed_operator(dtype, device):
     offset = torch.tensor([0, 3], device=device)
     for how in ((None, q_weight, k_weight), (offset, None, None)):
         arguments = (*angles, *how, 1e-6)
-        torch.library.opcheck(_forward, (qkv, *arguments, 2, False))
+        torch.library.opcheck(_forward.overload, (qkv, *arguments, 2, False))
         dys = qkv[:, :, :4], qkv[:, :, :2], qkv[:, :, 2:4]
-        torch.library.opcheck(_backward, (*dys, qkv, *arguments, False))
+        torch.library.opcheck(_backward.overload, (*dys, qkv, *arguments, False))
 
 
 @pytest.mark.parametrize("norm", [False, True])

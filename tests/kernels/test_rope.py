@@ -241,7 +241,7 @@ def test_is_a_well_formed_operator(dtype, device):
     offset = torch.tensor([4, 0], device=device)
     for arguments in ((cos, sin, None, False), (cos, sin, offset, True)):
         for f in (_forward, _backward, _inplace):
-            torch.library.opcheck(f, (x, *arguments))
+            torch.library.opcheck(f.overload, (x, *arguments))
 
 
 def test_compiles_without_graph_breaks(device):

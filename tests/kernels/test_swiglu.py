@@ -102,8 +102,8 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
 def test_is_a_well_formed_operator(dtype, device):
     # The raw operators have no gradient: the autograd.Function around them has.
     dh, gate, up = torch.randn(3, 5, 33, device=device, dtype=dtype)
-    torch.library.opcheck(_forward, (gate, up, "silu"))
-    torch.library.opcheck(_backward, (dh, gate, up, "silu"))
+    torch.library.opcheck(_forward.overload, (gate, up, "silu"))
+    torch.library.opcheck(_backward.overload, (dh, gate, up, "silu"))
 
 
 def test_compiles_without_graph_breaks(device):

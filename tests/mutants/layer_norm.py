@@ -110,8 +110,8 @@ MUTANTS = [
     ),
     _launch(
         what="db in the dtype of s",
-        original="s.new_empty(0) if dtype is None else s.new_empty(D, dtype=dtype)",
-        replacement="s.new_empty(0) if dtype is None else s.new_empty(D)",
+        original="s.new_empty(0) if db_dtype is None else s.new_empty(D, dtype=db_dtype)",
+        replacement="s.new_empty(0) if db_dtype is None else s.new_empty(D)",
     ),
     _launch(
         what="bias not checked",

@@ -64,8 +64,8 @@ MUTANTS = [
     ),
     _mutant(
         what="the incoming gradient of the first element for all",
-        original="EACH=dloss.ndim == 1",
-        replacement="EACH=False",
+        original="(dloss.ndim == 1, TILE, accumulator(dloss.dtype))",
+        replacement="(False, TILE, accumulator(dloss.dtype))",
     ),
     _mutant(
         what="a derivative without its 2",

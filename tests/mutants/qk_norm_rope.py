@@ -150,8 +150,8 @@ MUTANTS = [
     ),
     _mutant(
         what="a number as offset forgotten",
-        original="(_rows(table, qkv.shape[-3], offset) for table in (cos, sin)), None",
-        replacement="(_rows(table, qkv.shape[-3], 0) for table in (cos, sin)), None",
+        original="(_rows(table, qkv.shape[-3], offset) for table in (cos, sin))",
+        replacement="(_rows(table, qkv.shape[-3], 0) for table in (cos, sin))",
     ),
     _mutant(
         what="hand-written: backward turns forward",

@@ -89,8 +89,8 @@ MUTANTS = [
     ),
     _mutant(
         what="a number as offset forgotten",
-        original="cos, sin, offset_B = *(_rows(table, x.shape[-3], offset)",
-        replacement="cos, sin, offset_B = *(_rows(table, x.shape[-3], 0)",
+        original="cos, sin = (_rows(table, x.shape[-3], offset)",
+        replacement="cos, sin = (_rows(table, x.shape[-3], 0)",
     ),
     _mutant(
         what="strided offsets read as contiguous",

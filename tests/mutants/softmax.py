@@ -165,7 +165,7 @@ MUTANTS = [
     ),
     _mutant_in_rows(
         what="a share too narrow for the longest rows",
-        original="width = max(BLOCK, triton.next_power_of_2(triton.cdiv(N, SHARES)))",
+        original="width = max(BLOCK, power_of_2(cdiv(N, SHARES)))",
         replacement="width = BLOCK",
     ),
 ]

@@ -70,34 +70,6 @@ def test_another_precision_is_another_run(run, tmp_path):
     assert weights(folder) == before
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor imports
-def test_compiled_and_eager_are_the_same_run(run, tmp_path):
-    short = (
-        "--threads",
-        "1",
-        "--model.n-layers",
-        "1",
-        "--max-steps",
-        "3",
-        "--eval-every",
-        "3",
-        "--eval-tokens",
-        "256",
-    )
-    compiled, eager = tmp_path / "compiled", tmp_path / "eager"
-    torch.compiler.reset()
-    assert run(compiled, *short, "--compile") == 0
-    assert run(eager, *short) == 0
-    assert losses(compiled) == pytest.approx(losses(eager), abs=2e-5)
-    assert log(compiled)[-1]["val_loss"] == pytest.approx(log(eager)[-1]["val_loss"], abs=2e-5)
-    assert run(compiled, *short, "--resume", "--no-compile") == 2
-    assert "machine.compiled: True, now absent" in run.output()
-    longer = ("--max-steps", "5", "--resume", "--resume-anyway", "--no-compile")
-    assert run(compiled, *short, *longer) == 0
-    assert run(eager, *short, "--max-steps", "5", "--resume", "--resume-anyway") == 0
-    assert losses(compiled) == pytest.approx(losses(eager), abs=2e-5)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -110,12 +82,6 @@ def test_refuses_what_cannot_be_computed(flags, message, run, tmp_path):
     assert run(tmp_path / "run", *flags) == 2
     assert message in " ".join(run.output().split())
     assert not (tmp_path / "run").exists()
-
-
-def test_compiling_needs_a_compiler(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert run(tmp_path / "run", "--compile", "--device", "cpu") == 2
-    assert "there is no no-such-compiler; install one" in " ".join(run.output().split())
 
 
 def test_says_what_runs_where(run, tmp_path):

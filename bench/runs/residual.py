@@ -1,0 +1,106 @@
+"""What a residual stream in bfloat16 costs in loss: `python -m tritium.bench residual`.
+
+A small language model learns the bytes of Python's standard library from the same seeds twice, its
+matrix products in bfloat16 both times; only the dtype of the residual stream differs, as `train.py
+--residual` sets it on a GPU. On a CPU, where the model would keep float32, the embedded tokens are
+converted as they are there. The seed decides weights and batches.
+"""
+
+from dataclasses import replace
+from statistics import mean, stdev
+from unittest import mock
+
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from tritium.bench import tables
+from tritium.bench.harness import device_name
+from tritium.bench.runs import low_precision
+from tritium.kernels import AdamW
+from tritium.model import Transformer
+from tritium.model import transformer as model_file
+from tritium.training.schedule import Budget, Schedule
+
+RESULTS = "residual.md"  # in the folder of results
+WIDTH = 100
+CONFIG = replace(low_precision.CONFIG, n_layers=6)
+BATCH = 16  # sequences
+DTYPES = {"float32": torch.float32, "bfloat16": None}  # residual_dtype: None is the products'
+
+
+def train(residual: str, seed: int, steps: int, data: tuple[Tensor, Tensor]) -> float:
+    """Train from `seed` and return the loss on the sequences kept aside, in nats per byte."""
+    tokens, validation = data
+    torch.manual_seed(seed)
+    model = Transformer(CONFIG, residual_dtype=DTYPES[residual]).to(tokens.device)
+    optimizer = AdamW(
+        model.parameters(), weight_decay=0.1, betas=(0.9, 0.99), max_grad_norm=1.0, seed=seed
+    )
+    generator = torch.Generator().manual_seed(seed)
+    offs_L = torch.arange(CONFIG.max_seq_len + 1)
+    schedule = Schedule(learning_rate=3e-3, warmup_steps=steps // 20, final_lr=0.1)
+    with mock.patch.object(model_file, "as_multiplied", lambda x: x.to(torch.bfloat16)):
+        for step in range(steps):
+            lr = schedule.rate(step, Budget(steps=steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            first_B = torch.randint(len(tokens) - len(offs_L), (BATCH, 1), generator=generator)
+            loss_of(model, tokens[first_B + offs_L]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            return loss_of(model, validation).item()
+
+
+def loss_of(model: Transformer, tokens: Tensor) -> Tensor:
+    """Return the loss of sequences `[B, L + 1]`, with products in bfloat16."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        return model(tokens[:, :-1], tokens[:, 1:])
+
+
+def verdict(narrow: list[float], wide: list[float]) -> str:
+    """Say whether the mean losses agree within two standard errors of their difference."""
+    off = mean(narrow) - mean(wide)
+    error = ((stdev(narrow) ** 2 + stdev(wide) ** 2) / len(wide)) ** 0.5
+    pairs = [x - y for x, y in zip(narrow, wide, strict=True)]
+    paired = stdev(pairs) / len(pairs) ** 0.5
+    holds = "agree" if abs(off) <= 2 * error else "DO NOT AGREE"
+    seed_by_seed = "agree" if abs(off) <= 2 * paired else "DO NOT AGREE"
+    return (
+        f"bfloat16 less float32: {off:+.5f} nats per byte. The means {holds} within two standard "
+        f"errors of their difference ({error:.5f}); compared seed by seed ({paired:.5f}) they "
+        f"{seed_by_seed}."
+    )
+
+
+def main(steps: int = 600, seeds: int = 3, write: bool = False) -> None:
+    """Train with both residual streams and compare the losses.
+
+    Args:
+        steps: optimizer steps of each run.
+        seeds: runs of each; two or more.
+        write: keep the table in residual.md, in the folder of results.
+    """
+    if seeds < 2:
+        raise SystemExit(f"bench residual: two seeds or more have a standard error, got {seeds}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens, validation = low_precision.sequences()
+    data = tokens.to(device), validation.to(device)
+    losses: dict[str, list[float]] = {name: [] for name in DTYPES}
+    runs = [(name, seed) for seed in range(seeds) for name in DTYPES]
+    for name, seed in track(runs, "training", transient=True):
+        losses[name].append(train(name, seed, steps, data))
+    table = Table("residual stream", *(f"seed {seed}" for seed in range(seeds)), "mean")
+    for name, each in losses.items():
+        table.add_row(name, *(f"{x:.5f}" for x in each), f"{mean(each):.5f}")
+    lines = [
+        f"`python -m tritium.bench residual --steps {steps} --seeds {seeds} --write`, torch "
+        f"{torch.__version__}, {device_name(device)}",
+        f"Validation loss in nats per byte: {CONFIG.n_layers} layers, {CONFIG.d_model} wide, "
+        f"{steps} steps of {BATCH} sequences of {CONFIG.max_seq_len} bytes, products in bfloat16.",
+        verdict(losses["bfloat16"], losses["float32"]),
+    ]
+    path = tables.results() / RESULTS if write else None
+    tables.present(lines, table, width=WIDTH, write_to=path)

@@ -1,0 +1,156 @@
+"""Prove what a training step launches, without a GPU, and how a profile of one is read."""
+
+import sys
+
+import pytest
+import torch
+
+from tritium.bench import step, step_launches
+from tritium.bench.__main__ import main
+from tritium.bench.step_launches import (
+    ACTIVATION,
+    ADDITIONS,
+    ATTENTION,
+    CASTS,
+    LOSS,
+    NORMS,
+    OPTIMIZER,
+    OTHER,
+    POSITIONS,
+    PRODUCTS,
+)
+from tritium.kernels.roofline import find_device
+from tritium.model import ModelConfig
+
+OWN = (NORMS, POSITIONS, ACTIVATION)
+
+
+@pytest.fixture(scope="module")
+def account():
+    return step_launches.account()
+
+
+def of(counts, phase):
+    return {kind: n for (passed, kind), n in counts.items() if passed == phase}
+
+
+def test_a_block_goes_forward_in_4_products_1_attention_and_4_kernels(account):
+    forward = of(account.block, "forward")
+    assert forward == {PRODUCTS: 4, ATTENTION: 1, NORMS: 2, POSITIONS: 1, ACTIVATION: 1}
+
+
+def test_the_first_micro_batch_of_a_step_adds_the_casts_of_4_weights(account):
+    forward = of(account.first_block, "forward")
+    assert forward == of(account.block, "forward") | {CASTS: 4}
+
+
+def test_a_block_goes_backward_in_8_products_1_attention_and_7_kernels(account):
+    # Partial sums of a weight's gradient are added by a launch of their own: three of the seven.
+    for counts in (account.first_block, account.block):
+        backward = of(counts, "backward")
+        assert backward[PRODUCTS] == 8
+        assert backward[ATTENTION] == 1
+        assert {kind: backward[kind] for kind in OWN} == {NORMS: 4, POSITIONS: 2, ACTIVATION: 1}
+        assert set(backward) <= {PRODUCTS, ATTENTION, *OWN, CASTS, ADDITIONS}
+        assert backward[CASTS] == 4
+    assert ADDITIONS not in of(account.first_block, "backward")
+    assert of(account.block, "backward")[ADDITIONS] == 8
+
+
+def test_no_launch_is_of_an_unknown_kernel(account):
+    assert not any(kind == OTHER for _, kind in account.total(12, 4))
+
+
+def test_a_step_is_its_parts(account):
+    assert account.total(4, 3) == step_launches.counts(4, 3)
+
+
+def test_the_launches_of_gpt2_in_four_micro_batches(account):
+    total = account.total(12, 4)
+    assert total["backward", ADDITIONS] == 302  # as a profile of an H100 counted them
+    assert total["backward", CASTS] == 204  # likewise
+    assert total["optimizer", OPTIMIZER] <= 7
+    assert total.total() == 1933
+
+
+def test_a_launch_that_the_recorder_cannot_see_is_an_error():
+    from tritium.kernels._activation import _forward
+
+    with step_launches.recorded(), pytest.raises(RuntimeError, match="hides what it launches"):
+        _forward.overload(torch.zeros(2, 2), None, "silu")
+
+
+def test_everything_is_put_back_behind_a_recording():
+    from tritium.kernels.runtime import Launcher, _is_watched
+
+    before = Launcher.__call__, torch.Tensor.backward
+    with step_launches.recorded():
+        assert Launcher.__call__ is not before[0]
+    assert (Launcher.__call__, torch.Tensor.backward) == before
+    assert _is_watched() is False
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", PRODUCTS),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", PRODUCTS),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_bf16>", PRODUCTS),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", ATTENTION),
+        ("void pytorch_flash::flash_bwd_kernel", ATTENTION),
+        ("_norm_backward_tile_kernel", NORMS),
+        ("_qk_norm_rope_forward_kernel", POSITIONS),
+        ("_activation_backward_kernel", ACTIVATION),
+        ("_cross_entropy_kernel", LOSS),
+        ("_optimizer_update_kernel", OPTIMIZER),
+        ("_grad_norm_partials_kernel", OPTIMIZER),
+        ("void at::native::elementwise_kernel<at::native::direct_copy_kernel_cuda>", CASTS),
+        ("Memcpy DtoD (Device -> Device)", CASTS),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+         ADDITIONS),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
+         step_launches.FILLS),
+        ("void at::native::reduce_kernel<512, 1>", OTHER),
+    ],
+)  # fmt: skip
+def test_kinds_of_a_gpus_kernels_by_their_names(kernel, kind):
+    assert step.kind_of(kernel) == kind
+
+
+def test_gaps_are_the_time_in_which_no_kernel_runs():
+    kernels = [
+        ("_norm_a", 5000.0, 7000.0), ("gemm", 0.0, 1000.0), ("gemm", 500.0, 3000.0),
+        ("gemm", 8000.0, 8500.0),
+    ]  # fmt: skip
+    found = step.by_kind(kernels)
+    assert found[PRODUCTS] == (3, pytest.approx(4.0))
+    assert found[NORMS] == (1, pytest.approx(2.0))
+    assert found[step.GAPS] == (0, pytest.approx(3.0))
+
+
+def test_the_floor_of_gpt2_on_an_h100_is_that_of_its_floating_point_operations():
+    config = ModelConfig(
+        vocab_size=50304, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024, d_ff=2048
+    )
+    device = find_device("H100")
+    least = step.floors(config, 64, device)
+    tokens, weights = 64 * 1024, 12 * (4 * 768**2 + 3 * 768 * 2048) + 50304 * 768
+    expected = 6 * tokens * weights / device.matrix_16 * 1e3
+    assert least[PRODUCTS].milliseconds == pytest.approx(expected)
+    assert 80 < sum(x.milliseconds for x in least.values()) < 110
+    assert all(x.bytes >= 0 and x.milliseconds > 0 for x in least.values())
+
+
+def test_the_command_prints_both_tables(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "step", "--micro-batches", "2"])
+    main()
+    shown = capsys.readouterr().out
+    for word in ("products", "further", "optimizer", "casts and copies"):
+        assert word in shown
+
+
+def test_refuses_parts_that_do_not_divide(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "step", "--micro-batches", "5"])
+    with pytest.raises(SystemExit, match="5 micro-batches do not divide 64"):
+        main()

@@ -1,0 +1,222 @@
+"""Prove that a launch without Triton's choice is of the kernel that Triton would have chosen."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tritium.kernels import _activation, runtime
+from tritium.kernels.runtime import KEPT, Launcher, cdiv, power_of_2
+from tritium.kernels.swiglu import swiglu
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("most", [KEPT, 2])
+def test_launches_what_triton_would_choose(most):
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.launches", str(most)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kept, kernels = map(int, done.stdout.split())
+    assert kept > 20
+    assert kernels > 10
+
+
+class Kernel:
+    """A kernel that records how it is launched, by Triton's choice or without."""
+
+    def __init__(self, log: list):
+        self.log = log
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.log.append(("triton", grid, args, options))
+            return Compiled(self.log)
+
+        return launch
+
+
+class Compiled:
+    """What `Kernel` is compiled to."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, log: list):
+        self.log = log
+
+    def run(self, x, y, z, stream, function, metadata, *rest):
+        assert (stream, function, metadata) == ("stream", "function", "metadata")
+        assert rest[:3] == (None, None, None)
+        self.log.append(("kept", (x, y, z), rest[3:], {}))
+
+    def __getitem__(self, grid):
+        return lambda *args: self.log.append(("hooked", grid, args, {}))
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = [0]
+    stubs = SimpleNamespace(get_current_stream=lambda _: "stream")
+    monkeypatch.setattr(runtime, "_device", lambda: device[0])
+    monkeypatch.setattr(runtime, "_minds_size", lambda device: device == "amd")
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=stubs))
+    return device
+
+
+X = torch.empty(64)
+FIRST = (X, None), (16, 0.5), (8, True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "numbers", "constants", "num_warps"),
+    [
+        ((X[1:], None), *FIRST[1:], 4),
+        ((X[2:6], X), *FIRST[1:], 4),
+        ((X.double(), None), *FIRST[1:], 4),
+        (FIRST[0], (17, 0.5), FIRST[2], 4),
+        (FIRST[0], (16.0, 0.5), FIRST[2], 4),
+        (*FIRST[:2], (16, True), 4),
+        (*FIRST[:2], (8, False), 4),
+        (*FIRST[:2], (8, 1), 4),
+        (*FIRST, 8),
+    ],
+)
+def test_asks_triton_where_an_argument_differs_and_keeps_both(
+    tensors, numbers, constants, num_warps, device
+):
+    log = []
+    launch = Launcher(Kernel(log))
+    launch((2,), *FIRST)
+    launch((3,), *FIRST)
+    for _ in range(2):
+        launch((3, 4), tensors, numbers, constants, num_warps)
+        launch((3,), *FIRST)
+    assert [by for by, *_ in log] == ["triton", "kept", "triton", "kept", "kept", "kept"]
+    args = X, None, 16, 0.5, 8, True
+    assert log[0][1:] == ((2,), args, {"num_warps": 4})
+    assert log[1][1:] == ((3, 1, 1), args, {})
+    assert log[4][1:] == ((3, 4, 1), (*tensors, *numbers, *constants), {})
+
+
+def test_asks_triton_on_another_device(device):
+    log = []
+    launch = Launcher(Kernel(log))
+    for device[0] in (0, 0, 1, 1, 0):
+        launch((1,), (X,), (), ())
+    assert [by for by, *_ in log] == ["triton", "kept", "triton", "kept", "kept"]
+
+
+def test_asks_triton_where_memory_is_larger_than_2_gib_on_amd(device, monkeypatch):
+    log, sizes = [], iter([1 << 31, (1 << 31) - 1, 1 << 31, 0])
+    monkeypatch.setattr(
+        torch.Tensor, "untyped_storage", lambda x: SimpleNamespace(nbytes=lambda: next(sizes))
+    )
+    launch = Launcher(Kernel(log))
+    for device[0] in ("amd", "amd", "amd", "amd", 0, 0):
+        launch((1,), (X,), (), ())
+    assert [by for by, *_ in log] == ["triton", "triton", "kept", "kept", "triton", "kept"]
+
+
+def test_keeps_a_bounded_number(device):
+    log = []
+    launch = Launcher(Kernel(log))
+    for n in range(3 * KEPT):
+        launch((1,), (X,), (n,), ())
+    assert len(launch._kept) <= KEPT
+    log.clear()
+    for n in (*range(KEPT), *range(KEPT)):
+        launch((1,), (X,), (n,), ())
+    assert sum(by == "kept" for by, *_ in log) >= KEPT
+
+
+def test_a_profiler_of_triton_hears_of_every_launch(device, monkeypatch):
+    log = []
+    launch = Launcher(Kernel(log))
+    launch((1,), *FIRST)
+    hooks = SimpleNamespace(calls=[print])
+    monkeypatch.setattr(runtime.knobs.runtime, "launch_enter_hook", hooks)
+    launch((5, 6), *FIRST)
+    assert log[1] == ("hooked", (5, 6, 1), (X, None, 16, 0.5, 8, True), {})
+
+
+@pytest.mark.parametrize("n", [*range(70), 2**20 - 1, 2**20, 2**20 + 1])
+def test_sizes_are_those_of_triton(n):
+    import triton
+
+    assert power_of_2(n) == triton.next_power_of_2(max(n, 1))
+    assert cdiv(n, 7) == triton.cdiv(n, 7)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators of Tritium that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tritium":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Sub(torch.Tensor):
+    """A tensor that notes the operators of Tritium that are called on it."""
+
+    names: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.namespace == "tritium":
+            cls.names.append(func.__name__)
+        return torch.zeros(3, 4)
+
+
+def test_whoever_watches_operators_sees_them():
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    gate, up = torch.randn(2, 3, 4, device=where)
+    expected = swiglu(gate, up)
+    with Seen() as seen:
+        assert torch.equal(swiglu(gate, up), expected)
+    assert seen.names == ["activation_forward.default"]
+    with torch.profiler.profile() as profile:
+        assert torch.equal(swiglu(gate, up), expected)
+    assert "tritium::activation_forward" in {event.name for event in profile.events() or ()}
+    Sub.names.clear()
+    with torch.no_grad():
+        _activation._forward(gate.as_subclass(Sub), up.as_subclass(Sub), "silu")
+    assert Sub.names == ["activation_forward.default"]
+
+
+def test_a_negated_view_is_negated():
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    gate = torch.randn(3, 4, device=where)
+    negated = torch.complex(gate, gate).conj().imag
+    assert negated.is_neg()
+    expected = swiglu(-gate, gate)
+    torch.testing.assert_close(swiglu(negated, gate), expected)
+
+
+def test_nobody_watching_launches_at_once():
+    gate, up = torch.randn(2, 3, 4, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def refuse(*args):
+        raise AssertionError("dispatched")
+
+    call = _activation._forward
+    cell = dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))["overload"]
+    before, cell.cell_contents = cell.cell_contents, refuse
+    try:
+        swiglu(gate, up)
+    finally:
+        cell.cell_contents = before
