@@ -44,7 +44,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Which of the target, PyTorch and Liger it exceeds."""
+        """Names of what it exceeds: the target, PyTorch, Liger."""
         above = [f"{TARGET:.0f} us"] if self.tritium > TARGET else []
         above += ["PyTorch"] if self.tritium > self.pytorch else []
         above += ["Liger"] if self.liger is not None and self.tritium > self.liger else []
@@ -94,7 +94,7 @@ def measure(op: str, rounds: int, calls: int) -> Row:
     operation = OPERATIONS[op]
     dims = {name: TINY[name] for name in operation.smallest}
     inputs = operation.inputs(Make(torch.bfloat16, torch.device("cpu")), **dims)
-    contenders: dict[str, tuple[Callable[[], object], Callable]] = {
+    implementations: dict[str, tuple[Callable[[], object], Callable]] = {
         "tritium": (trained(operation.tritium["Tritium"](), inputs), host_cost.unexecuted),
         "pytorch": (trained(operation.eager, inputs), nullcontext),
     }
@@ -103,12 +103,12 @@ def measure(op: str, rounds: int, calls: int) -> Row:
             liger = trained(operation.peers["liger"](), inputs)
             with host_cost.unexecuted():
                 liger()
-            contenders["liger"] = liger, host_cost.unexecuted
+            implementations["liger"] = liger, host_cost.unexecuted
         except Exception as error:  # not installed, or not made for tensors in CPU memory
             print(f"{op}: no figure of Liger: {type(error).__name__}: {error}")
-    medians: dict[str, list[float]] = {name: [] for name in contenders}
+    medians: dict[str, list[float]] = {name: [] for name in implementations}
     for _ in range(rounds):
-        for name, (call, surroundings) in contenders.items():
+        for name, (call, surroundings) in implementations.items():
             with surroundings():
                 medians[name].append(_median(call, calls))
     best = {name: min(found) for name, found in medians.items()}

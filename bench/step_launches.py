@@ -57,7 +57,7 @@ REASONS = {
     "backward": "each weight's bfloat16 gradient in float32; in each micro-batch the output "
     "layer's gradients and those of the embedded tokens",
 }
-"""Why there are casts and copies, by phase."""
+"""Reasons for casts and copies, by phase."""
 
 
 @dataclass(frozen=True)

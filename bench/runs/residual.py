@@ -1,4 +1,4 @@
-"""What a residual stream in bfloat16 costs in loss: `python -m tritium.bench residual`.
+"""Loss of runs with a residual stream in bfloat16: `python -m tritium.bench residual`.
 
 A small language model learns the bytes of Python's standard library from the same seeds twice, its
 matrix products in bfloat16 both times; only the dtype of the residual stream differs, as `train.py

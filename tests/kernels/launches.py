@@ -1,4 +1,4 @@
-"""What a launcher launches on stubs of GPUs, beside Triton with the same arguments."""
+"""Launches of a launcher on stubs of GPUs, beside Triton with the same arguments."""
 
 import random
 import sys

@@ -47,7 +47,7 @@ class Kernel:
 
 
 class Compiled:
-    """What `Kernel` is compiled to."""
+    """Stand-in for a compiled `Kernel`."""
 
     function, packed_metadata = "function", "metadata"
 

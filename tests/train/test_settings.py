@@ -48,7 +48,7 @@ def test_a_number_of_another_type_is_refused_in_a_file_too(setting):
     usual = presets.PRESETS["tiny"]
     if setting.path[0] == "model":
         return  # which its own class refuses
-    for odd in (float("nan"), float("inf"), -1, True, "2"):
+    for odd in (float("nan"), float("inf"), -1, True, "2", *([1.5] if setting.range.whole else [])):
         part = usual
         if len(setting.path) == 2:
             part = replace(getattr(usual, setting.path[0]), **{setting.path[1]: odd})

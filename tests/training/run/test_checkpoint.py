@@ -221,6 +221,11 @@ def test_refuses_the_checkpoint_of_another_model(device, saved):
         checkpoint.load(saved, *build(device, replace(CONFIG, d_model=32)))
 
 
+def test_refuses_another_model_of_the_same_shapes(device, saved):
+    with pytest.raises(CheckpointError, match="another model: rope_theta: 10000"):
+        checkpoint.load(saved, *build(device, replace(CONFIG, rope_theta=500.0)))
+
+
 def exchange(saved, change):
     """Replace the weights, with all checksums right."""
     path = saved / checkpoint.FILES[0]
