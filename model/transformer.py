@@ -11,15 +11,16 @@ F feed-forward width, V vocabulary.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from tritium.kernels import linear_cross_entropy
 from tritium.model import activation_checkpointing as checkpointing
-from tritium.model import sampling
+from tritium.model import pretrained, sampling
 from tritium.model.attention import as_multiplied, document_mask, document_numbers
 from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
@@ -92,6 +93,46 @@ class Transformer(nn.Module):
             ValueError: the folder holds no checkpoint, or one that is damaged.
         """
         return read_model(newest(Path(run)), cls).to(device).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, dir_or_name: str | os.PathLike[str], *, device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None, **options: Any,
+    ) -> Self:  # fmt: skip
+        """Read a GPT-2, Llama or Qwen3 model in Hugging Face's layout, ready to be evaluated.
+
+        Args:
+            dir_or_name: a folder with config.json and safetensors, in one file or several; or a
+                name, which huggingface_hub downloads.
+            device: where the model goes.
+            dtype: of its weights. None: that of the stored embedding.
+            options: those of the constructor. The dropout that config.json states is not taken.
+
+        Raises:
+            ValueError: a file is missing, damaged or does not fit; the message names it. Or it
+                describes what this model does not have.
+        """
+        return pretrained.load(cls, dir_or_name, device, dtype, **options)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: pretrained.SavedTokenizer | None = None,
+        *, max_shard_bytes: int = pretrained.SHARD_BYTES,
+    ) -> None:  # fmt: skip
+        """Write a new folder in Hugging Face's layout, all of it or nothing.
+
+        It is that of GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM of transformers, whose
+        logits are the same. GEGLU and biases are read by transformers, perhaps not by others.
+
+        Args:
+            folder: does not exist yet, or is empty.
+            tokenizer: written too, such as a `tritium.data.Tokenizer`; its end of text ends what
+                is generated.
+            max_shard_bytes: of one file of weights; more of them go into several.
+
+        Raises:
+            ValueError: none of these architectures holds the config, or the folder is not empty.
+        """
+        pretrained.save(self, self.config, folder, tokenizer, max_shard_bytes)
 
     @property
     def activation_checkpointing(self) -> str:
