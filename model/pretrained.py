@@ -206,16 +206,14 @@ class _Weights:
     def __init__(self, folder: Path, stack: ExitStack):
         from safetensors import SafetensorError, safe_open
 
-        places = None
+        places: dict[str, str] = {}
         if (folder / INDEX).is_file():
-            places = _read_json(folder / INDEX).get("weight_map")
+            places = _read_json(folder / INDEX).get("weight_map") or {}
             if not isinstance(places, dict) or not places:
                 raise FormatError(f"{folder / INDEX} has no weight_map")
-            files = sorted({*map(str, places.values())})
-        else:
-            files = [WEIGHTS]
+        files = sorted({*map(str, places.values())}) or [WEIGHTS]
         self._place: dict[str, tuple[Path, Any]] = {}
-        self.source = folder / (WEIGHTS if places is None else INDEX)
+        self.source = folder / (INDEX if places else WEIGHTS)
         for file in files:
             path = folder / file
             if not path.is_file():
@@ -227,7 +225,7 @@ class _Weights:
             for name in reader.keys():  # noqa: SIM118 (no mapping)
                 if not IGNORED.search(name):
                     self._place[name] = path, reader
-        for name in places or ():
+        for name in places:
             if name not in self._place and not IGNORED.search(name):
                 raise FormatError(f"{folder / places[name]} lacks {name}, which {INDEX} puts there")
 

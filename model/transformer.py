@@ -28,7 +28,7 @@ from tritium.model.kv_cache import Cache
 from tritium.model.modules import AddedNorm, LayerNorm, RMSNorm
 from tritium.model.old_weights import pack_projections
 from tritium.model.rotary import rotary_tables
-from tritium.model.saved import newest, read_model
+from tritium.model.saved import best, newest, read_model
 
 
 class Transformer(nn.Module):
@@ -82,17 +82,24 @@ class Transformer(nn.Module):
         self.initialise()
 
     @classmethod
-    def load(cls, run: str | Path, device: str | torch.device = "cpu") -> Self:
+    def load(
+        cls, run: str | Path, device: str | torch.device = "cpu", *, checkpoint: str = "best"
+    ) -> Self:
         """Read a trained model, ready to be evaluated and sampled from.
 
         Args:
-            run: folder of a run, whose newest checkpoint is taken, or of a checkpoint in it.
+            run: folder of a run, or of a checkpoint in it.
             device: where the model goes.
+            checkpoint: which one of a run: "best", of the lowest validation loss if it was kept,
+                else the newest; or "newest".
 
         Raises:
             ValueError: the folder holds no checkpoint, or one that is damaged.
         """
-        return read_model(newest(Path(run)), cls).to(device).eval()
+        if checkpoint not in ("best", "newest"):
+            raise ValueError(f'checkpoint must be "best" or "newest", got {checkpoint!r}')
+        found = (best if checkpoint == "best" else newest)(Path(run))
+        return read_model(found, cls).to(device).eval()
 
     @classmethod
     def from_pretrained(
