@@ -22,17 +22,18 @@ ROWS = 64  # of fewer, a call of oneDNN costs more: 12 us, not 3 us, for one row
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` without a bias."""
+    """`torch.nn.Linear`, without a bias unless it is asked for."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `input` · weightᵀ, `[..., out_features]`."""
+        """Return `input` · weightᵀ, and the bias added if there is one, `[..., out_features]`."""
         if not _suits_onednn(input, self.weight):
             return super().forward(input)
         y = _Product.apply(input.flatten(0, -2), self.weight)
-        return y.unflatten(0, input.shape[:-1])
+        y = y.unflatten(0, input.shape[:-1])
+        return y if self.bias is None else y + self.bias
 
 
 class _Product(torch.autograd.Function):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritium.model.attention import document_mask, document_numbers
-
 
 class Cache:
     """Keys and values of every layer, `[B, S, G, K]`, for the tokens that a model has read.
@@ -26,7 +24,7 @@ class Cache:
     def __init__(self, n_layers: int, max_length: int):
         self.n_layers, self.max_length, self.length = n_layers, max_length, 0
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
-        self._document_BS: Tensor | None = None
+        self._position_BS: Tensor | None = None
 
     def layer(self, i: int) -> LayerCache:
         """Return the part of layer `i`."""
@@ -42,10 +40,11 @@ class Cache:
             raise ValueError(f"truncate: length must be in [0, {self.length}], got {length}")
         self.length = length
 
-    def mask(self, tokens_BL: Tensor, positions_BL: Tensor | None) -> Tensor | None:
-        """Return which tokens those about to be read attend to, as `attend` takes it.
+    def positions(self, tokens_BL: Tensor, positions_BL: Tensor | None) -> Tensor | None:
+        """Return the positions of all tokens, `[B, S]`, those about to be read at the end.
 
-        Without positions they continue the last document of their row.
+        Without positions these continue the last document of their row. None: every row is one
+        document.
 
         Raises:
             ValueError: they have another number of rows than those before them, or do not fit.
@@ -61,17 +60,17 @@ class Cache:
                 f"tokens must have the cache's number of rows, {self._rows}, got {B}; "
                 "use another cache for other rows"
             )
-        if positions_BL is None and self._document_BS is None:
+        if positions_BL is None and self._position_BS is None:
             return None
-        if self._document_BS is None:
-            self._document_BS = torch.zeros(
-                B, self.max_length, dtype=torch.long, device=tokens_BL.device
-            )
-        document_BS = self._document_BS
-        before = document_BS[:, start - 1 : start] if start else 0
-        begun = 0 if positions_BL is None else document_numbers(positions_BL)
-        document_BS[:, start : start + L] = begun + before
-        return document_mask(document_BS[:, : start + L], L)
+        if self._position_BS is None:
+            place_S = torch.arange(self.max_length, device=tokens_BL.device)
+            self._position_BS = place_S.repeat(B, 1)
+        position_BS = self._position_BS
+        if positions_BL is None:
+            last_B1 = position_BS[:, start - 1 : start] if start else -1
+            positions_BL = last_B1 + torch.arange(1, L + 1, device=tokens_BL.device)
+        position_BS[:, start : start + L] = positions_BL
+        return position_BS[:, : start + L]
 
     def append(self, i: int, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of layer `i` behind its others; return them all."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
-from typing import Protocol
+from typing import NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,18 @@ class LanguageModel(Protocol):
 
     config: ModelConfig
 
-    def new_cache(self) -> Cache:
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        ...
+
+    def new_cache(self, max_length: int | None = None, /) -> Cache:
         """Return an empty cache of keys and values."""
         ...
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, cache: Cache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Return the output of the last block for tokens behind those of the cache."""
         ...
 
@@ -33,14 +40,35 @@ class LanguageModel(Protocol):
         ...
 
 
+Prompts = Tensor | Sequence[Sequence[int] | Tensor]
+
+
+class _Draw(NamedTuple):
+    """How the next token is drawn; the fields are arguments of `generate`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    generator: torch.Generator | None
+    repetition_penalty: float
+
+    def __call__(self, logits_BV: Tensor, tokens_BL: Tensor) -> Tensor:
+        if self.repetition_penalty != 1:
+            logits_BV = _penalised(logits_BV, tokens_BL, self.repetition_penalty)
+        return sample(logits_BV, *self[:-1])
+
+
 def stream(
     model: LanguageModel,
-    tokens: Tensor,
+    tokens: Prompts,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
@@ -48,29 +76,36 @@ def stream(
 
     The arguments are those of `generate`, and checked at once.
     """
-    _check(tokens, max_new_tokens, temperature, top_k, top_p)
+    tokens_BL, begin_B1 = _padded(model, tokens)
+    draw = _Draw(temperature, top_k, top_p, min_p, generator, repetition_penalty)
+    _check(max_new_tokens, draw)
     V = model.config.vocab_size
     for stop in stop_tokens:
         if not 0 <= index(stop) < V:
             raise ValueError(f"generate: stop_tokens must be in [0, {V}), got {stop}")
-    draw = (temperature, top_k, top_p, generator)
-    return _drawn(model, tokens, max_new_tokens, draw, list(stop_tokens))
+    return _drawn(model, tokens_BL, begin_B1, max_new_tokens, draw, list(stop_tokens))
 
 
 @torch.no_grad()
 def _drawn(
-    model: LanguageModel, tokens: Tensor, max_new_tokens: int, draw: tuple, stop_tokens: list[int]
-) -> Iterator[Tensor]:
+    model: LanguageModel, tokens: Tensor, begin_B1: Tensor | None, max_new_tokens: int,
+    draw: _Draw, stop_tokens: list[int],
+) -> Iterator[Tensor]:  # fmt: skip
+    if not len(tokens):
+        return
     limit = model.config.max_seq_len
+    room = min(limit, tokens.shape[1] + max_new_tokens)
     cache, unread, stops = None, tokens[:, -limit:], tokens.new_tensor(stop_tokens)
     stopped_B1 = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
+        positions = None
         if cache is None or cache.length + unread.shape[1] > limit:
             if cache is not None:
                 unread = tokens[:, -max(1, limit // 2) :]
-            cache = model.new_cache()
-        logits_BV = model.logits(model.hidden(unread, cache)[:, -1])
-        unread = torch.where(stopped_B1, tokens[:, -1:], sample(logits_BV, *draw))
+            cache = model.new_cache(room)
+            positions = _positions(unread, tokens.shape[1] - unread.shape[1], begin_B1)
+        logits_BV = model.logits(model.hidden(unread, cache, positions)[:, -1])
+        unread = torch.where(stopped_B1, tokens[:, -1:], draw(logits_BV, tokens))
         tokens = torch.cat((tokens, unread), dim=1)
         yield unread
         if stop_tokens:
@@ -79,43 +114,127 @@ def _drawn(
                 return
 
 
+def _positions(unread_BL: Tensor, first: int, begin_B1: Tensor | None) -> Tensor | None:
+    """Return the positions of tokens from column `first` on, 0 for what is only padding."""
+    if begin_B1 is None or begin_B1.max() <= first:
+        return None
+    place_L = torch.arange(first, first + unread_BL.shape[1], device=unread_BL.device)
+    return (place_L - begin_B1.clamp(min=first)).clamp(min=0)
+
+
+def _padded(model: LanguageModel, prompts: Prompts) -> tuple[Tensor, Tensor | None]:
+    """Return prompts as `[B, L]`, and the column where each begins, `[B, 1]`, where they differ."""
+    V = model.config.vocab_size
+    begin_B1 = None
+    if isinstance(prompts, Tensor):
+        tokens_BL = prompts
+        if tokens_BL.dim() != 2 or tokens_BL.shape[1] == 0:
+            shape = list(tokens_BL.shape)
+            raise ValueError(f"generate: tokens must be [B, L] with L >= 1, got {shape}")
+    else:
+        rows = [torch.as_tensor(row, device=model.device) for row in prompts]
+        for i, row in enumerate(rows):
+            if row.dim() != 1 or not len(row):
+                raise ValueError(
+                    f"generate: a prompt must be one row of at least one id, got "
+                    f"{list(row.shape)} for number {i}; an empty text begins with the end of text"
+                )
+        longest = max(map(len, rows), default=1)
+        # Padded in front, by a token that the row has: nothing attends to it, and it counts as
+        # seen already.
+        rows = [torch.cat((row[:1].expand(longest - len(row)), row)) for row in rows]
+        tokens_BL = torch.stack(rows) if rows else torch.zeros(0, 1, dtype=torch.long)
+        begins = [longest - len(row) for row in prompts]
+        if any(begins):
+            begin_B1 = torch.tensor(begins, device=model.device).unsqueeze(1)
+    if tokens_BL.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"generate: tokens must be int64 or int32, got {tokens_BL.dtype}")
+    if tokens_BL.numel():
+        low, high = (int(x) for x in tokens_BL.aminmax())
+        if low < 0 or high >= V:
+            odd = low if low < 0 else high
+            raise ValueError(
+                f"generate: tokens must lie in [0, {V}), the model's vocabulary, got {odd}"
+            )
+    return tokens_BL, begin_B1
+
+
+@overload
+def generate(
+    model: LanguageModel, tokens: Tensor, max_new_tokens: int, *,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def generate(
+    model: LanguageModel, tokens: Sequence[Sequence[int] | Tensor], max_new_tokens: int, *,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> list[Tensor]: ...  # fmt: skip
+
+
 def generate(
     model: LanguageModel,
-    tokens: Tensor,
+    tokens: Prompts,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue `tokens` by sampling from the model.
+) -> Tensor | list[Tensor]:
+    """Continue prompts by sampling from the model.
 
-    When the context is full, its older half is dropped and the rest read again.
+    When the context is full, its older half is dropped and the rest read again. Of a prompt longer
+    than the context the end is read.
 
     Args:
         model: the model to sample from.
-        tokens: `[B, L]` ids on the model's device, L >= 1.
+        tokens: `[B, L]` ids on the model's device, L >= 1; or a list of prompts of any lengths,
+            each a list or `[L]` tensor of ids. A row gives what it gives alone, if the longest
+            and what is added to it fit the context.
         max_new_tokens: how many tokens to add to each row, at most.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only.
         top_p: sample among the fewest tokens whose probabilities sum to at least p.
+        min_p: sample among the tokens of at least p times the greatest probability.
+        repetition_penalty: divides the logits of the tokens in a row if they are positive, and
+            multiplies them if not (Keskar et al., 2019, CTRL). 1: none.
         stop_tokens: ids, such as a tokenizer's `eot`, with which a row ends. The first one drawn
             is repeated while other rows last, and sampling ends with the last row.
         generator: source of randomness on the model's device; None for PyTorch's global one.
 
     Returns:
-        `[B, L + max_new_tokens]` ids, or fewer where all rows have ended.
+        `[B, L + max_new_tokens]` ids, or fewer where all rows have ended; a batch of no rows as it
+        is. For a list, a list: each prompt and what follows it, up to its first stop token.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, a prompt is empty, or an id is unknown.
     """
     drawn = stream(
         model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        stop_tokens=stop_tokens, generator=generator,
+        min_p=min_p, repetition_penalty=repetition_penalty, stop_tokens=stop_tokens,
+        generator=generator,
     )  # fmt: skip
-    return torch.cat((tokens, *drawn), dim=1)
+    if isinstance(tokens, Tensor):
+        return torch.cat((tokens, *drawn), dim=1)
+    prompts = [torch.as_tensor(row, device=model.device) for row in tokens]
+    following = [*drawn]
+    if not following:
+        return prompts
+    added_BL = torch.cat(following, dim=1)
+    ends_BL = torch.isin(added_BL, added_BL.new_tensor(list(stop_tokens)))
+    # Behind its first stop token a row has that token again and again.
+    lengths = (added_BL.shape[1] - ends_BL.sum(1) + 1).clamp(max=added_BL.shape[1]).tolist()
+    rows = zip(prompts, added_BL, lengths, strict=True)
+    return [torch.cat((prompt, added[:n])) for prompt, added, n in rows]
 
 
 def sample(
@@ -123,6 +242,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw one id per row, `[B, 1]`; the arguments are those of `generate`."""
@@ -134,20 +254,32 @@ def sample(
     if top_p is not None:
         before_BV = p_BV.cumsum(-1) - p_BV
         p_BV = torch.where(before_BV < top_p, p_BV, 0)  # the most probable token always stays
+    if min_p is not None:
+        p_BV = torch.where(p_BV >= min_p * p_BV[:, :1], p_BV, 0)
     return ids_BV.gather(-1, torch.multinomial(p_BV, 1, generator=generator))
 
 
-def _check(tokens, max_new_tokens, temperature, top_k, top_p) -> None:
-    if tokens.dim() != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"generate: tokens must be [B, L] with L >= 1, got {list(tokens.shape)}")
+def _penalised(logits_BV: Tensor, tokens_BL: Tensor, penalty: float) -> Tensor:
+    seen_BL = logits_BV.gather(-1, tokens_BL.long())
+    seen_BL = torch.where(seen_BL > 0, seen_BL / penalty, seen_BL * penalty)
+    return logits_BV.scatter(-1, tokens_BL.long(), seen_BL)
+
+
+def _check(max_new_tokens: int, draw: _Draw) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    if not 0 <= draw.temperature < math.inf:
+        raise ValueError(f"generate: temperature must be at least 0, got {draw.temperature}")
+    if draw.top_k is not None and draw.top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1, got {draw.top_k}")
+    if draw.top_p is not None and not 0 < draw.top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {draw.top_p}")
+    if draw.min_p is not None and not 0 <= draw.min_p <= 1:
+        raise ValueError(f"generate: min_p must be in [0, 1], got {draw.min_p}")
+    if not 0 < draw.repetition_penalty < math.inf:
+        raise ValueError(
+            f"generate: repetition_penalty must be above 0, got {draw.repetition_penalty}"
+        )
 
 
 class Tokenizer(Protocol):
@@ -196,27 +328,32 @@ def write_stream(
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = 0.95,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 1,
+    on_token: Callable[[], object] = bool,
 ) -> Iterator[str]:
     """Yield a prompt and the text that the model continues it with, up to the end of text.
 
     The prompt is encoded as the training data were. An empty one is the beginning of a
-    document. The global random number generators are not used.
+    document. The global random number generators are not used. `on_token` is called after each
+    token that was drawn.
     """
-    assert isinstance(model, nn.Module)
-    device = next(model.parameters()).device
     ids = tokenizer.encode(prompt) or [tokenizer.eot]
     drawn = stream(
-        model, torch.tensor([ids], device=device), max_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, stop_tokens=[tokenizer.eot],
-        generator=torch.Generator(device).manual_seed(seed),
+        model, [ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, stop_tokens=[tokenizer.eot],
+        generator=torch.Generator(model.device).manual_seed(seed),
     )  # fmt: skip
-    return spoken(tokenizer, _followed(ids, drawn))
+    return spoken(tokenizer, _followed(ids, drawn, on_token))
 
 
-def _followed(ids: list[int], drawn: Iterator[Tensor]) -> Iterator[int]:
+def _followed(
+    ids: list[int], drawn: Iterator[Tensor], on_token: Callable[[], object]
+) -> Iterator[int]:
     yield from ids
     for token_11 in drawn:
+        on_token()
         yield int(token_11)
 
 

@@ -47,6 +47,23 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
+def best(folder: Path) -> Path:
+    """Return the checkpoint of a run with the lowest validation loss, if it was kept.
+
+    Else the newest; the folder itself if it is a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or the newest is damaged.
+    """
+    last = newest(folder)
+    if last != folder:
+        lowest = (read_record(last).get("state") or {}).get("best") or {}
+        for checkpoint in checkpoints(last.parent):
+            if step_of(checkpoint) == lowest.get("step"):
+                return checkpoint
+    return last
+
+
 def read_model(checkpoint: Path, kind: type[Model]) -> Model:
     """Make the model that a checkpoint holds.
 

@@ -1,4 +1,8 @@
-"""A decoder-only transformer: pre-norm residual blocks, rotary positions, SwiGLU, grouped queries.
+"""A decoder-only transformer of pre-norm residual blocks; a config says what they are made of.
+
+RMSNorm or LayerNorm; rotary or learned positions; SwiGLU, GEGLU, GELU or ReLU²; grouped queries,
+normalised or not; biases or none. `ModelConfig()` has rotary positions, SwiGLU, normalised queries
+and keys, and no biases.
 
 Axes: B batch, L sequence, D model width, H query heads, G key/value heads, K head width,
 F feed-forward width, V vocabulary.
@@ -7,35 +11,24 @@ F feed-forward width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from tritium.kernels import (
-    add_rms_norm,
-    dropout_add,
-    linear_cross_entropy,
-    qk_norm_rope,
-    rms_norm,
-    swiglu,
-)
+from tritium.kernels import linear_cross_entropy
 from tritium.model import activation_checkpointing as checkpointing
-from tritium.model import sampling
-from tritium.model.attention import (
-    as_multiplied,
-    attend,
-    document_mask,
-    document_numbers,
-    float32_on_cpu,
-)
+from tritium.model import pretrained, sampling
+from tritium.model.attention import as_multiplied, document_mask, document_numbers
+from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
-from tritium.model.cpu_linear import Linear
 from tritium.model.kv_cache import Cache
-from tritium.model.saved import newest, read_model
+from tritium.model.modules import AddedNorm, LayerNorm, RMSNorm
+from tritium.model.old_weights import pack_projections
+from tritium.model.rotary import rotary_tables
+from tritium.model.saved import best, newest, read_model
 
 
 class Transformer(nn.Module):
@@ -73,30 +66,80 @@ class Transformer(nn.Module):
             raise ValueError(f"z_loss must be at least 0, got {z_loss}")
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = None
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
         self.residual_dtype = residual_dtype
         self.blocks = nn.ModuleList(Block(config, residual_dtype) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.dropout = dropout
         self._cos_LK, self._sin_LK = self._make_tables(self.device)
         self.register_load_state_dict_post_hook(_keep_tables)
-        self.register_load_state_dict_pre_hook(_pack_projections)
+        self.register_load_state_dict_pre_hook(pack_projections)
         self.initialise()
 
     @classmethod
-    def load(cls, run: str | Path, device: str | torch.device = "cpu") -> Self:
+    def load(
+        cls, run: str | Path, device: str | torch.device = "cpu", *, checkpoint: str = "best"
+    ) -> Self:
         """Read a trained model, ready to be evaluated and sampled from.
 
         Args:
-            run: folder of a run, whose newest checkpoint is taken, or of a checkpoint in it.
+            run: folder of a run, or of a checkpoint in it.
             device: where the model goes.
+            checkpoint: which one of a run: "best", of the lowest validation loss if it was kept,
+                else the newest; or "newest".
 
         Raises:
             ValueError: the folder holds no checkpoint, or one that is damaged.
         """
-        return read_model(newest(Path(run)), cls).to(device).eval()
+        if checkpoint not in ("best", "newest"):
+            raise ValueError(f'checkpoint must be "best" or "newest", got {checkpoint!r}')
+        found = (best if checkpoint == "best" else newest)(Path(run))
+        return read_model(found, cls).to(device).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, dir_or_name: str | os.PathLike[str], *, device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None, **options: Any,
+    ) -> Self:  # fmt: skip
+        """Read a GPT-2, Llama or Qwen3 model in Hugging Face's layout, ready to be evaluated.
+
+        Args:
+            dir_or_name: a folder with config.json and safetensors, in one file or several; or a
+                name, which huggingface_hub downloads.
+            device: where the model goes.
+            dtype: of its weights. None: that of the stored embedding.
+            options: those of the constructor. The dropout that config.json states is not taken.
+
+        Raises:
+            ValueError: a file is missing, damaged or does not fit; the message names it. Or it
+                describes what this model does not have.
+        """
+        return pretrained.load(cls, dir_or_name, device, dtype, **options)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: pretrained.SavedTokenizer | None = None,
+        *, max_shard_bytes: int = pretrained.SHARD_BYTES,
+    ) -> None:  # fmt: skip
+        """Write a new folder in Hugging Face's layout, all of it or nothing.
+
+        It is that of GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM of transformers, whose
+        logits are the same. GEGLU and biases are read by transformers, perhaps not by others.
+
+        Args:
+            folder: does not exist yet, or is empty.
+            tokenizer: written too, such as a `tritium.data.Tokenizer`; its end of text ends what
+                is generated.
+            max_shard_bytes: of one file of weights; more of them go into several.
+
+        Raises:
+            ValueError: none of these architectures holds the config, or the folder is not empty.
+        """
+        pretrained.save(self, self.config, folder, tokenizer, max_shard_bytes)
 
     @property
     def activation_checkpointing(self) -> str:
@@ -117,7 +160,7 @@ class Transformer(nn.Module):
     def dropout(self, p: float) -> None:
         check_share("dropout", p)
         for module in self.modules():  # queries and keys, whose norms add nothing, lose nothing
-            if isinstance(module, RMSNorm):
+            if isinstance(module, AddedNorm):
                 module.dropout = p
 
     @property
@@ -155,7 +198,10 @@ class Transformer(nn.Module):
 
     def _make_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         config = self.config
-        return rotary_tables(config.max_seq_len, config.head_width, config.rope_theta, device)
+        length = config.max_seq_len if config.positions == "rope" else 0
+        return rotary_tables(
+            length, config.head_width, config.rope_theta, device, config.rope_scaling
+        )
 
     def _keep_tables(self) -> None:
         if self._cos_LK.device != self.device:
@@ -178,13 +224,17 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.5)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (RMSNorm, LayerNorm)):
+                module.reset_parameters()
         for module in self.modules():
             if isinstance(module, Block):
                 for layer in (module.attention.output, module.feed_forward.down):
                     layer.weight.div_(10 * (2 * self.config.n_layers) ** 0.5)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
@@ -204,7 +254,7 @@ class Transformer(nn.Module):
             label smoothing and z-loss.
 
         Raises:
-            ValueError: L exceeds max_seq_len.
+            ValueError: L exceeds max_seq_len, or the tokens are no ids of such a shape.
         """
         h_BLD = self.hidden(tokens, positions=positions)
         if targets is None:
@@ -225,6 +275,11 @@ class Transformer(nn.Module):
             cache: of `new_cache`, or None; takes the keys and values of these tokens too.
             positions: as `forward` takes them.
         """
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens must be [B, L] ids in int64 or int32, got {list(tokens.shape)} in "
+                f"{tokens.dtype}; convert them"
+            )
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
@@ -238,15 +293,18 @@ class Transformer(nn.Module):
                     f"the cache is of {cache.n_layers} layers, the model has "
                     f"{self.config.n_layers}; take one of its new_cache()"
                 )
-            mask = cache.mask(tokens, positions)
-        elif positions is not None:
+            positions = cache.positions(tokens, positions)
+        mask = None
+        if positions is not None:
             mask = document_mask(document_numbers(positions), tokens.shape[1])
-        else:
-            mask = None
-        # Angles run on through a row's documents: attention sees their differences alone.
         x_BLD, residual_BLD = self.embedding(tokens), None
+        if self.position_embedding is not None:
+            if positions is None:
+                positions = torch.arange(start, end, device=tokens.device)
+            x_BLD = x_BLD + self.position_embedding(positions[..., -tokens.shape[1] :])
         if self.residual_dtype is None:
             x_BLD = as_multiplied(x_BLD)
+        # Angles run on through a row's documents: attention sees their differences alone.
         cos_LK, sin_LK = self._tables(x_BLD.device)
         places = cos_LK[start:end], sin_LK[start:end], mask
         for i, block in enumerate(self.blocks):
@@ -259,9 +317,12 @@ class Transformer(nn.Module):
             cache.length = end
         return self.norm.add(x_BLD, residual_BLD)[0]
 
-    def new_cache(self) -> Cache:
-        """Return an empty cache of keys and values, for as many tokens as the context holds."""
-        return Cache(self.config.n_layers, self.config.max_seq_len)
+    def new_cache(self, max_length: int | None = None) -> Cache:
+        """Return an empty cache of keys and values, for `max_length` tokens of each row.
+
+        None: for as many as the context holds.
+        """
+        return Cache(self.config.n_layers, max_length or self.config.max_seq_len)
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Return the logits `[..., V]` of hidden states `[..., D]`."""
@@ -269,149 +330,8 @@ class Transformer(nn.Module):
         softcap = self.config.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_tokens: Sequence[int] = (),
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue `tokens` by sampling; see `generate` and `stream` in `model.sampling`."""
-        return sampling.generate(
-            self, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            stop_tokens=stop_tokens, generator=generator,
-        )  # fmt: skip
-
-
-class Block(nn.Module):
-    """One residual block; the addition of its input is fused with its normalisation."""
-
-    def __init__(self, config: ModelConfig, residual_dtype: torch.dtype | None = None):
-        super().__init__()
-        self.residual_dtype = residual_dtype
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = FeedForward(config.d_model, config.feed_forward_width)
-
-    def forward(self, x_BLD, residual_BLD, places, cache=None):
-        """Add `x` to the residual stream; return what is to be added next, and the stream."""
-        begins = residual_BLD is None
-        h_BLD, residual_BLD = self.attention_norm.add(x_BLD, residual_BLD)
-        if begins and self.residual_dtype is not None:
-            residual_BLD = residual_BLD.to(self.residual_dtype)
-        h_BLD = self.attention(h_BLD, places, cache)
-        h_BLD, residual_BLD = self.feed_forward_norm.add(h_BLD, residual_BLD)
-        return self.feed_forward(h_BLD), residual_BLD
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key/value heads."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
-        self.query_key_value = Linear(D, (H + 2 * G) * K)
-        self.output = Linear(H * K, D)
-        self.query_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
-        self.head_width, self.kv_heads, self.norm_eps = K, G, config.norm_eps
-
-    def forward(self, x_BLD, places, cache=None):
-        """Return the attention's output `[B, L, D]`; `places` are cos, sin and `attend`'s mask."""
-        cos_LK, sin_LK, mask = places
-        packed_BLNK = rearrange(
-            float32_on_cpu(self.query_key_value(x_BLD)), "B L (N K) -> B L N K", K=self.head_width
-        )
-        q_weight, k_weight = (
-            None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)
-        )
-        q_BLHK, k_BLGK, v_BLGK = qk_norm_rope(
-            packed_BLNK, cos_LK, sin_LK, q_weight, k_weight, self.norm_eps,
-            kv_heads=self.kv_heads,
-        )  # fmt: skip
-        if cache is not None:
-            k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
-        q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
-        y_BLD = rearrange(attend(q, k, v, mask), "B H L K -> B L (H K)")
-        return self.output(y_BLD.to(x_BLD.dtype))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, width: int, hidden_width: int):
-        super().__init__()
-        self.gate_up = Linear(width, 2 * hidden_width)
-        self.down = Linear(hidden_width, width)
-
-    def forward(self, x_BLD):
-        """Return the layer's output, `[B, L, D]`."""
-        return self.down(swiglu(self.gate_up(x_BLD)))
-
-
-class RMSNorm(nn.Module):
-    """RMS normalisation with a learned weight, alone or fused with the residual addition.
-
-    With dropout, which in training leaves elements of what is added out, the two are not fused.
-    """
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.dropout = eps, 0.0
-
-    def forward(self, x):
-        """Normalise the last axis of `x`."""
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-    def add(self, x, residual):
-        """Return the normalised sum of `x` and `residual` (None for zeros), and the sum."""
-        if residual is None:
-            return self(x), x
-        if self.dropout and self.training:
-            residual = dropout_add(x, residual, self.dropout)
-            return self(residual), residual
-        return add_rms_norm(x, residual, self.weight, self.eps)
-
-
-def rotary_tables(
-    length: int, head_width: int, theta: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, `[length, head_width / 2]` float32, of every position's angles."""
-    # On the host for every device, which gives each the same bits; none of them may be of
-    # inference mode, as autograd refuses to keep such tensors.
-    with torch.inference_mode(False):
-        exponent_K = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width
-        place_L = torch.arange(length, dtype=torch.float64, device="cpu")
-        angle_LK = torch.outer(place_L, theta**-exponent_K)
-        tables = angle_LK.cos().float().to(device), angle_LK.sin().float().to(device)
-    for table in tables:
-        # What torch._dynamo.mark_static does, without a second of importing it: else a compiler
-        # takes a batch of K / 2 rows, or a full context, to be that size for ever.
-        vars(table).update(_dynamo_static_indices={0, 1}, _has_dynamo_dim_marking=True)
-    return tables
+    generate = sampling.generate
 
 
 def _keep_tables(model: Transformer, *_) -> None:
     model._keep_tables()
-
-
-PACKED = {
-    "attention.query_key_value": ("attention.query", "attention.key", "attention.value"),
-    "feed_forward.gate_up": ("feed_forward.gate", "feed_forward.up"),
-}
-"""Projections that one product makes, by the names they had when each had its own."""
-
-
-def _pack_projections(model: Transformer, state: dict[str, Tensor], *_) -> None:
-    """Join weights saved before the projections were packed: `load_state_dict` takes both."""
-    for i in range(model.config.n_layers):
-        for packed, parts in PACKED.items():
-            names = [f"blocks.{i}.{part}.weight" for part in parts]
-            if all(name in state for name in names):
-                state[f"blocks.{i}.{packed}.weight"] = torch.cat([state.pop(n) for n in names])

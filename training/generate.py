@@ -3,73 +3,108 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from tritium.data import DataError, Tokenizer
+from tritium.data import DataError
 from tritium.model.sampling import write_stream
-from tritium.model.transformer import Transformer
 from tritium.training.device import choose_device
 from tritium.training.monitor.terminal import tolerant_output
-from tritium.training.run.checkpoint import CheckpointError, newest
+from tritium.training.trained import read
 
 
 def main(
     run: Annotated[Path, tyro.conf.Positional],
     /,
-    prompt: tuple[str, ...] = ("",),
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    interactive: bool = False,
     samples: int = 1,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = 0.95,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    checkpoint: Literal["best", "newest"] = "best",
 ) -> None:
     """Print, as it is sampled, how a trained model continues a prompt, up to the end of the text.
 
+    The text goes to stdout, the tokens per second to stderr.
+
     Args:
-        run: folder of a run, whose newest checkpoint is used, or of one checkpoint.
-        prompt: one or more texts to continue. An empty one begins a document.
+        run: folder of a run, of one checkpoint, or in Hugging Face's layout.
+        prompt: text to continue; may be given several times. Without one a document begins.
+        interactive: ask for prompts, a line each, until the input ends.
         samples: number of continuations of each prompt.
         max_new_tokens: length of a continuation, in tokens, at most.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only.
         top_p: sample among the fewest tokens whose probabilities sum to p.
+        min_p: sample among the tokens of at least p times the greatest probability.
+        repetition_penalty: divides the logits of what is in the text already; 1 for none.
         seed: seed of a prompt's first continuation; each further one adds 1.
         device: device to sample on. auto: a GPU if there is one.
+        checkpoint: the one of a run with the lowest validation loss, if it was kept, or the newest.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    model = Transformer.load(run, choose_device(device))
-    tokenizer = load_tokenizer(run)
-    texts = [(text, seed + i) for text in prompt for i in range(samples)]
-    for number, (text, own_seed) in enumerate(texts):
+    model, tokenizer = read(run, choose_device(device), checkpoint=checkpoint)
+    rate = _Rate()
+    for number, (text, own_seed) in enumerate(
+        (text, seed + i)
+        for text in (_asked() if interactive else prompt or ("",))
+        for i in range(samples)
+    ):
         if number:
             print("\n---")
         pieces = write_stream(
             model, tokenizer, text, max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, seed=own_seed,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=own_seed,
+            on_token=rate.count,
         )  # fmt: skip
+        rate.begin()
         for piece in pieces:
             print(piece, end="", flush=True)
+        rate.end()
         print(flush=True)
+    print(rate, file=sys.stderr)
 
 
-def load_tokenizer(run: Path) -> Tokenizer:
-    """Return the tokenizer of a run, whose folder or whose checkpoint's folder is given.
+def _asked() -> Iterator[str]:
+    """Yield the lines of the input as prompts; ask for each on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print("\nprompt> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.removesuffix("\n")
 
-    Raises:
-        CheckpointError: there is none.
-    """
-    for folder in (run, *newest(run).resolve().parents):
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.load(folder)
-        if (folder / "checkpoints").is_dir():
-            break
-    raise CheckpointError(f"{run} holds no tokenizer.json; a run of train.py writes one")
+
+class _Rate:
+    """Tokens per second, without the time between samples."""
+
+    def __init__(self):
+        self._tokens, self._seconds, self._began = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def count(self) -> None:
+        self._tokens += 1
+
+    def end(self) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def __str__(self) -> str:
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        return f"{self._tokens:,} tokens, {rate:,.0f} tokens/s"
 
 
 if __name__ == "__main__":

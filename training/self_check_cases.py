@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from tritium.kernels import (
+    add_layer_norm,
     add_rms_norm,
     dropout_add,
+    layer_norm,
     linear_cross_entropy,
     qk_norm_rope,
     rms_norm,
     softmax,
-    swiglu,
 )
 from tritium.model.attention import float32_on_cpu
+from tritium.model.block import ACTIVATIONS
 from tritium.model.transformer import Transformer
 from tritium.training.optim import Optimizer
 from tritium.training.precision import Arithmetic
@@ -66,11 +68,17 @@ def cases(
         sequences = room // (BYTES * L * axes[0] * (axes[1] if len(axes) > 1 else 1))
         return random((max(1, min(batch, sequences)), L, *axes), dtype)
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
+    def rms(x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight.shape, weight, config.norm_eps)
 
-    def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def add_rms(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, residual, weight, config.norm_eps)
+
+    def centred(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return layer_norm(x, weight.shape, weight, bias, config.norm_eps)
+
+    def add_centred(x: Tensor, residual: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, residual, *vectors, eps=config.norm_eps)
 
     def turn(heads: Tensor, *tables_and_weights: Tensor) -> tuple[Tensor, ...]:
         return qk_norm_rope(
@@ -94,17 +102,26 @@ def cases(
     stream = model.residual_dtype
     if stream is None:
         stream = weights if model.device.type == "cpu" else products
-    yield Case("rms_norm", norm, (tensor(D, dtype=stream), scale_D), (0, 1))
+    norm, add_norm, vectors = rms, add_rms, (scale_D,)
+    if config.norm == "layer":
+        norm, add_norm = centred, add_centred
+        vectors = (scale_D, 0.1 * random((D,), weights)) if config.bias else (scale_D,)
+    each = range(1, 1 + len(vectors))
+    yield Case(f"{config.norm}_norm", norm, (tensor(D, dtype=stream), *vectors), (0, *each))
     heads = float32_on_cpu(tensor(config.n_heads + 2 * config.kv_heads, K))
-    scales = (scale_K, scale_K.clone()) if config.qk_norm else ()
-    places = (0, 3, 4) if config.qk_norm else (0,)
-    yield Case("qk_norm_rope", turn, (heads, model.cos_LK, model.sin_LK, *scales), places)
-    added = tensor(D), tensor(D, dtype=stream), scale_D
-    yield Case("add_rms_norm", add_norm, added, (0, 1, 2))
+    if config.positions == "rope":
+        scales = (scale_K, scale_K.clone()) if config.qk_norm else ()
+        places = (0, 3, 4) if config.qk_norm else (0,)
+        yield Case("qk_norm_rope", turn, (heads, model.cos_LK, model.sin_LK, *scales), places)
+    elif config.qk_norm:
+        yield Case("rms_norm", rms, (heads, scale_K), (0, 1))
+    added = tensor(D), tensor(D, dtype=stream), *vectors
+    yield Case(f"add_{config.norm}_norm", add_norm, added, (0, 1, *(1 + i for i in each)))
     if model.dropout:
         yield Case("dropout_add", drop, added[:2], (0, 1))
-    F = config.feed_forward_width
-    yield Case("swiglu", swiglu, (tensor(2 * F),), (0,))
+    if config.activation != "gelu":  # PyTorch's own
+        wide = tensor((2 if config.gated else 1) * config.feed_forward_width)
+        yield Case(config.activation, ACTIVATIONS[config.activation], (wide,), (0,))
     T = max(1, min(batch * L, room // (BYTES * V)))
     layer = random((T, D), products), random((V, D), weights) * D**-0.5, random.ids(V, T)
     training = loss(model.label_smoothing, model.z_loss)

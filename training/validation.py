@@ -82,7 +82,10 @@ RANGES = {
     "vocab_size": _whole(1), "n_layers": _whole(1, 10_000), "d_model": _whole(1, 2**20),
     "n_heads": _whole(1, 2**20), "n_kv_heads": _whole(1, 2**20), "d_ff": _whole(1, 2**24),
     "max_seq_len": _whole(1, 2**24), "rope_theta": Range("be at least 1", 1, LARGEST),
-    "norm_eps": AT_LEAST_0, "softcap": ABOVE_0,
+    "norm_eps": AT_LEAST_0, "softcap": ABOVE_0, "d_head": _whole(1, 2**16),
+    # RopeScaling
+    "factor": Range("be at least 1", 1, LARGEST), "original_length": _whole(1, 2**24),
+    "slow": ABOVE_0, "fast": ABOVE_0, "attention_factor": ABOVE_0,
 }  # fmt: skip
 
 
@@ -180,7 +183,7 @@ def _settings(owner: type, path: tuple[str, ...], prefix: str) -> Iterator[Setti
             hint, name = hint.__origin__, given[0] if given else name
         where = (*path, field.name)
         if isinstance(hint, type) and is_dataclass(hint):
-            yield from _settings(hint, where, f"{name}." if name else "")
+            yield from _settings(hint, where, f"{prefix}{name}." if name else prefix)
         else:
             kinds, choices = _kinds(hint)
             yield Setting(where, f"{prefix}{name}", owner, kinds, choices)

@@ -181,21 +181,28 @@ NO_NUMBERS = [
     -math.inf,
     True,
 ]
-WHOLE = "vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"
+WHOLE = (
+    "vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "max_seq_len",
+)  # fmt: skip
 REAL = "rope_theta", "norm_eps", "softcap"
+WORDS = "positions", "norm", "activation"
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
 def test_refuses_settings_that_are_none_of_their_kind(name):
-    nothing_wrong = {"n_kv_heads": [None], "d_ff": [None], "softcap": [None]}
+    nothing_wrong = {"n_kv_heads", "d_head", "d_ff", "softcap"}
     if name in WHOLE:
         wrong = [*NO_NUMBERS, 4.0, 0.5, -4, 0, "", b"4"]
     elif name in REAL:
         wrong = [*NO_NUMBERS, -1, -1e-9, "1e-6", *([] if name == "norm_eps" else [0, 0.0])]
+    elif name in WORDS:
+        wrong = [*NO_NUMBERS, 0, "", "none", "RMS"]
+    elif name == "rope_scaling":
+        wrong = [*(x for x in NO_NUMBERS if x != {}), 0, "llama3"]
     else:
         wrong = [x for x in NO_NUMBERS if x is not True] + [0, 1, "false", "True"]
     for value in wrong:
-        if not (value is None and nothing_wrong.get(name)):
+        if not (value is None and name in nothing_wrong):
             with pytest.raises(ValueError, match=f"{name} must "):
                 replace(CONFIG, **{name: value})
 

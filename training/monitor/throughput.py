@@ -1,18 +1,10 @@
 """Throughput of a run: tokens per second, model FLOPs utilization (MFU), memory.
 
-    FLOPs per token = 6 · N + 12 · layers · heads · head width · L
-
-N counts the weights that multiply a token: those of every linear layer, the output layer included,
-tied to the embedding or not; looking an embedding up is no product, and norms are left out. 2 · N
-for the forward pass, 4 · N for both gradients. The second term is attention's two products, each
-over all L positions: that causal attention needs half of them is not deducted, nor is what
-activation checkpointing recomputes added, as is the custom (PaLM, appendix B; nanoGPT), so
-that figures can be compared.
-
     MFU = tokens per second · FLOPs per token / rate
 
-The rate is that of the device's datasheet for dense products in the dtype of the run's, and, in
-`mfu_measured`, the one that a large product reached on this device when the run began.
+FLOPs are counted as in `tritium.model.shapes`. The rate is that of the device's datasheet for dense
+products in the dtype of the run's, and, in `mfu_measured`, the one that a large product reached on
+this device when the run began.
 """
 
 from __future__ import annotations
@@ -24,6 +16,7 @@ from math import inf
 import torch
 
 from tritium.kernels.roofline import MATRIX_SHARE, find_device, quantity
+from tritium.model.shapes import flops_per_token
 from tritium.model.transformer import ModelConfig
 from tritium.training.self_check_cases import Random
 
@@ -104,15 +97,6 @@ def figures_of(entry: dict) -> dict[str, str]:
     if "memory_gib" in entry:
         shown["memory"] = f"{entry['memory_gib']:.2f} GiB"
     return shown
-
-
-def flops_per_token(config: ModelConfig) -> int:
-    """Return the FLOPs of a training step per token, as the head of this module counts them."""
-    D, K = config.d_model, config.head_width
-    projections = D * K * (2 * config.n_heads + 2 * config.kv_heads)
-    block = projections + 3 * D * config.feed_forward_width
-    attention = 12 * config.n_layers * config.n_heads * K * config.max_seq_len
-    return 6 * (config.n_layers * block + D * config.vocab_size) + attention
 
 
 def datasheet_rate(device: torch.device, dtype: torch.dtype) -> float | None:

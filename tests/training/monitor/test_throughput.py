@@ -9,11 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tritium.model import ModelConfig, Transformer, cpu_linear
+from tritium.model.shapes import flops_per_token
 from tritium.training.monitor import throughput
 from tritium.training.monitor.throughput import (
     Meter,
     figures_of,
-    flops_per_token,
     matrix_rate,
     memory_in_use,
 )

@@ -1,0 +1,113 @@
+"""The residual block: attention, feed-forward layer, and the norms before them.
+
+Axes: B batch, L sequence, D model width, N all heads, H query heads, G key/value heads, K head
+width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from tritium.kernels import geglu, qk_norm_rope, relu_squared, swiglu
+from tritium.model.attention import attend, float32_on_cpu
+from tritium.model.config import ModelConfig
+from tritium.model.cpu_linear import Linear
+from tritium.model.modules import LayerNorm, RMSNorm
+
+
+class Block(nn.Module):
+    """One residual block; the addition of its input is fused with its normalisation."""
+
+    def __init__(self, config: ModelConfig, residual_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.residual_dtype = residual_dtype
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_BLD, residual_BLD, places, cache=None):
+        """Add `x` to the residual stream; return what is to be added next, and the stream."""
+        begins = residual_BLD is None
+        h_BLD, residual_BLD = self.attention_norm.add(x_BLD, residual_BLD)
+        if begins and self.residual_dtype is not None:
+            residual_BLD = residual_BLD.to(self.residual_dtype)
+        h_BLD = self.attention(h_BLD, places, cache)
+        h_BLD, residual_BLD = self.feed_forward_norm.add(h_BLD, residual_BLD)
+        return self.feed_forward(h_BLD), residual_BLD
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads, and rotary positions if wanted."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
+        self.query_key_value = Linear(D, (H + 2 * G) * K, config.bias)
+        self.output = Linear(H * K, D, config.bias)
+        self.query_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
+        self.head_width, self.kv_heads, self.norm_eps = K, G, config.norm_eps
+        self.rotates = config.positions == "rope"
+
+    def forward(self, x_BLD, places, cache=None):
+        """Return the attention's output `[B, L, D]`; `places` are cos, sin and `attend`'s mask."""
+        cos_LK, sin_LK, mask = places
+        packed_BLNK = rearrange(
+            float32_on_cpu(self.query_key_value(x_BLD)), "B L (N K) -> B L N K", K=self.head_width
+        )
+        if self.rotates:
+            q_weight, k_weight = (
+                None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)
+            )
+            q_BLHK, k_BLGK, v_BLGK = qk_norm_rope(
+                packed_BLNK, cos_LK, sin_LK, q_weight, k_weight, self.norm_eps,
+                kv_heads=self.kv_heads,
+            )  # fmt: skip
+        else:
+            G = self.kv_heads
+            q_BLHK, k_BLGK, v_BLGK = packed_BLNK.split([packed_BLNK.shape[2] - 2 * G, G, G], 2)
+            if self.query_norm is not None and self.key_norm is not None:
+                q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
+        if cache is not None:
+            k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
+        q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
+        y_BLD = rearrange(attend(q, k, v, mask), "B H L K -> B L (H K)")
+        return self.output(y_BLD.to(x_BLD.dtype))
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)), with another activation, or without a gate."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, F, bias = config.d_model, config.feed_forward_width, config.bias
+        self.activation = ACTIVATIONS[config.activation]
+        self.into = "gate_up" if config.gated else "up"
+        setattr(self, self.into, Linear(D, (2 if config.gated else 1) * F, bias))
+        self.down = Linear(F, D, bias)
+
+    def forward(self, x_BLD):
+        """Return the layer's output, `[B, L, D]`."""
+        return self.down(self.activation(getattr(self, self.into)(x_BLD)))
+
+
+ACTIVATIONS = {
+    "swiglu": swiglu,
+    "geglu": partial(geglu, approximate="tanh"),
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "relu_squared": relu_squared,
+}
+"""Activations by their names in a config; a gated one takes gate and up as one product."""
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """Make a norm of the residual stream."""
+    if config.norm == "rms":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps, bias=config.bias)

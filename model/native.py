@@ -1,0 +1,295 @@
+"""Configs and weights of transformers' native architectures, and those of `Transformer`.
+
+    GPT2LMHeadModel    learned positions, LayerNorm, GELU, biases
+    LlamaForCausalLM   rotary positions, RMSNorm, SwiGLU or GEGLU, grouped queries, biases or none
+    Qwen3ForCausalLM   the same with normalised queries and keys, without biases
+
+A config of another kind is refused in both directions, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tritium.model.config import Activation, ModelConfig, RopeScaling
+
+GATES: dict[str, Activation] = {
+    "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
+}  # fmt: skip
+GELUS = "gelu_new", "gelu_pytorch_tanh"
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
+IGNORED = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+"""Tensors of old files that are no weights."""
+
+
+class FormatError(ValueError):
+    """A model cannot be read from files, or written into them."""
+
+
+class Part(NamedTuple):
+    """Where a parameter is stored."""
+
+    names: tuple[str, ...]
+    """Tensors whose rows, one after the other, are the parameter's."""
+    rows: tuple[int, ...]
+    """Rows of each; none where one tensor holds all."""
+    transposed: bool = False
+    """Whether the file has columns for rows."""
+
+
+def model_type(config: ModelConfig) -> str:
+    """Return the native architecture that holds a config: gpt2, llama or qwen3.
+
+    Raises:
+        FormatError: there is none; the message names each field that is in the way.
+    """
+    kind = "gpt2" if config.positions == "learned" else "qwen3" if config.qk_norm else "llama"
+    wanted = {"softcap": None, "norm": "layer" if kind == "gpt2" else "rms"}
+    if kind == "gpt2":
+        wanted |= {
+            "activation": "gelu", "bias": True, "qk_norm": False, "kv_heads": config.n_heads,
+            "head_width": config.d_model // config.n_heads,
+        }  # fmt: skip
+        if config.d_model % config.n_heads:
+            wanted["n_heads"] = math.gcd(config.d_model, config.n_heads)
+    elif kind == "qwen3":
+        wanted |= {"bias": False}
+    fields = {"kv_heads": "n_kv_heads", "head_width": "d_head"}  # what a user sets
+    wrong = [
+        f"{fields.get(name, name)}={getattr(config, name)!r} (it has {value!r})"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
+    if kind != "gpt2" and not config.gated:
+        wrong.append(f"activation={config.activation!r} (it has 'swiglu' or 'geglu')")
+    if kind == "llama" and config.d_model % config.n_heads:
+        wrong.append(f"d_model={config.d_model} (it has a multiple of the {config.n_heads} heads)")
+    if wrong:
+        raise FormatError(
+            f"no native architecture of transformers holds this model; {ARCHITECTURES[kind]} comes "
+            f"nearest, except for {', '.join(wrong)}"
+        )
+    return kind
+
+
+def config_to_native(config: ModelConfig, dtype: str = "float32", eot: int | None = None) -> dict:
+    """Return the content of config.json.
+
+    Args:
+        config: the shape.
+        dtype: name of the dtype of the weights.
+        eot: id of the end-of-text token, if there is one.
+
+    Raises:
+        FormatError: no native architecture holds it.
+    """
+    kind = model_type(config)
+    common = {
+        "architectures": [ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": dtype,
+        "vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": eot, "eos_token_id": eot,
+    }  # fmt: skip
+    if kind == "gpt2":
+        return common | {
+            "n_positions": config.max_seq_len, "n_embd": config.d_model,
+            "n_layer": config.n_layers, "n_head": config.n_heads,
+            "n_inner": config.feed_forward_width, "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        }  # fmt: skip
+    gates = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
+    biases = {"attention_bias": config.bias}
+    if kind == "llama":
+        biases["mlp_bias"] = config.bias
+    return common | biases | {
+        "max_position_embeddings": config.max_seq_len, "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.head_width,
+        "intermediate_size": config.feed_forward_width, "hidden_act": gates[config.activation],
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling_to_native(config.rope_scaling), "attention_dropout": 0.0,
+    }  # fmt: skip
+
+
+def _scaling_to_native(scaling: RopeScaling) -> dict | None:
+    if scaling.kind == "none":
+        return None
+    given = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return given
+    given["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        return given | {"low_freq_factor": scaling.slow, "high_freq_factor": scaling.fast}
+    if scaling.attention_factor is not None:
+        given["attention_factor"] = scaling.attention_factor
+    return given | {"beta_slow": scaling.slow, "beta_fast": scaling.fast}
+
+
+def config_from_native(given: dict) -> ModelConfig:
+    """Return the shape that the content of a config.json describes.
+
+    Raises:
+        FormatError: it is of another architecture, or asks for what this model does not have.
+        ValueError: its sizes do not fit each other.
+    """
+    kind = given.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise FormatError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}")
+    return _gpt2(_Given(given)) if kind == "gpt2" else _llama(_Given(given), kind)
+
+
+class _Given:
+    """The content of a config.json, whose entries are read or refused."""
+
+    def __init__(self, given: dict):
+        self._given = given
+
+    def __call__(self, name: str, *default):
+        value = self._given.get(name)
+        if value is None:
+            if not default:
+                raise FormatError(f"it has no {name}")
+            return default[0]
+        return value
+
+    def must_be(self, name: str, *legal: object) -> None:
+        """Refuse a value that this model cannot have; an absent one is the first."""
+        value = self(name, legal[0])
+        if value not in legal:
+            raise FormatError(
+                f"{name} must be {' or '.join(map(repr, legal))} for this model, got {value!r}"
+            )
+
+
+def _gpt2(given: _Given) -> ModelConfig:
+    given.must_be("activation_function", *GELUS)
+    given.must_be("scale_attn_weights", True)
+    given.must_be("scale_attn_by_inverse_layer_idx", False)
+    given.must_be("add_cross_attention", False)
+    return ModelConfig(
+        vocab_size=given("vocab_size", 50257), n_layers=given("n_layer", 12),
+        d_model=given("n_embd", 768), n_heads=given("n_head", 12), d_ff=given("n_inner", None),
+        max_seq_len=given("n_positions", 1024), positions="learned", norm="layer",
+        norm_eps=given("layer_norm_epsilon", 1e-5), activation="gelu", bias=True, qk_norm=False,
+        tie_embeddings=given("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def _llama(given: _Given, kind: str) -> ModelConfig:
+    given.must_be("hidden_act", *GATES)
+    bias = given("attention_bias", False)
+    if kind == "llama":
+        if given("mlp_bias", False) != bias:
+            raise FormatError(f"attention_bias and mlp_bias must be alike, got {bias}, {not bias}")
+    else:
+        given.must_be("attention_bias", False)
+        given.must_be("use_sliding_window", False)
+    layers = given("layer_types", [])
+    if {*layers} - {"full_attention"}:
+        raise FormatError(f"layer_types must all be 'full_attention', got {sorted({*layers})}")
+    heads, default = given("num_attention_heads"), 128 if kind == "qwen3" else None
+    theta, scaling = _scaling_from_native(given)
+    return ModelConfig(
+        vocab_size=given("vocab_size"), n_layers=given("num_hidden_layers"),
+        d_model=given("hidden_size"), n_heads=heads,
+        n_kv_heads=given("num_key_value_heads", heads), d_head=given("head_dim", default),
+        d_ff=given("intermediate_size"), max_seq_len=given("max_position_embeddings", 2048),
+        rope_theta=theta, rope_scaling=scaling, norm_eps=given("rms_norm_eps", 1e-6),
+        activation=GATES[given("hidden_act", "silu")], bias=bias, qk_norm=kind == "qwen3",
+        tie_embeddings=given("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+def _scaling_from_native(given: _Given) -> tuple[float, RopeScaling]:
+    """Return theta and scaling, of the form before or since transformers 5."""
+    rope = dict(given("rope_scaling", given("rope_parameters", {})))
+    theta = rope.pop("rope_theta", given("rope_theta", 10000.0))
+    legacy = rope.pop("type", "default")
+    kind = rope.pop("rope_type", legacy)
+    if rope.pop("partial_rotary_factor", given("partial_rotary_factor", 1.0)) != 1:
+        raise FormatError("partial_rotary_factor must be 1 for this model")
+    if kind == "default":
+        return theta, RopeScaling()
+    names = {"factor": "factor", "original_max_position_embeddings": "original_length"}
+    if kind == "llama3":
+        names |= {"low_freq_factor": "slow", "high_freq_factor": "fast"}
+    elif kind == "yarn":
+        names |= {x: x.replace("beta_", "") for x in ("beta_slow", "beta_fast")}
+        names["attention_factor"] = "attention_factor"
+    elif kind != "linear":
+        raise FormatError(f"rope_type must be default, linear, llama3 or yarn, got {kind!r}")
+    odd = [x for x in rope if x not in names and rope[x] is not None]
+    if odd:
+        raise FormatError(f"rope_type {kind} with {odd[0]}={rope[odd[0]]!r} is not supported")
+    found = {names[x]: value for x, value in rope.items() if x in names and value is not None}
+    if kind != "linear":
+        found.setdefault("original_length", given("max_position_embeddings", 2048))
+    return theta, RopeScaling(kind, **found)
+
+
+def layout(config: ModelConfig) -> Iterator[tuple[str, Part]]:
+    """Yield each parameter's name, and where a native file stores it.
+
+    Embedding and output layer that share their weights come once, as the embedding.
+
+    Raises:
+        FormatError: no native architecture holds the config.
+    """
+    kind = model_type(config)
+    if kind == "gpt2":
+        yield from _gpt2_layout(config)
+    else:
+        yield from _llama_layout(config, kind)
+    if not config.tie_embeddings:
+        yield "head.weight", Part(("lm_head.weight",), ())
+
+
+def _gpt2_layout(config: ModelConfig) -> Iterator[tuple[str, Part]]:
+    yield "embedding.weight", Part(("transformer.wte.weight",), ())
+    yield "position_embedding.weight", Part(("transformer.wpe.weight",), ())
+    layers = {
+        "attention_norm": "ln_1", "attention.query_key_value": "attn.c_attn",
+        "attention.output": "attn.c_proj", "feed_forward_norm": "ln_2",
+        "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj",
+    }  # fmt: skip
+    for i in range(config.n_layers):
+        for ours, name in layers.items():
+            for kind in ("weight", "bias"):
+                stored = f"transformer.h.{i}.{name}.{kind}"
+                transposed = kind == "weight" and "c_" in name
+                yield f"blocks.{i}.{ours}.{kind}", Part((stored,), (), transposed)
+    for kind in ("weight", "bias"):
+        yield f"norm.{kind}", Part((f"transformer.ln_f.{kind}",), ())
+
+
+def _llama_layout(config: ModelConfig, model: str) -> Iterator[tuple[str, Part]]:
+    yield "embedding.weight", Part(("model.embed_tokens.weight",), ())
+    H, G, K, F = config.n_heads, config.kv_heads, config.head_width, config.feed_forward_width
+    layers = {
+        "attention.query_key_value": (("q_proj", "k_proj", "v_proj"), (H * K, G * K, G * K)),
+        "attention.output": (("o_proj",), ()),
+        "feed_forward.gate_up": (("gate_proj", "up_proj"), (F, F)),
+        "feed_forward.down": (("down_proj",), ()),
+    }
+    norms = {
+        "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    if model == "qwen3":
+        norms |= {
+            "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
+        }  # fmt: skip
+    for i in range(config.n_layers):
+        block, stored = f"blocks.{i}", f"model.layers.{i}"
+        for ours, (parts, rows) in layers.items():
+            room = "self_attn" if ours.startswith("attention") else "mlp"
+            for kind in ("weight", "bias") if config.bias else ("weight",):
+                names = tuple(f"{stored}.{room}.{part}.{kind}" for part in parts)
+                yield f"{block}.{ours}.{kind}", Part(names, rows)
+        for ours, name in norms.items():
+            yield f"{block}.{ours}.weight", Part((f"{stored}.{name}.weight",), ())
+    yield "norm.weight", Part(("model.norm.weight",), ())

@@ -1,0 +1,170 @@
+"""Prove that a patched model of transformers computes what it did, by Tritium's operations."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    Qwen3Config,
+)
+
+from tritium.model import ModelConfig, Transformer, hf
+from tritium.model.hf import patch
+
+HEADS = dict(
+    vocab_size=37, max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
+    hidden_size=24, num_attention_heads=4, num_hidden_layers=2, intermediate_size=20,
+)  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**HEADS, num_key_value_heads=2),
+    "llama, biases": LlamaConfig(**HEADS, attention_bias=True, mlp_bias=True, head_dim=10),
+    "llama, geglu": LlamaConfig(**HEADS, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True),
+    "llama, relu": LlamaConfig(**HEADS, hidden_act="relu"),
+    "llama, yarn": LlamaConfig(
+        **HEADS, rope_parameters=dict(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=8, rope_theta=1e4
+        ),
+    ),
+    "qwen3": Qwen3Config(**HEADS, head_dim=6, num_key_value_heads=1),
+    "gpt2": GPT2Config(vocab_size=37, n_positions=32, n_embd=12, n_layer=2, n_head=3),
+}  # fmt: skip
+SWITCHES = "norm", "activation", "rotary", "loss"
+
+
+def build(kind):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def assert_same(found, expected, model, other):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(x.square().sum(), list(m.parameters()), allow_unused=True)
+        for x, m in ((found, model), (expected, other))
+    ]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * max(1, y.abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("switch", [*SWITCHES, None])
+def test_logits_loss_and_gradients_are_the_same(kind, switch):
+    plain, tokens = build(kind), torch.randint(37, (3, 11))
+    switches = {name: name == switch for name in SWITCHES} if switch else {}
+    patched = patch(copy.deepcopy(plain), **switches)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0  # padding in front, which moves the row's positions
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    labels = tokens.masked_fill(mask == 0, -100)
+    for given in (
+        {}, dict(attention_mask=mask, position_ids=places), dict(logits_to_keep=2),
+    ):  # fmt: skip
+        expected = plain(tokens, **given).logits
+        assert_same(patched(tokens, **given).logits, expected, patched, plain)
+    for given in (
+        {},
+        dict(num_items_in_batch=torch.tensor(7)),
+        dict(shift_labels=labels.roll(-1, 1)),
+    ):
+        expected = plain(tokens, attention_mask=mask, labels=labels, **given)
+        found = patched(tokens, attention_mask=mask, labels=labels, **given)
+        assert_same(found.loss, expected.loss, patched, plain)
+        assert (found.logits is None) == switches.get("loss", True)
+    found, expected = (m.eval()(tokens, labels=labels) for m in (patched, plain))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss)
+    with torch.no_grad():
+        found, expected = (
+            m.generate(
+                tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0
+            )
+            for m in (patched, plain)
+        )
+    assert torch.equal(found, expected)
+    assert patched.state_dict().keys() == plain.state_dict().keys()
+
+
+def recording(name, call, called):
+    def recorded(*args, **kwargs):
+        called.add(name)
+        return call(*args, **kwargs)
+
+    return recorded
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_brings_its_operation_alone(kind, switch, monkeypatch):
+    called = set()
+    for name in ("rms_norm", "layer_norm", "swiglu", "rope", "linear_cross_entropy"):
+        monkeypatch.setattr(hf, name, recording(name, getattr(hf, name), called))
+    monkeypatch.setitem(hf.ACTIVATIONS, "swiglu", hf.swiglu)
+    untouched = build(kind).train()
+    model = patch(build(kind), **{name: name == switch for name in SWITCHES}).train()
+    tokens = torch.randint(37, (1, 5))
+    assert untouched(tokens, labels=tokens).logits is not None
+    assert not called  # in a model beside it, of the same class
+    model(tokens, labels=tokens)
+    has = {
+        "norm": "layer_norm" if kind == "gpt2" else "rms_norm", "activation": "swiglu",
+        "rotary": "rope", "loss": "linear_cross_entropy",
+    }  # fmt: skip
+    none = kind == "gpt2" and switch in ("activation", "rotary")
+    assert called == (set() if none else {has[switch]})
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_compiles_in_one_graph(kind):
+    torch.compiler.reset()
+    model, tokens = patch(build(kind)), torch.randint(37, (2, 9))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(tokens, labels=tokens, use_cache=False).loss
+    found = compiled(tokens, labels=tokens, use_cache=False).loss
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x, list(model.parameters())) for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    torch.compiler.reset()
+
+
+def test_once_more_changes_nothing_and_copies_stay_patched(tmp_path):
+    model, tokens = patch(patch(build("qwen3"))), torch.randint(37, (2, 9))
+    expected = build("qwen3")(tokens, labels=tokens)
+    for other in (model, copy.deepcopy(model)):
+        found = other.train()(tokens, labels=tokens)
+        torch.testing.assert_close(found.loss, expected.loss)
+        assert found.logits is None
+    assert isinstance(model(tokens, labels=tokens, return_dict=False), tuple)
+    other, before = copy.deepcopy(model).eval(), model.eval()(tokens).logits
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert not other(tokens).logits.any()  # its own weights, not those of the first
+    assert torch.equal(model(tokens).logits, before)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(tokens), expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_what_it_does_not_know():
+    ours = Transformer(ModelConfig(vocab_size=7, n_layers=1, d_model=8, n_heads=2))
+    with pytest.raises(TypeError, match="must be one of gpt2, llama, qwen3 of transformers, got T"):
+        patch(ours)
+    model = GPT2LMHeadModel(CONFIGS["gpt2"])
+    model.loss_function = lambda *_, **__: 0
+    with pytest.raises(TypeError, match="must have the usual loss, got its own; pass loss=False"):
+        patch(model)
+    patch(model, loss=False)
+    body = patch(LlamaModel(CONFIGS["llama"]))  # without a head
+    assert body(torch.ones(1, 3, dtype=torch.long)).last_hidden_state.shape == (1, 3, 24)

@@ -1,0 +1,81 @@
+"""Prove that perplexity and bits per byte are those of every token in the window that holds it."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tritium.data import Tokenizer
+from tritium.model import ModelConfig, Transformer
+from tritium.training.evaluate import main, nats_of
+
+CONFIG = ModelConfig(vocab_size=23, n_layers=1, d_model=16, n_heads=2, max_seq_len=8)
+
+
+@pytest.fixture(autouse=True)
+def references(monkeypatch):
+    monkeypatch.setattr("tritium.kernels.runtime.CPU_KERNELS", False)
+
+
+def build():
+    torch.manual_seed(1)
+    model = Transformer(CONFIG).eval()
+    with torch.no_grad():  # as after training: a block that matters
+        model.blocks[0].attention.output.weight.mul_(30)
+    return model.double()
+
+
+@torch.no_grad()
+def one_by_one(model, ids, stride):
+    """The losses of all ids but the first, each computed alone from what its window holds."""
+    length, total = model.config.max_seq_len, 0.0
+    for i in range(1, len(ids)):
+        # Windows begin at the multiples of stride; the first one that reaches the token counts.
+        window = max(0, math.ceil((i - length) / stride))
+        before = ids[window * stride : i]
+        logits = model(torch.tensor([before]))[0, -1]
+        total -= logits.log_softmax(-1)[ids[i]].item()
+    return total
+
+
+@given(st.integers(2, 40), st.integers(1, 8), st.integers(1, 5))
+def test_every_token_counts_once_with_the_context_of_its_window(length, stride, batch_size):
+    model, ids = build(), torch.randint(23, (length,)).tolist()
+    found = nats_of(model, ids, stride, batch_size)
+    assert found == pytest.approx(one_by_one(model, ids, stride), rel=1e-5)
+
+
+def test_a_run_is_measured_on_a_file(run, tmp_path):
+    assert run(tmp_path / "run", "--max-steps", "4") == 0
+    run.output()
+    text = "def f(x):\n    return {x: '\u00e9'}\n" * 20
+    (tmp_path / "text.txt").write_text(text)
+    main(tmp_path / "run", tmp_path / "text.txt", device="cpu", stride=16)
+    printed = run.output()
+    model, tokenizer = Transformer.load(tmp_path / "run"), Tokenizer.load(tmp_path / "run")
+    ids = [tokenizer.eot, *tokenizer.encode(text)]
+    nats = one_by_one(model, ids, 16)
+    perplexity, bits = (
+        float(re.search(pattern, printed)[1].replace(",", ""))
+        for pattern in (r"perplexity ([\d.,]+)", r"([\d.]+) bits per byte")
+    )
+    assert perplexity == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-3)
+    assert bits == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-3)
+    (tmp_path / "utf16.txt").write_bytes(text.encode("utf-16"))
+    main(tmp_path / "run", tmp_path / "utf16.txt", device="cpu", stride=16)
+    assert f"{bits:.4f} bits per byte" in run.output()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff" * 9)
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4" + bytes(range(256)))
+    for name, options, message in (
+        ("empty.txt", {}, "empty.txt is empty; name a text"),
+        ("bad.txt", {}, "bad.txt is not text"), ("a.pdf", {}, "a.pdf is not text but"),
+        ("nowhere.txt", {}, "cannot read .*nowhere.txt: No such file"),
+        ("text.txt", dict(stride=65), r"stride must lie in \[1, 64\], the model's context, got 65"),
+        ("text.txt", dict(batch_size=0), "batch_size must be at least 1, got 0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            main(tmp_path / "run", tmp_path / name, device="cpu", **options)
