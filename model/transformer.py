@@ -316,6 +316,7 @@ class Attention(nn.Module):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
         self.query_key_value = Linear(D, (H + 2 * G) * K)
+        self.query_key_value.splits = (H * K, G * K, G * K)
         self.output = Linear(H * K, D)
         self.query_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
@@ -347,6 +348,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden_width: int):
         super().__init__()
         self.gate_up = Linear(width, 2 * hidden_width)
+        self.gate_up.splits = (hidden_width, hidden_width)
         self.down = Linear(hidden_width, width)
 
     def forward(self, x_BLD):
