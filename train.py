@@ -121,7 +121,10 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     model = make_model(config, shape)
     arithmetic = config.compute.apply(model, device)
     cast = arithmetic.cast
-    optimizer = config.optimizer.make(model, record_norms=config.observing.records_norms)
+    optimizer = config.optimizer.make(
+        model, learning_rate=config.schedule.learning_rate,
+        record_norms=config.observing.records_norms,
+    )  # fmt: skip
     if config.compute.self_check:
         check(
             model, optimizer, config.optimizer, batch=memory_plan.now.micro_batch_size,

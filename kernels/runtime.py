@@ -30,7 +30,7 @@ OPERATIONS = frozenset({
     "softmax", "log_softmax", "cross_entropy", "mse_loss", "rms_norm", "add_rms_norm",
     "layer_norm", "add_layer_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu_squared",
     "dropout_add", "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD",
-    "RMSprop", "Adagrad", "Lion",
+    "RMSprop", "Adagrad", "Lion", "Muon",
 })  # fmt: skip
 """Operations that `fall_back` accepts."""
 SHARED = {"linear_cross_entropy": "cross_entropy", "info_nce": "cross_entropy"}

@@ -49,6 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
         self.query_key_value = Linear(D, (H + 2 * G) * K, config.bias)
+        self.query_key_value.splits = (H * K, G * K, G * K)
         self.output = Linear(H * K, D, config.bias)
         self.query_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
@@ -89,7 +90,9 @@ class FeedForward(nn.Module):
         D, F, bias = config.d_model, config.feed_forward_width, config.bias
         self.activation = ACTIVATIONS[config.activation]
         self.into = "gate_up" if config.gated else "up"
-        setattr(self, self.into, Linear(D, (2 if config.gated else 1) * F, bias))
+        into = Linear(D, (2 if config.gated else 1) * F, bias)
+        into.splits = (F, F) if config.gated else None
+        setattr(self, self.into, into)
         self.down = Linear(F, D, bias)
 
     def forward(self, x_BLD):

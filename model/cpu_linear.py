@@ -24,6 +24,9 @@ ROWS = 64  # of fewer, a call of oneDNN costs more: 12 us, not 3 us, for one row
 class Linear(nn.Linear):
     """`torch.nn.Linear`, without a bias unless it is asked for."""
 
+    splits: tuple[int, ...] | None = None
+    """Rows of the weight that belong to each projection, where one product makes several."""
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
 

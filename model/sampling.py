@@ -154,7 +154,7 @@ def _padded(model: LanguageModel, prompts: Prompts) -> tuple[Tensor, Tensor | No
         if low < 0 or high >= V:
             odd = low if low < 0 else high
             raise ValueError(
-                f"generate: tokens must lie in [0, {V}), the model's vocabulary, got {odd}"
+                f"generate: tokens must be in [0, {V}), the model's vocabulary, got {odd}"
             )
     return tokens_BL, begin_B1
 

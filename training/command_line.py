@@ -71,6 +71,7 @@ ANSWERS = {
     "fp16": "say --precision bfloat16", "bf16": "say --precision bfloat16",
     "fp32": "say --precision float32", "cpu": "say --device cpu", "gpu": "say --device cuda",
     "cuda": "say --device cuda", "adamw": "say --optimizer adamw", "sgd": "say --optimizer sgd",
+    "muon": "say --optimizer muon", "muon-lr": "say --muon-learning-rate",
     "wandb": "say --track wandb", "tensorboard": "say --track tensorboard",
     "checkpoint": "say --resume RUN, with the folder of the run", "resume-from": "say --resume RUN",
     "betas": "say --beta1 and --beta2", "no-eval": "say --eval-every with a large number",

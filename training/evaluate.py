@@ -97,7 +97,7 @@ def main(
     context = model.config.max_seq_len
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
-        raise ValueError(f"stride must lie in [1, {context}], the model's context, got {stride}")
+        raise ValueError(f"stride must be in [1, {context}], the model's context, got {stride}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     text = _read(file)

@@ -33,7 +33,8 @@ GROUPS = {
 USUAL = {
     "max-steps", "max-epochs", "max-tokens", "max-minutes",
     "schedule", "learning-rate", "warmup-steps", "final-lr",
-    "batch-size", "optimizer", "weight-decay", "max-grad-norm", "beta1", "beta2", "dropout",
+    "batch-size", "optimizer", "muon-learning-rate",
+    "weight-decay", "max-grad-norm", "beta1", "beta2", "dropout",
     "device", "threads", "precision", "cuda-graph",
     "micro-batch-size", "activation-checkpointing", "plan",
     "data", "text-field", "tokenizer", "packing", "seed",

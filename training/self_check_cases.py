@@ -156,6 +156,10 @@ def sample_groups(optimizer: Optimizer) -> list[dict]:
         params = []
         for first, *rest in own:
             rows = min(first, max(8, each // torch.Size(rest).numel()))
+            if group.get("splits"):
+                rows = max(1, rows // len(group["splits"]))
+                group = {**group, "splits": (rows,) * len(group["splits"])}
+                rows *= len(group["splits"])
             params.append(nn.Parameter(0.02 * random((rows, *rest), like.dtype)))
         groups.append({**group, "params": params, "lr": 1e-3})
     return groups

@@ -8,6 +8,7 @@ from tritium.kernels.optimizers.adam import Adam
 from tritium.kernels.optimizers.adamw import AdamW
 from tritium.kernels.optimizers.clip_grad_norm import clip_grad_norm_, clip_grad_norms_
 from tritium.kernels.optimizers.lion import Lion
+from tritium.kernels.optimizers.muon import Muon
 from tritium.kernels.optimizers.rmsprop import RMSprop
 from tritium.kernels.optimizers.sgd import SGD
 
@@ -18,6 +19,7 @@ __all__ = [
     "AdamW",
     "Lion",
     "MultiTensorOptimizer",
+    "Muon",
     "RMSprop",
     "StepOptions",
     "clip_grad_norm_",

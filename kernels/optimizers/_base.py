@@ -60,6 +60,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     states: tuple[str, ...]
     squares: tuple[str, ...] = ()
     """States that are never negative."""
+    rows: tuple[str, ...] = ()
+    """States of one number per row."""
+    optional_keys: frozenset[str] = frozenset()
+    """Keys of groups, beside `OPTIONAL_GROUP_KEYS`, that a state may lack."""
     fused: Fused | None = None
     """Step by PyTorch's fused kernel for CPUs, if there is one."""
 
@@ -104,7 +108,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         options = self._options
         self._storage = Storage(
             self.states, self.squares, options["master"], options["state_dtype"],
-            options["ema_decay"] is not None,
+            options["ema_decay"] is not None, self.rows,
         )  # fmt: skip
         self._tensors = Tensors(self._op, self._storage, options["seed"])
         self._hyper_rows: list[tuple[float, ...]] = []
@@ -147,7 +151,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._op = type(self).__name__
         self._forget()
         for group in self.param_groups:
-            for name in sorted(OPTIONAL_GROUP_KEYS & self.defaults.keys()):
+            for name in sorted((OPTIONAL_GROUP_KEYS | self.optional_keys) & self.defaults.keys()):
                 group.setdefault(name, self.defaults[name])
             self._check_group(group)
             for p in filter(self.state.get, group["params"]):
@@ -262,7 +266,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         terms = [self._terms(group, coef) for group in groups]
-        taken = step_fused(self.fused, found, groups, coef, sums)
+        taken = self._taken(found, groups, terms, coef, sums)
         for i, (item, g) in enumerate(zip(found.items, found.grads, strict=True)):
             if i in taken:
                 continue
@@ -273,11 +277,20 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 None if sums is None else sums[i].zero_(),
             )  # fmt: skip
 
+    def _taken(
+        self, found: Tensors, groups: list[dict[str, Any]], terms: list[Terms], coef: float,
+        sums: Tensor | None,
+    ) -> set[int]:  # fmt: skip
+        """Take the steps for which there is a faster way; return of which parameters."""
+        fused = None if self._options["cautious_decay"] else self.fused
+        return step_fused(fused, found, groups, coef, sums)
+
     def _terms(self, group: dict[str, Any], coef: float) -> Terms:
         decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
         return Terms(
             -coef if group["maximize"] else coef, 0.0 if decoupled else decay, group["l1"],
             group["lr"] * decay if decoupled else 0.0, 1 - (self._options["ema_decay"] or 0.0),
+            self._options["cautious_decay"],
         )  # fmt: skip
 
     def _step_kernels(self, found: Tensors) -> None:
@@ -296,6 +309,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 l1=any(row[PENALTY1.value] for row in rows),
                 l2=any(row[PENALTY2.value] for row in rows),
                 zero=options["zero_grads"], ema_weight=1 - (options["ema_decay"] or 0.0),
+                cautious=options["cautious_decay"],
             ),
         )  # fmt: skip
 
@@ -369,7 +383,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _before_load(self, _optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         for group in saved["param_groups"]:
-            if missing := self.defaults.keys() - OPTIONAL_GROUP_KEYS - group.keys():
+            optional = OPTIONAL_GROUP_KEYS | self.optional_keys
+            if missing := self.defaults.keys() - optional - group.keys():
                 raise ValueError(
                     f"{self._op}: groups must hold {sorted(missing)}, got {sorted(group)}; "
                     "load what the same rule saved"

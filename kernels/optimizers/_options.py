@@ -15,6 +15,7 @@ class StepOptions(TypedDict, total=False):
     """
 
     l1: float
+    cautious_decay: bool
     max_grad_norm: float | None
     master: Literal["float32", "split"] | None
     state_dtype: torch.dtype
@@ -36,6 +37,8 @@ EXPLAINED = {
         alone, as AdamW does; otherwise `weight_decay · p` is added to the gradient.""",
     "l1": """penalty on the absolute value of a parameter: `l1 · sign(p)` is added to its gradient.
         0, the default, adds none. May differ by group.""",
+    "cautious_decay": """apply decoupled weight decay only to elements that the step does not push
+        away from 0 (Chen et al., "Cautious Weight Decay", 2025). False by default.""",
     "max_grad_norm": """the largest global norm that an update sees: larger gradients are scaled
         down to it. None, the default, does not compute the norm.""",
     "master": """storage for the bits of a parameter that bfloat16 loses: "float32" (the default),
@@ -146,6 +149,7 @@ def checked(op: str, options: StepOptions) -> dict[str, Any]:
 
 _DEFAULTS: dict[str, Any] = {
     "l1": 0.0,
+    "cautious_decay": False,
     "max_grad_norm": None,
     "master": "float32",
     "state_dtype": torch.float32,

@@ -81,6 +81,8 @@ class Storage:
     master: str | None
     dtype: torch.dtype
     ema: bool
+    rows: tuple[str, ...] = ()
+    """Names of states that hold one float32 per row of a matrix, `[rows, 1]`."""
 
     def param(self, p: Tensor) -> int:
         """Return the storage of `p`: FLOAT32, MASTER, SPLIT or STOCHASTIC."""
@@ -99,18 +101,19 @@ class Storage:
 
     def names(self, p: Tensor, held: tuple[str, ...]) -> tuple[str, ...]:
         """Return the names in the state of `p`; `held` are the rule's, perhaps with "step"."""
-        kinds = {name: self.kind(name, p) for name in held if name != "step"}
+        kinds = {name: self.kind(name, p) for name in held if name in self.states}
         scales = [f"{name}_scale" for name, kind in kinds.items() if kind in _EIGHT_BITS]
         extra = EXTRAS.get(self.param(p))
         counts = "step" in held or self.draws(p, held)
         return (
             *(["step"] if counts else []), *kinds, *scales,
+            *[name for name in held if name in self.rows],
             *([extra] if extra else []), *(["ema"] if self.ema else []),
         )  # fmt: skip
 
     def draws(self, p: Tensor, held: tuple[str, ...]) -> bool:
         """Return whether a step of `p` draws random bits."""
-        kinds = {self.kind(name, p) for name in held if name != "step"}
+        kinds = {self.kind(name, p) for name in held if name in self.states}
         return self.param(p) == STOCHASTIC.value or kinds != {FLOAT32.value} & kinds
 
     def start(
@@ -125,6 +128,9 @@ class Storage:
                 state[name], scale = _constant(p, initial, self.kind(name, p))
                 if scale is not None:
                     state[f"{name}_scale"] = scale
+        for name in self.rows:
+            if name in names and name not in state:
+                state[name] = torch.zeros(len(p), 1, dtype=torch.float32, device=p.device)
         for name in ("master", "ema"):
             if name in names and name not in state:
                 state[name] = p.detach().float().clone(memory_format=torch.preserve_format)
@@ -154,6 +160,13 @@ class Storage:
             state["step"] = step.to(p.device, torch.float32, copy=True)
         for name in [name for name in self.states if name in saved]:
             state |= self._adopted_state(op, p, name, saved[name], saved.get(f"{name}_scale"))
+        for name in filter(saved.__contains__, self.rows):
+            if saved[name].shape != (len(p), 1):
+                raise ValueError(
+                    f"{op}: {name} must have the shape {[len(p), 1]}, got "
+                    f"{list(saved[name].shape)}; load what was saved for this parameter"
+                )
+            state[name] = saved[name].to(p.device, torch.float32)
         kept = {"master": torch.float32, "ema": torch.float32, "remainder": torch.int16}
         for name in filter(saved.__contains__, kept):  # in one order on all ranks
             state[name] = in_order_of(op, p, saved[name].to(p.device, kept[name]))

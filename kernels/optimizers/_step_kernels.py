@@ -106,6 +106,8 @@ class StepFlags(NamedTuple):
     """Gradients are zeroed."""
     ema_weight: float = 0.0
     """1 - ema_decay."""
+    cautious: bool = False
+    """Only elements that the rule does not push away from 0 decay."""
 
 
 def _name_after_rule(specialization) -> str:
@@ -159,8 +161,8 @@ def _optimizer_prepare_kernel(
 def _optimizer_update_kernel(
     tensors_ptr, chunks_ptr, coefs_ptr, norm_ptr, sums_ptr, ema_weight,
     RULE: tl.constexpr, COEFS: tl.constexpr, STATES: tl.constexpr, FORMATS: tl.constexpr,
-    L1: tl.constexpr, L2: tl.constexpr, ZERO: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    L1: tl.constexpr, L2: tl.constexpr, ZERO: tl.constexpr, CAUTIOUS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     tensor, start, full, end = locate(tensors_ptr, chunks_ptr, chunk, COLUMNS, CHUNK, BLOCK)
@@ -181,7 +183,7 @@ def _optimizer_update_kernel(
             if code == FORMATS[i]:
                 g, u, w = _update_chunk(
                     addresses, coefs, ema_weight, start, full, end, RULE, STATES, FORMATS[i], L1,
-                    L2, ZERO, sums_ptr is not None, BLOCK,
+                    L2, ZERO, CAUTIOUS, sums_ptr is not None, BLOCK,
                 )  # fmt: skip
                 if sums_ptr is not None:
                     if norm_ptr is None:
@@ -204,8 +206,8 @@ def _optimizer_update_kernel(
 @triton.jit
 def _update_chunk(
     addresses, coefs, ema_weight, start, full, end, RULE: tl.constexpr, STATES: tl.constexpr,
-    FORMAT: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, ZERO: tl.constexpr,
+    CAUTIOUS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One element per thread keeps neighbours together where accesses are 4 bytes wide.
     g = tl.zeros((THREADS,), dtype=tl.float32)
@@ -213,7 +215,7 @@ def _update_chunk(
     for first in range(full, end, THREADS):
         g, u, w = _update_block(
             addresses, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, L2, ZERO,
-            SUM, THREADS, False,
+            CAUTIOUS, SUM, THREADS, False,
         )  # fmt: skip
     g_sum, u_sum, w_sum = 0.0, 0.0, 0.0
     if SUM:
@@ -223,7 +225,7 @@ def _update_chunk(
     for first in range(start, full, BLOCK):
         g, u, w = _update_block(
             addresses, coefs, ema_weight, first, end, g, u, w, RULE, STATES, FORMAT, L1, L2, ZERO,
-            SUM, BLOCK, True,
+            CAUTIOUS, SUM, BLOCK, True,
         )  # fmt: skip
     if SUM:
         g_sum, u_sum, w_sum = g_sum + tl.sum(g), u_sum + tl.sum(u), w_sum + tl.sum(w)
@@ -234,7 +236,8 @@ def _update_chunk(
 def _update_block(
     addresses, coefs, ema_weight, first, end, g_squares, u_squares, w_squares, RULE: tl.constexpr,
     STATES: tl.constexpr, FORMAT: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
-    ZERO: tl.constexpr, SUM: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr,
+    ZERO: tl.constexpr, CAUTIOUS: tl.constexpr, SUM: tl.constexpr, N: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     grad, param, extra, ema = addresses[:4]
     clip, l2, l1, decay, key = coefs[:5]
@@ -261,7 +264,11 @@ def _update_block(
             ),
         )  # fmt: skip
     u, state = RULE(g, state, coefs[5:], FORMAT)
-    u += decay * p
+    if CAUTIOUS:
+        away = ((u > 0) & (p < 0)) | ((u < 0) & (p > 0))
+        u += tl.where(away, 0.0, decay * p)
+    else:
+        u += decay * p
     p -= u
     if SUM:
         inside = offs < end
@@ -340,7 +347,8 @@ def launch_update(
         (options.ema_weight,),
         (
             rule.update, rule.coefs, (columns - STATE.value) // 2, tuple(map(int, formats)),
-            options.l1, options.l2, options.zero, columns, _pointer_table.CHUNK, block,
+            options.l1, options.l2, options.zero, options.cautious, columns, _pointer_table.CHUNK,
+            block,
         ),
         num_warps=THREADS.value // 32, enable_fp_fusion=False,
     )  # fmt: skip

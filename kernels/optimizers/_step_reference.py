@@ -59,6 +59,8 @@ class Terms(NamedTuple):
     decay: float
     """Fraction by which a parameter shrinks."""
     ema_weight: float
+    cautious: bool = False
+    """Whether only elements that the rule does not push away from 0 shrink."""
 
 
 def update_reference(
@@ -69,7 +71,7 @@ def update_reference(
     `squares` [3], if given, receives the sums over the squares of its gradient, update and weight.
     """
     n = g.numel()
-    scale, l2, l1, decay, ema_weight = terms
+    scale, l2, l1, decay, ema_weight, cautious = terms
     for first in range(0, n, SLICE):
         part = slice(first, min(first + SLICE, n)) if n > SLICE or item.draws else None
         raw = g_part = _cut(g, part).float()
@@ -84,7 +86,9 @@ def update_reference(
             g_part = g_part.add(p.sign(), alpha=l1)
         move = step(g_part, states)
         before = p if squares is None else p.clone()
-        if decay:
+        if decay and cautious:
+            p.sub_(p * (move.numerator.sign() * p.sign() >= 0), alpha=decay)
+        elif decay:
             p.mul_(1 - decay)
         move.subtract_from(p)
         if squares is not None:
@@ -94,6 +98,26 @@ def update_reference(
             _cut(item.ema, part).lerp_(p, ema_weight)
         for i, x in enumerate(states):
             _store_state(item, i, part, x, bits)
+
+
+def momentum_reference(
+    item: Item, g: Tensor, scale: float, key: int, momentum: float, nesterov: bool
+) -> Tensor:
+    """Average gradients `g`, times `scale`, into state 0; return what Muon orthogonalizes.
+
+    The result is float32 in the shape of the parameter, which must be contiguous.
+    """
+    n, ahead = g.numel(), torch.empty_like(g, dtype=torch.float32)
+    for first in range(0, n, SLICE):
+        part = slice(first, min(first + SLICE, n)) if n > SLICE or item.draws else None
+        g_part = _cut(g, part).float() * scale
+        m = _load_state(item, 0, part)
+        assert m is not None
+        m.lerp_(g_part, 1 - momentum)
+        _cut(ahead, part).copy_(g_part.lerp(m, momentum) if nesterov else m)
+        bits = _bits(key, part, g.device) if item.draws and part else g_part
+        _store_state(item, 0, part, m, bits)
+    return ahead
 
 
 def key_reference(seed: int, t: int) -> int:

@@ -31,15 +31,21 @@ class _Part(NamedTuple):
 
 
 def step_fused(
-    fused: Fused | None, found: Tensors, groups: list[Group], coef: float, sums: Tensor | None
-) -> set[int]:
+    fused: Fused | None, found: Tensors, groups: list[Group], coef: float, sums: Tensor | None,
+    others: frozenset[int] = frozenset(),
+) -> set[int]:  # fmt: skip
     """Take the steps that `fused` can take, of gradients times `coef`; return which they were.
+
+    Those of parameters `others` it leaves alone.
 
     `sums` [N, 3], if given, receives the squares of gradients, updates and weights of those.
     """
     if fused is None or runtime.REFERENCE or found.device.type != "cpu":
         return set()
-    plain = [i for i, item in enumerate(found.items) if _is_plain(item, found.grads[i])]
+    plain = [
+        i for i, item in enumerate(found.items)
+        if i not in others and _is_plain(item, found.grads[i])
+    ]  # fmt: skip
     taken = {i for i in plain if not groups[found.items[i].group]["l1"]}
     if sums is not None:
         sums[[*taken]] = 0

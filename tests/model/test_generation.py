@@ -130,8 +130,8 @@ def test_the_cache_is_no_longer_than_what_is_generated(monkeypatch):
     [
         ([[]], "at least one id, got .0. for number 0; an empty text begins with the end of text"),
         ([[1], [[2]]], "a prompt must be one row of at least one id"),
-        ([[1, 40]], r"tokens must lie in \[0, 40\), the model's vocabulary, got 40"),
-        (torch.tensor([[1, -1]]), r"tokens must lie in \[0, 40\), the model's vocabulary, got -1"),
+        ([[1, 40]], r"tokens must be in \[0, 40\), the model's vocabulary, got 40"),
+        (torch.tensor([[1, -1]]), r"tokens must be in \[0, 40\), the model's vocabulary, got -1"),
         (torch.ones(1, 3), "tokens must be int64 or int32, got torch.float32"),
         ([[1.5]], "tokens must be int64 or int32, got torch.float32"),
         (torch.ones(3, dtype=torch.long), r"tokens must be \[B, L\] with L >= 1, got \[3\]"),
@@ -146,7 +146,7 @@ def test_odd_prompts_are_refused_at_once(tokens, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (dict(min_p=1.5), r"min_p must lie in \[0, 1\], got 1.5"),
+        (dict(min_p=1.5), r"min_p must be in \[0, 1\], got 1.5"),
         (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, got 0.0"),
     ],
 )

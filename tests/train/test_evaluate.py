@@ -74,7 +74,7 @@ def test_a_run_is_measured_on_a_file(run, tmp_path):
         ("empty.txt", {}, "empty.txt is empty; name a text"),
         ("bad.txt", {}, "bad.txt is not text"), ("a.pdf", {}, "a.pdf is not text but"),
         ("nowhere.txt", {}, "cannot read .*nowhere.txt: No such file"),
-        ("text.txt", dict(stride=65), r"stride must lie in \[1, 64\], the model's context, got 65"),
+        ("text.txt", dict(stride=65), r"stride must be in \[1, 64\], the model's context, got 65"),
         ("text.txt", dict(batch_size=0), "batch_size must be at least 1, got 0"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

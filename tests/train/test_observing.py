@@ -14,7 +14,7 @@ def lines(run, name):
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon", "sgd"])
 def test_looking_changes_nothing(run, tmp_path, optimizer):
     chosen = (*RANDOM, "--optimizer", optimizer)
     assert run(tmp_path / "looked", *chosen, *LOOK) == 0

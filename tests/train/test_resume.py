@@ -24,6 +24,7 @@ def test_a_killed_run_ends_in_the_same_state(tmp_path):
     "more",
     [
         (), ("--save-async",), ("--optimizer", "lion", "--micro-batch-size", "3"),
+        ("--optimizer", "muon", "--row-beta2", "0.9"),
         ("--optimizer", "sgd", "--momentum", "0.9", "--schedule", "cosine"),
         ("--activation-checkpointing", "full", "--schedule", "trapezoid"),
         ("--optimizer", "rmsprop", "--schedule", "inverse-sqrt", "--max-tokens", "3000"),

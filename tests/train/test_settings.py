@@ -172,7 +172,11 @@ def test_messages_name_flags_that_exist():
     files = [ROOT / "train.py", *(ROOT / "training").rglob("*.py")]
     assert len(files) > 30
     for file in files:
-        if file.name in ("generate.py", "evaluate.py", "shapes.py"):  # which have flags of their own
+        if file.name in (
+            "generate.py",
+            "evaluate.py",
+            "shapes.py",
+        ):  # which have flags of their own
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -85,8 +85,10 @@ class Memory:
     @cached_property
     def fixed(self) -> tuple[int, int, int]:
         """Bytes of parameters, gradients and the optimizer's states, whatever the plan."""
-        weights = sum(p.nbytes for p in self._parameters)
-        return weights, weights, self._optimizer.state_bytes(self._parameters)
+        with _without_memory(self.device):
+            model = self._make(self.config)
+        weights = sum(p.nbytes for p in model.parameters())
+        return weights, weights, self._optimizer.state_bytes(model)
 
     @cached_property
     def _parameters(self) -> list[Tensor]:

@@ -215,9 +215,12 @@ def _optimizer_state(
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     keys = {name.rpartition(".")[2] for name in tensors}
-    state = {i: {k: tensors.get(f"{name}.{k}") for k in keys} for i, name in enumerate(order)}
-    state = {i: entry for i, entry in state.items() if any(x is not None for x in entry.values())}
-    if sum(x is not None for entry in state.values() for x in entry.values()) != len(tensors):
+    state = {
+        i: {k: tensors[f"{name}.{k}"] for k in keys if f"{name}.{k}" in tensors}
+        for i, name in enumerate(order)
+    }
+    state = {i: entry for i, entry in state.items() if entry}
+    if sum(map(len, state.values())) != len(tensors):
         raise of_another(checkpoint, "optimizer: it holds states of other parameters")
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 

@@ -1,0 +1,114 @@
+"""Muon's step of the matrices of a model, in plain PyTorch: all matrices of one shape at once."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritium.kernels.optimizers._orthogonalize import (
+    Triple,
+    normalize_rows_reference,
+    orthogonalize_reference,
+)
+from tritium.kernels.optimizers._rounding import ABSENT
+from tritium.kernels.optimizers._step_inputs import Tensors
+from tritium.kernels.optimizers._step_kernels import GRADS
+from tritium.kernels.optimizers._step_reference import (
+    Move,
+    Terms,
+    key_reference,
+    momentum_reference,
+    update_reference,
+)
+from tritium.kernels.optimizers.grad_norm import squares_reference
+
+
+class Recipe(NamedTuple):
+    """Options with which the matrices of a group are orthogonalized."""
+
+    splits: tuple[int, ...] | None
+    """Rows of each matrix that is stacked in a parameter; None: it is one matrix."""
+    coefficients: tuple[Triple, ...]
+    """Of each step."""
+    eps: float
+    scale: Callable[[int, int], float]
+    """Factor of a step, from rows and columns."""
+    beta2: float | None
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the matrices of a parameter, or their rows of its second moments, as views."""
+        return x.split(self.splits or (len(x),))
+
+
+def step_matrices_reference(
+    found: Tensors, recipes: dict[int, Recipe], groups: list[dict[str, Any]], terms: list[Terms],
+    moments: dict[int, Tensor], sums: Tensor | None,
+) -> None:  # fmt: skip
+    """Update matrices and their state.
+
+    Args:
+        found: all parameters of the step.
+        recipes: those of matrices, by the index of the parameter.
+        groups: options of the parameter groups.
+        terms: terms outside the rule, by group.
+        moments: second moments of the rows `[R, 1]`, by the index of the parameter; empty for
+            matrices without.
+        sums: `[N, 3]`, receives the squares of gradients, updates and weights, if given.
+    """
+    ahead, keys = {}, {}
+    for i in recipes:
+        item, g = found.items[i], found.grads[i]
+        group, scale = groups[item.group], terms[item.group].scale
+        t = 0 if item.step is None else int(item.step.add_(1).item())
+        keys[i] = key_reference(found.key(item), t) if item.draws else 0
+        ahead[i] = momentum_reference(item, g, scale, keys[i], group["momentum"], group["nesterov"])
+    orthogonalize_all(ahead, recipes, moments, _dtype(found))
+    for i, o in ahead.items():
+        item, squares = found.items[i], None if sums is None else sums[i].zero_()
+        update_reference(
+            item._replace(kinds=(ABSENT.value,) * len(item.kinds)), o,
+            partial(_move, float(groups[item.group]["lr"])), terms[item.group]._replace(scale=1.0),
+            keys[i], squares,
+        )  # fmt: skip
+        if squares is not None:
+            squares[GRADS.value] = squares_reference([found.grads[i]])[0]
+
+
+def orthogonalize_all(
+    us: dict[int, Tensor], recipes: dict[int, Recipe], moments: dict[int, Tensor],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Orthogonalize and scale every matrix of `us` in place, those of one shape together."""
+    alike: dict[tuple, list[tuple[Tensor, Tensor | None]]] = {}
+    for i, u in us.items():
+        recipe = recipes[i]
+        parts = recipe.parts(u)
+        rows: Sequence[Tensor | None] = [None] * len(parts)
+        if recipe.beta2 is not None:
+            rows = recipe.parts(moments[i])
+        for part, row in zip(parts, rows, strict=True):
+            key = (part.shape, recipe._replace(splits=None))
+            alike.setdefault(key, []).append((part, row))
+    for ((n_rows, n_columns), recipe), found in alike.items():
+        u_NRC = torch.stack([part for part, _ in found])
+        o_NRC = orthogonalize_reference(u_NRC, recipe.coefficients, recipe.eps, dtype).float()
+        if recipe.beta2 is not None:
+            v_NR1 = torch.stack([row for _, row in found if row is not None])
+            o_NRC = normalize_rows_reference(o_NRC, v_NR1, recipe.beta2)
+            for (_, row), v_R1 in zip(found, v_NR1, strict=True):
+                assert row is not None
+                row.copy_(v_R1)
+        o_NRC = o_NRC * recipe.scale(n_rows, n_columns)
+        for (part, _), o_RC in zip(found, o_NRC, strict=True):
+            part.copy_(o_RC)
+
+
+def _move(lr: float, o: Tensor, _states: list[Tensor | None]) -> Move:
+    return Move(lr, o)
+
+
+def _dtype(found: Tensors) -> torch.dtype:
+    """Return the dtype of products: float32 on a CPU, where few are faster in bfloat16."""
+    return torch.bfloat16 if found.device.type == "cuda" else torch.float32

@@ -1,0 +1,226 @@
+"""Muon for hidden matrices, and AdamW for all other parameters, in one optimizer.
+
+For gradient g of a matrix, in which clipping is already:
+
+    m := m + (1 - momentum) · (g - m)
+    u  = g + momentum · (m - g)  with Nesterov's momentum, else m
+    o  = orthogonalized u                            _orthogonalize.py
+    p := p - lr · decay · p - lr · scale · o
+
+so that a step is as long in every direction of the matrix. `scale` depends on its shape [R, C]:
+
+    "original"          sqrt(max(1, R / C))          Jordan 2024: as long a step for every shape
+    "match_rms_adamw"   0.2 · sqrt(max(R, C))        Liu et al. 2025: elements move as AdamW's do
+
+NorMuon (Li et al. 2025) divides every row of o by the root of its second moment
+
+    v := v + (1 - beta2) · (mean of o² over the row - v)
+
+and keeps the norm of the matrix. A parameter may be a stack of matrices, such as a projection to
+queries, keys and values in one product: each is orthogonalized alone. Together they would have to
+share the directions of their common columns, although they do different work.
+
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+https://kellerjordan.github.io/posts/muon/
+Liu et al., "Muon is Scalable for LLM Training", 2025. https://arxiv.org/abs/2502.16982
+Li et al., "NorMuon: Making Muon more efficient and scalable", 2025.
+https://arxiv.org/abs/2510.05491
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any, Literal, Unpack
+
+from torch import Tensor
+
+from tritium.kernels.optimizers._base import MultiTensorOptimizer
+from tritium.kernels.optimizers._matrices import Recipe, step_matrices_reference
+from tritium.kernels.optimizers._options import StepOptions
+from tritium.kernels.optimizers._orthogonalize import QUINTIC, Triple, triples
+from tritium.kernels.optimizers._step_inputs import Tensors
+from tritium.kernels.optimizers._step_reference import Move, Terms
+from tritium.kernels.optimizers._step_torch import step_fused
+from tritium.kernels.optimizers.adam import Adam, adam_reference
+
+SCALES = {
+    "original": lambda rows, columns: sqrt(max(1.0, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * sqrt(max(rows, columns)),
+}
+
+
+class Muon(MultiTensorOptimizer):
+    """Update hidden matrices by Muon and all other parameters by AdamW.
+
+    Arguments, groups and state of the matrices are those of `torch.optim.Muon`, and each loads the
+    other's `state_dict`; a group with `use_muon=False` is updated by AdamW and has its arguments.
+    What `AdamW` says of clipping, skipped steps and storage applies here too. Embeddings and the
+    output layer belong in a group of AdamW's, although they are matrices.
+
+        Muon([
+            {"params": matrices},
+            {"params": qkv, "splits": (768, 256, 256)},
+            {"params": others, "use_muon": False, "lr": 3e-4, "weight_decay": 0.0},
+        ], lr=0.02)
+
+    Args:
+        params: parameters or groups, as for `AdamW`. Those of Muon's are contiguous matrices
+            `[R, C]`; no distributed tensors.
+        lr: step size; a float, or a tensor of one element, which may change on the device.
+        weight_decay: decay of a parameter per step, in units of `lr`.
+        momentum: decay rate of the mean of gradients, in [0, 1).
+        nesterov: use Nesterov momentum.
+        ns_coefficients: "polar_express" or "quintic" (the default); or three numbers, or a sequence
+            of three for every step, the last of which serve all further steps.
+        eps: least norm that a matrix is divided by before it is orthogonalized.
+        ns_steps: steps of the Newton-Schulz iteration.
+        adjust_lr_fn: scale of a step by shape, "match_rms_adamw" or "original". None: "original".
+        use_muon: False in groups of AdamW.
+        splits: numbers of rows of the matrices that are stacked in each parameter of the group.
+            None: it is one matrix.
+        beta2: decay rate of the second moment of rows (NorMuon), in [0, 1). None: rows are not
+            normalized.
+        betas: decay rates of the two moments of AdamW, in [0, 1).
+        adamw_eps: added to the root of the second moment of AdamW.
+
+    Attributes:
+        grad_norm, skipped: as in `AdamW`.
+
+    Raises:
+        TypeError, ValueError: as `AdamW`; parameters of Muon "must be contiguous matrices", splits
+            "must add up to the rows", a hyper-parameter "must be" otherwise.
+    """
+
+    rule = Adam.rule
+    states = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    squares = ("exp_avg_sq",)
+    rows = ("row_second_moment",)
+    optional_keys = frozenset({"use_muon", "splits", "beta2", "betas", "adamw_eps"})
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Literal["polar_express", "quintic"] | Triple | Sequence[Triple] = QUINTIC,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+        *,
+        use_muon: bool = True,
+        splits: Sequence[int] | None = None,
+        beta2: float | None = None,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn, "use_muon": use_muon, "splits": splits, "beta2": beta2,
+            "betas": betas, "adamw_eps": adamw_eps, "amsgrad": False, "maximize": maximize,
+            "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused, "decoupled_weight_decay": True,
+        }  # fmt: skip
+        super().__init__(params, defaults, options)
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        if not group["use_muon"]:
+            return "step", "exp_avg", "exp_avg_sq"
+        return ("momentum_buffer", *(self.rows if group["beta2"] is not None else ()))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        self._check_betas(group)
+        self._check_not_negative(group, ("eps", "adamw_eps", "ns_steps"))
+        for name in ("momentum", "beta2"):
+            if group[name] is not None and not 0 <= group[name] < 1:
+                raise ValueError(f"Muon: {name} must be in [0, 1), got {group[name]}")
+        if group["adjust_lr_fn"] not in (None, *SCALES):
+            raise ValueError(
+                f"Muon: adjust_lr_fn must be one of {[*SCALES]}, or None for the first, got "
+                f"{group['adjust_lr_fn']!r}"
+            )
+        triples(group["ns_coefficients"], group["ns_steps"])
+        if group["use_muon"]:
+            _check_matrices(group)
+
+    def _before_load(self, optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        # torch.optim's Muon has no such options: those of the groups here stay as they are.
+        both = zip(saved["param_groups"], self.param_groups, strict=False)
+        groups = [{name: own[name] for name in self.optional_keys} | group for group, own in both]
+        if len(saved["param_groups"]) == len(self.param_groups):  # else torch says what is wrong
+            saved = saved | {"param_groups": groups}
+        return super()._before_load(optimizer, saved)
+
+    def _rule_reference(
+        self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]
+    ) -> Move:
+        betas, (_, m, v) = (float(group["betas"][0]), float(group["betas"][1])), states
+        return adam_reference(g, m, v, None, t, lr=group["lr"], betas=betas, eps=group["adamw_eps"])
+
+    def _taken(
+        self, found: Tensors, groups: list[dict[str, Any]], terms: list[Terms], coef: float,
+        sums: Tensor | None,
+    ) -> set[int]:  # fmt: skip
+        recipes = self._recipes(found)
+        moments = {
+            i: self.state[found.params[i]][self.rows[0]]
+            for i, recipe in recipes.items()
+            if recipe.beta2 is not None
+        }
+        step_matrices_reference(found, recipes, groups, terms, moments, sums)
+        fused = None if self._options["cautious_decay"] else Adam.fused
+        groups = [group | {"eps": group["adamw_eps"]} for group in groups]
+        return {*recipes} | step_fused(fused, found, groups, coef, sums, frozenset(recipes))
+
+    def _step_kernels(self, found: Tensors) -> None:
+        self._step_reference(found)
+
+    def _recipes(self, found: Tensors) -> dict[int, Recipe]:
+        """Return how the matrices among the parameters of a step are orthogonalized, by index."""
+        by_group = {
+            index: Recipe(
+                None if group["splits"] is None else tuple(group["splits"]),
+                triples(group["ns_coefficients"], group["ns_steps"]), group["eps"],
+                SCALES[group["adjust_lr_fn"] or "original"], group["beta2"],
+            )
+            for index, group in enumerate(self.param_groups)
+            if group["use_muon"]
+        }  # fmt: skip
+        return {
+            i: by_group[item.group] for i, item in enumerate(found.items) if item.group in by_group
+        }
+
+
+def _check_matrices(group: dict[str, Any]) -> None:
+    """Raise unless Muon can update the parameters of a group."""
+    if not group["decoupled_weight_decay"] or group["l1"]:
+        raise ValueError(
+            "Muon: weight decay of matrices must be decoupled, and l1 must be 0, got "
+            f"decoupled_weight_decay={group['decoupled_weight_decay']}, l1={group['l1']}; put the "
+            "parameters in a group with use_muon=False"
+        )
+    for p in group["params"]:
+        if hasattr(p, "to_local"):
+            raise TypeError(
+                "Muon: matrices must be whole on every rank, got a distributed tensor; put it in a "
+                "group with use_muon=False, or use DDP"
+            )
+        if p.dim() != 2 or not p.is_contiguous():
+            raise ValueError(
+                f"Muon: parameters must be contiguous matrices, got shape {list(p.shape)} and "
+                f"strides {p.stride()}; put others in a group with use_muon=False"
+            )
+        splits = group["splits"]
+        if splits is not None and (sum(splits) != len(p) or min(splits, default=0) < 1):
+            raise ValueError(
+                f"Muon: splits must be positive and must add up to the rows of a parameter, "
+                f"{len(p)}, got {splits}"
+            )
