@@ -127,9 +127,11 @@ def _validation(entry: dict) -> str:
 
 
 def group_table(optimizer: torch.optim.Optimizer) -> Table:
-    """Return a table of an optimizer's parameter groups, with its options as title."""
-    hidden = {"params", "name", "lr", "weight_decay", "maximize"}
-    options = {k: x for k, x in optimizer.param_groups[0].items() if k not in hidden}
+    """Return a table of an optimizer's parameter groups, with the options it uses as title."""
+    hidden = {"params", "name", "lr", "weight_decay", "decoupled_weight_decay", "splits"}
+    hidden |= {"lr_scale", "use_muon"}
+    group = optimizer.param_groups[0]
+    options = {k: x for k, x in group.items() if k not in hidden and x not in (None, False, 0)}
     title = ", ".join(f"{name} {value}" for name, value in options.items())
     title = f"{type(optimizer).__name__}: {title}"
     table = Table("group", box=None, title=Text(title), title_justify="left", title_style="")
