@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -22,13 +23,22 @@ ROWS = 64  # of fewer, a call of oneDNN costs more: 12 us, not 3 us, for one row
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` without a bias."""
+    """`torch.nn.Linear` without a bias.
+
+    Attributes:
+        narrow: a copy of the weight in the dtype of the products, to multiply by in its place, or
+            None. Who sets it takes care of the weight's gradient.
+    """
+
+    narrow: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` · weightᵀ, `[..., out_features]`."""
+        if self.narrow is not None:
+            return F.linear(input, self.narrow)
         if not _suits_onednn(input, self.weight):
             return super().forward(input)
         y = _Product.apply(input.flatten(0, -2), self.weight)
