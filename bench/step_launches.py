@@ -52,10 +52,10 @@ NO_LAUNCH = {
     "_record_function_enter_new", "_record_function_exit", "is_same_size",
 }  # fmt: skip
 REASONS = {
-    "forward": "each weight in bfloat16, once a step; in each micro-batch the embedded tokens, the "
-    "output layer's weight and the losses of its rows",
-    "backward": "each weight's bfloat16 gradient in float32; in each micro-batch the output "
-    "layer's gradients and those of the embedded tokens",
+    "forward": "the weights of all blocks in bfloat16, one call a step; in each micro-batch the "
+    "embedded tokens, the output layer's weight and the losses of its rows",
+    "backward": "each weight's first bfloat16 gradient of a step in float32; in each micro-batch "
+    "the output layer's gradients and those of the embedded tokens",
 }
 """Reasons for casts and copies, by phase."""
 

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -22,16 +23,25 @@ ROWS = 64  # of fewer, a call of oneDNN costs more: 12 us, not 3 us, for one row
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, without a bias unless it is asked for."""
+    """`torch.nn.Linear`, without a bias unless it is asked for.
 
+    Attributes:
+        splits: rows of the weight that belong to each projection, where one product makes several.
+        narrow: a copy of the weight in the dtype of the products, to multiply by in its place, or
+            None. Who sets it takes care of the weight's gradient.
+    """
+
+    narrow: Tensor | None = None
     splits: tuple[int, ...] | None = None
-    """Rows of the weight that belong to each projection, where one product makes several."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` · weightᵀ, and the bias added if there is one, `[..., out_features]`."""
+        if self.narrow is not None:
+            bias = None if self.bias is None else self.bias.to(self.narrow.dtype)
+            return F.linear(input, self.narrow, bias)
         if not _suits_onednn(input, self.weight):
             return super().forward(input)
         y = _Product.apply(input.flatten(0, -2), self.weight)

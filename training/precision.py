@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from tritium.kernels.runtime import fallen_back
 from tritium.model.transformer import Transformer
 from tritium.training.device import choose_precision
+from tritium.training.mixed_precision import MixedPrecision
 from tritium.training.optim import OptimizerConfig
 
 
@@ -69,8 +70,9 @@ class ComputeConfig:
         """Move a model to where and into what it is trained in."""
         dtype = self.product_dtype(device)
         self.convert(model).to(device)
-        cast = dtype == torch.bfloat16 and self.precision != "bfloat16-true"
-        return Arithmetic(dtype, torch.autocast(device.type, torch.bfloat16, enabled=cast))
+        if dtype == torch.bfloat16 and self.precision != "bfloat16-true":
+            return Arithmetic(dtype, MixedPrecision(model))
+        return Arithmetic(dtype, nullcontext())
 
     @contextmanager
     def matmul_precision(self, device: torch.device) -> Iterator[None]:

@@ -39,9 +39,10 @@ def test_a_block_goes_forward_in_4_products_1_attention_and_4_kernels(account):
     assert forward == {PRODUCTS: 4, ATTENTION: 1, NORMS: 2, POSITIONS: 1, ACTIVATION: 1}
 
 
-def test_the_first_micro_batch_of_a_step_adds_the_casts_of_4_weights(account):
-    forward = of(account.first_block, "forward")
-    assert forward == of(account.block, "forward") | {CASTS: 4}
+def test_all_weights_are_cast_by_one_call_a_step(account):
+    assert of(account.first_block, "forward") == of(account.block, "forward")
+    first, further = (of(x, "forward")[CASTS] for x in (account.first_rest, account.rest))
+    assert first == further + 1
 
 
 def test_a_block_goes_backward_in_8_products_1_attention_and_7_kernels(account):
@@ -52,9 +53,11 @@ def test_a_block_goes_backward_in_8_products_1_attention_and_7_kernels(account):
         assert backward[ATTENTION] == 1
         assert {kind: backward[kind] for kind in OWN} == {NORMS: 4, POSITIONS: 2, ACTIVATION: 1}
         assert set(backward) <= {PRODUCTS, ATTENTION, *OWN, CASTS, ADDITIONS}
-        assert backward[CASTS] == 4
+    # A weight's gradient is converted in the first micro-batch, read as it is in the others.
+    assert of(account.first_block, "backward")[CASTS] == 4
     assert ADDITIONS not in of(account.first_block, "backward")
-    assert of(account.block, "backward")[ADDITIONS] == 8
+    assert of(account.block, "backward")[ADDITIONS] == 4
+    assert CASTS not in of(account.block, "backward")
 
 
 def test_no_launch_is_of_an_unknown_kernel(account):
@@ -67,10 +70,11 @@ def test_a_step_is_its_parts(account):
 
 def test_the_launches_of_gpt2_in_four_micro_batches(account):
     total = account.total(12, 4)
-    assert total["backward", ADDITIONS] == 302  # as a profile of an H100 counted them
-    assert total["backward", CASTS] == 204  # likewise
+    # With PyTorch's autocast they were 302 and 204, as a profile of an H100 counted them, of 1,933.
+    assert total["backward", ADDITIONS] + total["forward", ADDITIONS] == 158
+    assert total["backward", CASTS] == 60
     assert total["optimizer", OPTIMIZER] <= 7
-    assert total.total() == 1933
+    assert total.total() == 1598
 
 
 def test_a_launch_that_the_recorder_cannot_see_is_an_error():
