@@ -30,6 +30,7 @@ from tritium.training.cuda_graph import training_step
 from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
 from tritium.training.evaluation import evaluate
 from tritium.training.gc_pause import collected_on_request
+from tritium.training.initial import copy_weights, shaped
 from tritium.training.memory.plan import Planner
 from tritium.training.memory.predict import Memory
 from tritium.training.memory.retry import MemoryRetry
@@ -93,7 +94,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     verification = Verification(folder)
     tokenizer = Tokenizer.load(folder)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
-    shape = replace(config.model, vocab_size=tokenizer.vocab_size)
+    shape = config.model
+    if config.init_from is None:  # else the model's vocabulary may be larger than the tokenizer's
+        shape = replace(shape, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
     memory_plan = MemoryRetry(make_planner(config, device), state.plan, console.print)
     loader, validation = (
@@ -112,6 +115,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
     # Model and optimizer.
     model = make_model(config, shape)
+    if config.init_from is not None and resume_from is None:
+        console.print(copy_weights(config.init_from, model))
     arithmetic = config.compute.apply(model, device)
     cast = arithmetic.cast
     optimizer = config.optimizer.make(model, record_norms=config.observing.records_norms)
@@ -355,6 +360,7 @@ def main() -> None:
     run = Path()
     try:
         config, preset, run = parse(sys.argv[1:])
+        config = shaped(config)
         if config.memory.plan:
             show_plan(config)
             return
