@@ -25,6 +25,7 @@ import torch
 from tritium.data import LOADERS, DataError, Loader, Tokenizer, atomic, prepare
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer
+from tritium.model.native import FormatError, model_type
 from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
 from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
@@ -345,6 +346,10 @@ def print_start(
         + (f"; resumed from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
         + f"\nRun folder: {run}"
     )
+    try:
+        model_type(model.config)
+    except FormatError as error:
+        console.print(f"It can be trained, not exported: {error}.")
     console.print(group_table(optimizer))
 
 

@@ -91,3 +91,12 @@ def test_what_cannot_be_begun_with_is_refused_in_a_sentence(source, run, tmp_pat
     assert run(tmp_path / "tuned", *begin) == 2
     assert "the checkpoint is damaged" in run.output()
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_shape_that_cannot_be_exported_is_named_at_the_start(run, tmp_path):
+    assert run(tmp_path / "plain", "--max-steps", "1") == 0
+    assert "not exported" not in run.output()
+    assert run(tmp_path / "capped", "--max-steps", "1", "--model.softcap", "20") == 0
+    said = " ".join(run.output().split())
+    assert "not exported: no native architecture of transformers holds this model" in said
+    assert "except for softcap=20.0" in said
