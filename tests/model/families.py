@@ -8,7 +8,7 @@ LENGTH = 12
 
 
 @st.composite
-def scalings(draw):
+def scalings(draw, longest=LENGTH - 1):
     kind = draw(st.sampled_from(["none", "linear", "llama3", "yarn"]))
     if kind == "none":
         return RopeScaling()
@@ -17,7 +17,7 @@ def scalings(draw):
         return RopeScaling(kind, factor)
     slow = draw(st.sampled_from([0.5, 1.0, 2.0]))
     given = draw(st.sampled_from([None, 0.8])) if kind == "yarn" else None
-    length = draw(st.integers(5, LENGTH - 1))
+    length = draw(st.integers(5, longest))
     return RopeScaling(kind, factor, length, slow, slow * draw(st.sampled_from([2, 32])), given)
 
 

@@ -245,6 +245,9 @@ DAMAGES = {
     ),
     "no width": (lambda f: rewritten(f, hidden_size="absent"), "it has no hidden_size"),
     "a wrong size": (lambda f: rewritten(f, hidden_size="16"), "d_model must be a whole number"),
+    "untied unless it says so": (
+        lambda f: rewritten(f, tie_word_embeddings="absent"), "lacks lm_head.weight, and 0 others"
+    ),
     "window": (lambda f: rewritten(f, use_sliding_window=True), "use_sliding_window must be False"),
     "activation": (lambda f: rewritten(f, hidden_act="relu"), "hidden_act must be 'silu' or"),
     "rope": (
