@@ -1,10 +1,15 @@
 """Random configurations over all families, small enough to be compared number by number."""
 
+import os
+
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from tritium.model import ModelConfig, RopeScaling
 
 LENGTH = 12
+few = settings(max_examples=int(os.environ.get("TRITIUM_EXAMPLES") or 60))
+"""Fewer examples than usual, each of them a whole model."""
 
 
 @st.composite

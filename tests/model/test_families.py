@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from families import LENGTH, configs, scalings
+from families import LENGTH, configs, few, scalings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -86,6 +86,7 @@ def plain(model, tokens):
 
 
 @given(configs(), st.integers(1, LENGTH))
+@few
 def test_logits_and_gradients_are_those_of_the_formulas(config, length):
     model, tokens = build(config), ids(config, 2, length)
     expected = plain(model, tokens)
@@ -100,6 +101,7 @@ def test_logits_and_gradients_are_those_of_the_formulas(config, length):
 
 
 @given(configs(), st.data())
+@few
 @torch.no_grad()
 def test_read_in_parts_behind_padding_and_in_one_pass_alike(config, data):
     model, tokens = build(config), ids(config, 2, LENGTH)
