@@ -28,11 +28,13 @@ import torch
 from tritium.data import LOADERS, DataError, Loader, Tokenizer, atomic, prepare
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer
+from tritium.model.native import FormatError, model_type
 from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
 from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
 from tritium.training.evaluation import evaluate
 from tritium.training.gc_pause import collected_on_request
+from tritium.training.initial import copy_weights, shaped
 from tritium.training.memory.plan import Planner
 from tritium.training.memory.predict import Memory
 from tritium.training.memory.retry import MemoryRetry
@@ -100,7 +102,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     verification = Verification(folder)
     tokenizer = Tokenizer.load(folder)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
-    shape = replace(config.model, vocab_size=tokenizer.vocab_size)
+    shape = config.model
+    if config.init_from is None:  # else the model's vocabulary may be larger than the tokenizer's
+        shape = replace(shape, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
     memory_plan = MemoryRetry(make_planner(config, device), state.plan, console.print)
     loader, validation = (
@@ -119,6 +123,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
     # Model and optimizer.
     model = make_model(config, shape)
+    if config.init_from is not None and resume_from is None:
+        console.print(copy_weights(config.init_from, model))
     arithmetic = config.compute.apply(model, device)
     cast = arithmetic.cast
     optimizer = config.optimizer.make(
@@ -353,6 +359,10 @@ def print_start(
         + (f"; resumed from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
         + f"\nRun folder: {run}"
     )
+    try:
+        model_type(model.config)
+    except FormatError as error:
+        console.print(f"It can be trained, not exported: {error}.")
     console.print(group_table(optimizer))
 
 
@@ -368,6 +378,7 @@ def main() -> None:
     run = Path()
     try:
         config, preset, run = parse(sys.argv[1:])
+        config = shaped(config)
         if config.memory.plan:
             show_plan(config)
             return

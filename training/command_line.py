@@ -95,6 +95,12 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
         show_help(preset, everything=flag == "--help-all")
         raise SystemExit(0)
     given = _given(arguments)
+    if given.get("init-from", ["None"]) != ["None"]:
+        shaping = ("tokenizer", *(x for x in settings() if x.startswith("model.")))
+        if wrong := [x for x in shaping if x in given and x != "model.max-seq-len"]:
+            raise ConfigError(
+                f"--{wrong[0]} is that of the model which --init-from names; drop one of them"
+            )
     usual, run = PRESETS[preset], _folder(given)
     if "resume" in given and given["resume"] != ["False"]:
         if run is None:

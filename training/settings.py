@@ -38,6 +38,8 @@ class TrainConfig:
     """Column of .jsonl and .parquet files that holds the text."""
     tokenizer: str | None = None
     """Path of a tokenizer.json. None: train one of model.vocab-size tokens on the data."""
+    init_from: str | None = None
+    """Begin with weights, shape and tokenizer of a run or of a folder in Hugging Face's layout."""
     out: str | None = None
     """Run folder to make. None: runs/PRESET-DATE-TIME."""
     resume: bool = False

@@ -48,10 +48,15 @@ def load_tokenizer(source: Path) -> Tokenizer:
     Raises:
         CheckpointError: there is none.
     """
+    return Tokenizer.load(tokenizer_folder(source))
+
+
+def tokenizer_folder(source: Path) -> Path:
+    """Return the folder with the tokenizer.json of a model; as `load_tokenizer`."""
     parents = [] if is_pretrained(source) else newest(source).resolve().parents
     for folder in (source, *parents):
         if (folder / "tokenizer.json").is_file():
-            return Tokenizer.load(folder)
+            return folder
         if (folder / "checkpoints").is_dir():
             break
     raise CheckpointError(f"{source} holds no tokenizer.json; a run of train.py writes one")

@@ -1,14 +1,19 @@
 """Random configurations over all families, small enough to be compared number by number."""
 
+import os
+
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from tritium.model import ModelConfig, RopeScaling
 
 LENGTH = 12
+few = settings(max_examples=int(os.environ.get("TRITIUM_EXAMPLES") or 60))
+"""Fewer examples than usual, each of them a whole model."""
 
 
 @st.composite
-def scalings(draw):
+def scalings(draw, longest=LENGTH - 1):
     kind = draw(st.sampled_from(["none", "linear", "llama3", "yarn"]))
     if kind == "none":
         return RopeScaling()
@@ -17,7 +22,7 @@ def scalings(draw):
         return RopeScaling(kind, factor)
     slow = draw(st.sampled_from([0.5, 1.0, 2.0]))
     given = draw(st.sampled_from([None, 0.8])) if kind == "yarn" else None
-    length = draw(st.integers(5, LENGTH - 1))
+    length = draw(st.integers(5, longest))
     return RopeScaling(kind, factor, length, slow, slow * draw(st.sampled_from([2, 32])), given)
 
 

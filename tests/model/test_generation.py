@@ -49,8 +49,9 @@ def test_the_cache_changes_no_token(config, length):
     assert torch.equal(model.generate(tokens, LENGTH - length, temperature=0), expected)
 
 
-def test_ragged_rows_outlast_the_context():
-    model = build(CONFIG)
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_ragged_rows_outlast_the_context(positions):
+    model = build(ModelConfig(**{**vars(CONFIG), "positions": positions}))
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [*range(30)]]
     found = model.generate(prompts, 30, temperature=0)
     assert [len(row) for row in found] == [33, 42, 60]

@@ -86,6 +86,16 @@ def test_tokens_without_positions_continue_the_last_document(device):
 
 
 @torch.no_grad()
+def test_a_cache_that_forgot_all_begins_anew(device):
+    model = Transformer(replace(CONFIG, positions="learned")).to(device).double()
+    tokens = torch.randint(CONFIG.vocab_size, (2, 9), device=device)
+    held = model.new_cache()
+    model.hidden(tokens, held, torch.arange(9, device=device).expand(2, -1) % 4)
+    held.truncate(0)
+    torch.testing.assert_close(model.hidden(tokens, held), model.hidden(tokens))
+
+
+@torch.no_grad()
 def test_keys_are_kept_as_wide_as_one_pass_has_them():
     model, tokens = model_of(4, torch.bfloat16, "cpu"), torch.randint(23, (1, 8))
     held = model.new_cache()

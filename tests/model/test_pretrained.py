@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,8 +9,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.nn.functional as F
-from families import LENGTH, gpt2s, llamas, others, qwens
-from hypothesis import given, settings
+from families import LENGTH, few, gpt2s, llamas, others, qwens
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
@@ -71,7 +70,7 @@ def assert_equal_models(ours, theirs, length=LENGTH):
 
 
 @given(gpt2s() | llamas() | qwens(), st.integers(1, LENGTH))
-@settings(max_examples=int(os.environ.get("TRITIUM_EXAMPLES") or 60))
+@few
 def test_transformers_computes_the_same_from_what_is_written(config, length):
     if not config.qk_norm and config.d_model % config.n_heads:
         return
@@ -245,6 +244,9 @@ DAMAGES = {
     ),
     "no width": (lambda f: rewritten(f, hidden_size="absent"), "it has no hidden_size"),
     "a wrong size": (lambda f: rewritten(f, hidden_size="16"), "d_model must be a whole number"),
+    "untied unless it says so": (
+        lambda f: rewritten(f, tie_word_embeddings="absent"), "lacks lm_head.weight, and 0 others"
+    ),
     "window": (lambda f: rewritten(f, use_sliding_window=True), "use_sliding_window must be False"),
     "activation": (lambda f: rewritten(f, hidden_act="relu"), "hidden_act must be 'silu' or"),
     "rope": (

@@ -1,0 +1,102 @@
+"""Prove that a run begins with the weights, shape and tokenizer that it is given."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from tritium.data import Tokenizer
+from tritium.model import ModelConfig, Transformer
+from tritium.model.saved import best, read_model
+from tritium.training.run import checkpoint
+
+FEW = "--max-steps", "2", "--learning-rate", "1e-12", "--warmup-steps", "0", "--weight-decay", "0"
+
+
+@pytest.fixture
+def source(run, tmp_path):
+    assert run(tmp_path / "source", "--max-steps", "4", "--model.n-layers", "1") == 0
+    run.output()
+    return tmp_path / "source"
+
+
+def close(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    return all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def test_begins_where_a_run_ended(source, run, tmp_path):
+    assert run(tmp_path / "tuned", "--init-from", str(source), *FEW) == 0
+    assert f"Weights of {source}, with a context of 64 of its 64 tokens." in run.output()
+    before, after = Transformer.load(source), Transformer.load(tmp_path / "tuned")
+    assert before.config == after.config
+    assert close(before, after)
+    texts = [(folder / "tokenizer.json").read_text() for folder in (source, tmp_path / "tuned")]
+    assert texts[0] == texts[1]
+
+
+def test_is_resumed_without_the_source(source, run, tmp_path):
+    arguments = "--init-from", str(source), "--max-steps", "4", "--save-every", "2"
+    assert run(tmp_path / "whole", *arguments) == 0
+
+    assert run(tmp_path / "part", *arguments[:2], "--max-steps", "2", "--save-every", "2") == 0
+    (source / "checkpoints").rename(source / "gone")
+    resume = ["train.py", "--resume", str(tmp_path / "part"), "--max-steps", "4"]
+    run.monkeypatch.setattr("sys.argv", resume)
+    threads = torch.get_num_threads()
+    train.main()
+    torch.set_num_threads(threads)
+    run.output()
+    whole, part = (
+        read_model(checkpoint.newest(tmp_path / name), Transformer).state_dict()
+        for name in ("whole", "part")
+    )
+    assert all(torch.equal(x, part[name]) for name, x in whole.items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_begins_with_a_model_in_hugging_faces_layout(family, source, run, tmp_path):
+    tokenizer = Tokenizer.load(source)
+    changes = dict(positions="learned", norm="layer", activation="gelu", bias=True)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size + 7, n_layers=1, d_model=16, n_heads=2, max_seq_len=100,
+        qk_norm=False, **(changes if family == "gpt2" else {}),
+    )  # fmt: skip
+    model = Transformer(config)
+    model.save_pretrained(tmp_path / "native", tokenizer)
+    given = "--init-from", str(tmp_path / "native"), "--model.max-seq-len", "32"
+    assert run(tmp_path / "tuned", *given, *FEW) == 0
+    assert "with a context of 32 of its 100 tokens" in run.output()
+    after = Transformer.load(tmp_path / "tuned")
+    assert (after.config.vocab_size, after.config.max_seq_len) == (config.vocab_size, 32)
+    tokens = torch.randint(config.vocab_size, (2, 32))
+    torch.testing.assert_close(after(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+    after.save_pretrained(tmp_path / "again", tokenizer)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == family
+
+
+def test_what_cannot_be_begun_with_is_refused_in_a_sentence(source, run, tmp_path):
+    begin = "--init-from", str(source)
+    broken = best(source) / "model.safetensors"
+    for arguments, message in (
+        (("--init-from", str(tmp_path / "nowhere")), "nowhere holds no checkpoint"),
+        ((*begin, "--model.d-model", "32"), "--model.d-model is that of the model which --init"),
+        ((*begin, "--tokenizer", "x.json"), "--tokenizer is that of the model which --init-from"),
+    ):  # fmt: skip
+        assert run(tmp_path / "tuned", *arguments) == 2
+        assert message in run.output()
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert run(tmp_path / "tuned", *begin) == 2
+    assert "the checkpoint is damaged" in run.output()
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_shape_that_cannot_be_exported_is_named_at_the_start(run, tmp_path):
+    assert run(tmp_path / "plain", "--max-steps", "1") == 0
+    assert "not exported" not in run.output()
+    assert run(tmp_path / "capped", "--max-steps", "1", "--model.softcap", "20") == 0
+    said = " ".join(run.output().split())
+    assert "not exported: no native architecture of transformers holds this model" in said
+    assert "except for softcap=20.0" in said
