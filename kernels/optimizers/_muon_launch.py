@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(ps: Sequence[Tensor], recipes: dict[int, Recipe], moments: dict[int, Tensor]) -> Plan:
-    """Lay out the matrices among parameters `ps`, and upload their tables."""
+    """Choose where the matrices among parameters `ps` are, and upload their tables."""
     device, starts, size = ps[0].device, {}, 0
     for i in recipes:
         starts[i] = size
