@@ -68,7 +68,7 @@ RANGES = {
     "learning_rate": ABOVE_0, "warmup_steps": _whole(0, STEPS), "final_lr": SHARE,
     "decay_fraction": Range("be in (0, 1]", SMALLEST, 1),
     # OptimizerConfig
-    "muon_learning_rate": ABOVE_0, "ns_steps": _whole(0, 100), "row_beta2": RATE,
+    "muon_learning_rate": ABOVE_0, "ns_steps": _whole(1, 100), "row_beta2": RATE,
     "weight_decay": AT_LEAST_0, "max_grad_norm": ABOVE_0, "beta1": RATE, "beta2": RATE,
     "eps": ABOVE_0, "momentum": AT_LEAST_0, "dampening": SHARE, "alpha": SHARE,
     "lr_decay": AT_LEAST_0, "initial_accumulator_value": AT_LEAST_0,

@@ -25,6 +25,7 @@ from tritium.kernels.optimizers.adam import Adam
 from tritium.kernels.optimizers.adamw import AdamW
 from tritium.kernels.optimizers.clip_grad_norm import clip_grad_norm_, clip_grad_norms_
 from tritium.kernels.optimizers.lion import Lion
+from tritium.kernels.optimizers.muon import Muon
 from tritium.kernels.optimizers.rmsprop import RMSprop
 from tritium.kernels.optimizers.sgd import SGD
 from tritium.kernels.qk_norm_rope import qk_norm_rope
@@ -262,6 +263,22 @@ def _optimizer(
     return Case(label, step, limits=limits, narrow_on=("gfx942",) if eight_bits else ())
 
 
+def _muon(dtype: torch.dtype = F32, **options) -> Case:
+    """One step of Muon, of matrices of both orientations and of vectors by AdamW.
+
+    Its products have no limit of bytes or instructions per element: they are bound by arithmetic.
+    """
+    shapes = [(1536, 768), (768, 1536)][: 1 if "splits" in options else 2]
+    matrices = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    others = _parameters(dtype)
+    for p in matrices:
+        p.grad = torch.empty_like(p)
+    limits = GRAD_NORM | {"_muon_prepare_kernel": Limit(single=True)}
+    step = Muon([{"params": matrices}, {"params": others, "use_muon": False}], **options).step
+    label = ", ".join([_name(dtype), *(f"{key} {value}" for key, value in options.items())])
+    return Case(label, step, limits=limits)
+
+
 def _clip_grad_norm_() -> Case:
     parameters = [*_parameters(F32), *_parameters(BF16), *_parameters(torch.float16)]
     label = "float32, bfloat16, float16"
@@ -386,6 +403,11 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     ],
     "Adagrad": lambda: [_optimizer(Adagrad, 20)],
     "Lion": lambda: [_optimizer(Lion, 20)],
+    "Muon": lambda: [
+        _muon(),
+        _muon(BF16, max_grad_norm=1.0, master=None, state_dtype=BF16, record_norms=True),
+        _muon(beta2=0.95, cautious_decay=True, splits=(1024, 512)),
+    ],
     "clip_grad_norm_": lambda: [_clip_grad_norm_()],
     "clip_grad_norms_": lambda: [_clip_grad_norms_()],
 }

@@ -39,6 +39,7 @@ from tritium.kernels.optimizers._step_kernels import (
 )
 from tritium.kernels.optimizers._step_reference import Move, Terms, key_reference, update_reference
 from tritium.kernels.optimizers._step_torch import Fused, step_fused
+from tritium.kernels.optimizers._storage import Format
 from tritium.kernels.optimizers.grad_norm import (
     clip_coefficient_reference,
     launch_partials,
@@ -302,15 +303,24 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             partials_P = launch_partials(tables, sums, found.mesh)
             norm = self.grad_norm = partials_P.new_empty(())
         rows = list(map(self._table_row, self.param_groups))
-        launch_update(
-            self.rule, tables, formats, self._hyper_table(rows, found.device), partials_P, norm,
-            self.skipped, self.max_grad_norm or 0.0, sums,
+        self._launch(
+            found, tables, formats, self._hyper_table(rows, found.device), partials_P, norm, sums,
             StepFlags(
                 l1=any(row[PENALTY1.value] for row in rows),
                 l2=any(row[PENALTY2.value] for row in rows),
                 zero=options["zero_grads"], ema_weight=1 - (options["ema_decay"] or 0.0),
                 cautious=options["cautious_decay"],
             ),
+        )  # fmt: skip
+
+    def _launch(
+        self, found: Tensors, tables: Tables, formats: list[Format], hyper: Tensor,
+        partials_P: Tensor | None, norm: Tensor | None, sums: Tensor | None, flags: StepFlags,
+    ) -> None:  # fmt: skip
+        """Launch the update of all parameters."""
+        launch_update(
+            self.rule, tables, formats, hyper, partials_P, norm, self.skipped,
+            self.max_grad_norm or 0.0, sums, flags,
         )  # fmt: skip
 
     def _sums_of(self, found: Tensors, count: int) -> Tensor | None:

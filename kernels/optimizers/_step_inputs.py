@@ -220,7 +220,14 @@ class Tensors:
     def _make_tables(self) -> tuple[Tables, list[Format]]:
         formats = list(map(Item.format, self.items, self.grads))
         codes = list(map(int, formats))
-        rows = [
+        by_code = dict(sorted(zip(codes, formats, strict=True)))
+        made = tables(tuple(self.rows()), _pointer_table.CHUNK, self.device)
+        return made, list(by_code.values())
+
+    def rows(self) -> list[tuple[int, ...]]:
+        """Return the columns of every tensor in the table that the host knows, addresses last."""
+        codes = [int(item.format(g)) for item, g in zip(self.items, self.grads, strict=True)]
+        return [
             (
                 item.p.numel(), DTYPES[g.dtype], item.replicas, item.group, code, key, rate,
                 0 if item.step is None else item.step.data_ptr(), g.data_ptr(), *addresses,
@@ -230,8 +237,6 @@ class Tensors:
                 strict=True,
             )
         ]  # fmt: skip
-        by_code = dict(sorted(zip(codes, formats, strict=True)))
-        return tables(tuple(rows), _pointer_table.CHUNK, self.device), list(by_code.values())
 
     def _check(self, item: Item) -> None:
         for x in item.tensors():

@@ -327,11 +327,19 @@ def launch_update(
     `sums` [K, 3], if given, receives the squares of gradients, updates and weights by chunk; with
     `norm`, those of the gradients are there already.
     """
+    coefs = launch_prepare(rule, tables, hyper, partials_P, norm, skipped, max_norm)
+    launch_elements(rule, tables, formats, coefs, norm, sums, options)
+
+
+def launch_prepare(
+    rule: Rule, tables: Tables, hyper: Tensor, partials_P: Tensor | None, norm: Tensor | None,
+    skipped: Tensor, max_norm: float,
+) -> Tensor:  # fmt: skip
+    """Launch the coefficients of all tensors, and return them: `[N, 5 + coefs of the rule]`."""
     n_tensors, columns = tables.tensors.shape
     n_coefs = BASE.value + rule.coefs
     coefs = torch.empty(n_tensors, n_coefs, dtype=torch.float32, device=hyper.device)
     n_partials = 0 if partials_P is None else len(partials_P)
-    block = BLOCK * (2 if all(format.is_16_bit for format in formats) else 1)
     _prepare(
         (1,),
         (tables.tensors, hyper, coefs, partials_P, norm, skipped),
@@ -339,6 +347,16 @@ def launch_update(
         (rule.prepare, rule.coefs, columns, hyper.shape[1], 128, P),
         enable_fp_fusion=False,
     )
+    return coefs
+
+
+def launch_elements(
+    rule: Rule, tables: Tables, formats: Sequence[Format], coefs: Tensor, norm: Tensor | None,
+    sums: Tensor | None, options: StepFlags,
+) -> None:  # fmt: skip
+    """Launch the update of all elements, with the coefficients from `launch_prepare`."""
+    columns = tables.tensors.shape[1]
+    block = BLOCK * (2 if all(format.is_16_bit for format in formats) else 1)
     # Products are rounded before they are added: where a compiler fuses the two depends on format,
     # alignment and what else is computed, and equal numbers would take unequal steps.
     _update(

@@ -96,6 +96,19 @@ def _adam_fused(
     )  # fmt: skip
 
 
+def adam_row(betas: tuple[float | Tensor, float | Tensor], eps: float) -> tuple[float, ...]:
+    """Return the columns of Adam in the table of parameter groups."""
+    beta1, beta2 = map(float, betas)
+    return (
+        eps,
+        beta2,
+        1 - beta1,
+        1 - beta2,
+        log2(beta1) if beta1 else -inf,
+        log2(beta2) if beta2 else -inf,
+    )
+
+
 class Adam(MultiTensorOptimizer):
     """Update every parameter by Adam in one launch, clipping the global gradient norm on the way.
 
@@ -167,15 +180,7 @@ class Adam(MultiTensorOptimizer):
             )
 
     def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        beta1, beta2 = map(float, group["betas"])
-        return (
-            group["eps"],
-            beta2,
-            1 - beta1,
-            1 - beta2,
-            log2(beta1) if beta1 else -inf,
-            log2(beta2) if beta2 else -inf,
-        )
+        return adam_row(group["betas"], group["eps"])
 
     def _rule_reference(
         self, group: dict[str, Any], t: float, g: Tensor, states: list[Any]

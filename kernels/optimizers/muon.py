@@ -31,21 +31,82 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import Any, Literal, Unpack
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.optimizers import _pointer_table
 from tritium.kernels.optimizers._base import MultiTensorOptimizer
 from tritium.kernels.optimizers._matrices import Recipe, step_matrices_reference
+from tritium.kernels.optimizers._muon_launch import (
+    Plan,
+    launch_momentum,
+    launch_orthogonalization,
+    make_plan,
+)
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._orthogonalize import QUINTIC, Triple, triples
-from tritium.kernels.optimizers._step_inputs import Tensors
+from tritium.kernels.optimizers._pointer_table import (
+    DTYPE,
+    DTYPES,
+    FIRST,
+    FORMAT_COLUMN,
+    GRAD,
+    Tables,
+    is_capturing,
+)
+from tritium.kernels.optimizers._pointer_table import tables as pointer_tables
+from tritium.kernels.optimizers._rounding import ABSENT
+from tritium.kernels.optimizers._state import Item
+from tritium.kernels.optimizers._step_inputs import REMEMBERED, Tensors
+from tritium.kernels.optimizers._step_kernels import (
+    GRADS,
+    HYPER,
+    STATE,
+    Rule,
+    StepFlags,
+    launch_elements,
+    launch_prepare,
+)
 from tritium.kernels.optimizers._step_reference import Move, Terms
 from tritium.kernels.optimizers._step_torch import step_fused
-from tritium.kernels.optimizers.adam import Adam, adam_reference
+from tritium.kernels.optimizers._storage import Format, has_state
+from tritium.kernels.optimizers.adam import Adam, adam_reference, adam_row
+from tritium.kernels.optimizers.grad_norm import launch_partials
+
+# Columns of the table of parameter groups behind Adam's.
+ONE_MINUS_MOMENTUM = tl.constexpr(HYPER.value + 6)
+BEHIND = tl.constexpr(HYPER.value + 7)
 
 SCALES = {
     "original": lambda rows, columns: sqrt(max(1.0, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * sqrt(max(rows, columns)),
 }
+
+
+_adam_prepare, _adam_update = Adam.rule.prepare, Adam.rule.update
+
+
+@triton.jit
+def _muon_prepare(lr_N, hyper_ptr_N, t_N):
+    weight_N = tl.load(hyper_ptr_N + ONE_MINUS_MOMENTUM)
+    own = lr_N, weight_N, tl.load(hyper_ptr_N + BEHIND)
+    return _adam_prepare(lr_N, hyper_ptr_N, t_N) + own
+
+
+@triton.jit
+def _muon_update(g, state, coefs, FORMAT: tl.constexpr):
+    # In the order of `Muon.states`: Adam's are absent from a matrix, whose g is orthogonalized.
+    if has_state(FORMAT, 1):
+        u, moments = _adam_update(g, (state[1], state[2], 0.0), coefs[:6], ADAM)
+        state = (state[0], moments[0], moments[1])
+    else:
+        u = coefs[6] * g
+    return u, state
+
+
+ADAM = tl.constexpr(int(Format(False, 0, False, (0, 0, ABSENT.value))))  # without amsgrad
 
 
 class Muon(MultiTensorOptimizer):
@@ -90,7 +151,7 @@ class Muon(MultiTensorOptimizer):
             "must add up to the rows", a hyper-parameter "must be" otherwise.
     """
 
-    rule = Adam.rule
+    rule = Rule(_muon_prepare, _muon_update, coefs=9)
     states = ("momentum_buffer", "exp_avg", "exp_avg_sq")
     squares = ("exp_avg_sq",)
     rows = ("row_second_moment",)
@@ -130,6 +191,11 @@ class Muon(MultiTensorOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, options)
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._plan: tuple[list[Item], dict[int, Recipe], Plan] | None = None
+        self._seen: dict[int, tuple[Any, tuple[Tables, list[Format]]]] = {}
+
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         if not group["use_muon"]:
             return "step", "exp_avg", "exp_avg_sq"
@@ -138,7 +204,9 @@ class Muon(MultiTensorOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         self._check_betas(group)
-        self._check_not_negative(group, ("eps", "adamw_eps", "ns_steps"))
+        self._check_not_negative(group, ("eps", "adamw_eps"))
+        if group["ns_steps"] < 1:
+            raise ValueError(f"Muon: ns_steps must be at least 1, got {group['ns_steps']}")
         for name in ("momentum", "beta2"):
             if group[name] is not None and not 0 <= group[name] < 1:
                 raise ValueError(f"Muon: {name} must be in [0, 1), got {group[name]}")
@@ -170,18 +238,70 @@ class Muon(MultiTensorOptimizer):
         sums: Tensor | None,
     ) -> set[int]:  # fmt: skip
         recipes = self._recipes(found)
-        moments = {
-            i: self.state[found.params[i]][self.rows[0]]
-            for i, recipe in recipes.items()
-            if recipe.beta2 is not None
-        }
+        moments = self._moments(found, recipes)
         step_matrices_reference(found, recipes, groups, terms, moments, sums)
         fused = None if self._options["cautious_decay"] else Adam.fused
         groups = [group | {"eps": group["adamw_eps"]} for group in groups]
         return {*recipes} | step_fused(fused, found, groups, coef, sums, frozenset(recipes))
 
-    def _step_kernels(self, found: Tensors) -> None:
-        self._step_reference(found)
+    def _hyper_row(self, group: dict[str, Any]) -> tuple[float, ...]:
+        behind = 1 - group["momentum"] if group["nesterov"] else 0.0
+        return (*adam_row(group["betas"], group["adamw_eps"]), 1 - group["momentum"], behind)
+
+    def _launch(
+        self, found: Tensors, tables: Tables, formats: list[Format], hyper: Tensor,
+        partials_P: Tensor | None, norm: Tensor | None, sums: Tensor | None, flags: StepFlags,
+    ) -> None:  # fmt: skip
+        coefs = launch_prepare(
+            self.rule, tables, hyper, partials_P, norm, self.skipped, self.max_grad_norm or 0.0
+        )
+        if sums is not None and norm is None:
+            launch_partials(tables, sums)
+        plan = self._planned(found)
+        if plan is None:
+            launch_elements(self.rule, tables, formats, coefs, norm, sums, flags)
+            return
+        squares_K = None if sums is None else sums[:, GRADS.value].clone()
+        launch_momentum(plan, tables, formats, coefs, norm, len(self.states), flags.zero)
+        launch_orthogonalization(plan, coefs, norm)
+        self._finish(found, plan, coefs, norm, sums, flags)
+        if sums is not None:  # the last launch saw other gradients
+            sums[:, GRADS.value] = squares_K
+
+    def _planned(self, found: Tensors) -> Plan | None:
+        """Return the layout of the matrices in a step, or None if there are none."""
+        recipes = self._recipes(found)
+        if not recipes:
+            return None
+        known = self._plan
+        if known is None or known[0] is not found.items or known[1] != recipes:
+            ps, moments = [item.p for item in found.items], self._moments(found, recipes)
+            known = self._plan = found.items, recipes, make_plan(ps, recipes, moments)
+            self._seen.clear()
+        return known[2]
+
+    def _finish(
+        self, found: Tensors, plan: Plan, coefs: Tensor, norm: Tensor | None, sums: Tensor | None,
+        flags: StepFlags,
+    ) -> None:  # fmt: skip
+        """Launch the last update: matrices are moved by what was made of their gradients."""
+        known = found.tables()
+        _, made = self._seen.get(id(known), (None, None))
+        if made is None:
+            made = _result_tables(found, plan)
+            if not is_capturing():
+                if len(self._seen) == REMEMBERED:
+                    self._seen.clear()
+                self._seen[id(known)] = known, made
+        launch_elements(self.rule, *made, coefs, norm, sums, flags)
+
+    def _moments(self, found: Tensors, recipes: dict[int, Recipe]) -> dict[int, Tensor]:
+        """Return the second moments of rows of the matrices that have them, by index."""
+        return {
+            i: self.state[found.params[i]][self.rows[0]]
+            for i, recipe in recipes.items()
+            if recipe.beta2 is not None
+        }
 
     def _recipes(self, found: Tensors) -> dict[int, Recipe]:
         """Return how the matrices among the parameters of a step are orthogonalized, by index."""
@@ -194,9 +314,28 @@ class Muon(MultiTensorOptimizer):
             for index, group in enumerate(self.param_groups)
             if group["use_muon"]
         }  # fmt: skip
+        if len({len(recipe.coefficients) for recipe in by_group.values()}) > 1:
+            raise ValueError("Muon: ns_steps must be the same in all groups; give it to Muon(...)")
         return {
             i: by_group[item.group] for i, item in enumerate(found.items) if item.group in by_group
         }
+
+
+def _result_tables(found: Tensors, plan: Plan) -> tuple[Tables, list[Format]]:
+    """Return the tables of the last update, whose gradients of matrices are orthogonalized."""
+    rows, formats = found.rows(), list(map(Item.format, found.items, found.grads))
+    for i in plan.starts:
+        own = found.items[i]
+        formats[i] = Format(True, own.param, own.ema is not None, (ABSENT.value,) * len(own.kinds))
+        row = [*rows[i]]
+        row[DTYPE.value], row[FORMAT_COLUMN.value] = DTYPES[torch.bfloat16], int(formats[i])
+        # Addresses begin where the host's columns end, with the gradient's.
+        first = FIRST.value + STATE.value - GRAD.value
+        row[FIRST.value], row[first:] = plan.result(i), [0] * (len(row) - first)
+        rows[i] = tuple(row)
+    by_code = {int(x): x for x in formats}
+    made = pointer_tables(tuple(rows), _pointer_table.CHUNK, found.device)
+    return made, [by_code[code] for code in sorted(by_code)]
 
 
 def _check_matrices(group: dict[str, Any]) -> None:
