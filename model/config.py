@@ -22,7 +22,7 @@ class RopeScaling:
     kind: Scaling = "none"
     """Rule by which the frequencies are lowered: none, linear, llama3 or yarn."""
     factor: float = 1.0
-    """How many times longer the context becomes."""
+    """Factor by which the context becomes longer."""
     original_length: int | None = None
     """Context length before that, in tokens; llama3 and yarn need it."""
     slow: float = 1.0

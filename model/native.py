@@ -32,7 +32,7 @@ class FormatError(ValueError):
 
 
 class Part(NamedTuple):
-    """Where a parameter is stored."""
+    """Place of a parameter in a file."""
 
     names: tuple[str, ...]
     """Tensors whose rows, one after the other, are the parameter's."""
@@ -258,11 +258,11 @@ def _gpt2_layout(config: ModelConfig) -> Iterator[tuple[str, Part]]:
         "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj",
     }  # fmt: skip
     for i in range(config.n_layers):
-        for ours, name in layers.items():
+        for own, name in layers.items():
             for kind in ("weight", "bias"):
                 stored = f"transformer.h.{i}.{name}.{kind}"
                 transposed = kind == "weight" and "c_" in name
-                yield f"blocks.{i}.{ours}.{kind}", Part((stored,), (), transposed)
+                yield f"blocks.{i}.{own}.{kind}", Part((stored,), (), transposed)
     for kind in ("weight", "bias"):
         yield f"norm.{kind}", Part((f"transformer.ln_f.{kind}",), ())
 
@@ -285,11 +285,11 @@ def _llama_layout(config: ModelConfig, model: str) -> Iterator[tuple[str, Part]]
         }  # fmt: skip
     for i in range(config.n_layers):
         block, stored = f"blocks.{i}", f"model.layers.{i}"
-        for ours, (parts, rows) in layers.items():
-            room = "self_attn" if ours.startswith("attention") else "mlp"
+        for own, (parts, rows) in layers.items():
+            room = "self_attn" if own.startswith("attention") else "mlp"
             for kind in ("weight", "bias") if config.bias else ("weight",):
                 names = tuple(f"{stored}.{room}.{part}.{kind}" for part in parts)
-                yield f"{block}.{ours}.{kind}", Part(names, rows)
-        for ours, name in norms.items():
-            yield f"{block}.{ours}.weight", Part((f"{stored}.{name}.weight",), ())
+                yield f"{block}.{own}.{kind}", Part(names, rows)
+        for own, name in norms.items():
+            yield f"{block}.{own}.weight", Part((f"{stored}.{name}.weight",), ())
     yield "norm.weight", Part(("model.norm.weight",), ())

@@ -252,7 +252,7 @@ class _Weights:
                 f"{path} holds {odd[0]}, which no part of this model is, and {len(odd) - 1} others"
             )
 
-    def copy_into(self, p: Tensor, ours: str, part: Part) -> None:
+    def copy_into(self, p: Tensor, own: str, part: Part) -> None:
         """Copy the tensors of a parameter into it, of whatever dtype they are."""
         targets = p.split(part.rows) if part.rows else (p,)
         for name, target in zip(part.names, targets, strict=True):
@@ -261,7 +261,7 @@ class _Weights:
             x = x.T if part.transposed and x.dim() == 2 else x
             if x.shape != target.shape:
                 raise FormatError(
-                    f"{path}: {self._stored(name)}, for {ours}, must be {list(target.shape)} by "
+                    f"{path}: {self._stored(name)}, for {own}, must be {list(target.shape)} by "
                     f"{CONFIG}, got {list(x.shape)}{' transposed' if part.transposed else ''}"
                 )
             target.copy_(x)

@@ -44,7 +44,7 @@ Prompts = Tensor | Sequence[Sequence[int] | Tensor]
 
 
 class _Draw(NamedTuple):
-    """How the next token is drawn; the fields are arguments of `generate`."""
+    """Options of drawing the next token; the fields are arguments of `generate`."""
 
     temperature: float
     top_k: int | None

@@ -21,7 +21,7 @@ IGNORED = -100
 
 
 class Score(NamedTuple):
-    """How well a model predicts a text."""
+    """Losses of a model on a text."""
 
     nats: float
     """Sum over all tokens."""

@@ -107,10 +107,11 @@ FREE = {
 PRESETS = {
     "small": TrainConfig(
         model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
-        length=Length(max_steps=1500, max_epochs=EPOCHS),
-        schedule=Schedule(learning_rate=1.5e-3, warmup_steps=75),
-        batch_size=4,
-        eval_every=250,
+        length=Length(max_steps=750, max_epochs=EPOCHS),
+        schedule=Schedule(learning_rate=6e-3, warmup_steps=30),
+        optimizer=OptimizerConfig(name="muon", muon_learning_rate=1.2e-2, row_beta2=0.95),
+        batch_size=8,
+        eval_every=125,
     ),
     "gpt2": TrainConfig(
         model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
@@ -136,7 +137,7 @@ PRESETS = {
 }
 
 ABOUT_PRESETS = {
-    "small": "2 layers of width 256, 1,500 steps: minutes on two CPU cores; what a CPU gets",
+    "small": "2 layers of width 256, 750 steps of Muon: minutes on two CPU cores; what a CPU gets",
     "gpt2": "12 layers of width 768, 1,000 steps of 65,536 tokens; what a GPU gets",
     "tiny": "2 layers of width 64, 20 steps: seconds, to try flags",
 }

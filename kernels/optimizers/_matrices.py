@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
     splits: tuple[int, ...] | None
     """Rows of each matrix that is stacked in a parameter; None: it is one matrix."""
     coefficients: tuple[Triple, ...]
-    """Of each step."""
+    """Coefficients of each step."""
     eps: float
     scale: Callable[[int, int], float]
     """Factor of a step, from rows and columns."""

@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Where the matrices of a model are in the buffer, and how they are orthogonalized."""
+    """Places of a model's matrices in the buffer, and how they are orthogonalized."""
 
     offsets: Tensor
     """`[N]` int64 on the device: where each parameter begins, -1 for those of AdamW."""

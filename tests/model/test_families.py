@@ -213,14 +213,14 @@ def test_refuses_scalings_that_are_none(changes, message):
 
 def test_modules_are_those_of_torch():
     x, targets = torch.randn(4, 12), torch.randint(9, (4,))
-    for ours, theirs in (
+    for tritium_model, theirs in (
         (RMSNorm(12), torch.nn.RMSNorm(12)), (RMSNorm((12,), 1e-3), torch.nn.RMSNorm((12,), 1e-3)),
         (RMSNorm(12, elementwise_affine=False), torch.nn.RMSNorm(12, elementwise_affine=False)),
         (LayerNorm(12, bias=False), torch.nn.LayerNorm(12, bias=False)),
         (LayerNorm(12), torch.nn.LayerNorm(12)),
     ):  # fmt: skip
-        theirs.load_state_dict(ours.state_dict())
-        torch.testing.assert_close(ours(x), theirs(x))
+        theirs.load_state_dict(tritium_model.state_dict())
+        torch.testing.assert_close(tritium_model(x), theirs(x))
     gate, up = x.chunk(2, -1)
     torch.testing.assert_close(SwiGLU()(x), F.silu(gate) * up)
     torch.testing.assert_close(GEGLU("tanh")(x), F.gelu(gate, approximate="tanh") * up)

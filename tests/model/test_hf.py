@@ -158,9 +158,9 @@ def test_once_more_changes_nothing_and_copies_stay_patched(tmp_path):
 
 
 def test_refuses_what_it_does_not_know():
-    ours = Transformer(ModelConfig(vocab_size=7, n_layers=1, d_model=8, n_heads=2))
+    own = Transformer(ModelConfig(vocab_size=7, n_layers=1, d_model=8, n_heads=2))
     with pytest.raises(TypeError, match="must be one of gpt2, llama, qwen3 of transformers, got T"):
-        patch(ours)
+        patch(own)
     model = GPT2LMHeadModel(CONFIGS["gpt2"])
     model.loss_function = lambda *_, **__: 0
     with pytest.raises(TypeError, match="must have the usual loss, got its own; pass loss=False"):

@@ -41,25 +41,25 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def assert_equal_models(ours, theirs, length=LENGTH):
+def assert_equal_models(own, theirs, length=LENGTH):
     """Logits within 1e-5 of their largest, loss and every gradient within 1e-4."""
-    tokens = torch.randint(ours.config.vocab_size, (2, length))
-    logits, expected = ours(tokens), theirs(tokens).logits
+    tokens = torch.randint(own.config.vocab_size, (2, length))
+    logits, expected = own(tokens), theirs(tokens).logits
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * scale)
     if length == 1:
         return
-    loss = ours(tokens[:, :-1], tokens[:, 1:])
+    loss = own(tokens[:, :-1], tokens[:, 1:])
     wanted = theirs(tokens, labels=tokens).loss
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
-    for model, x in ((ours, loss), (theirs, wanted)):
+    for model, x in ((own, loss), (theirs, wanted)):
         model.zero_grad()
         x.backward()
-    gradients = copy.deepcopy(ours)
+    gradients = copy.deepcopy(own)
     with torch.no_grad():
-        for p, q in zip(gradients.parameters(), ours.parameters(), strict=True):
+        for p, q in zip(gradients.parameters(), own.parameters(), strict=True):
             p.copy_(q.grad)
-    found = dict(native_weights(gradients, ours.config))
+    found = dict(native_weights(gradients, own.config))
     own = {name: p for name, p in theirs.named_parameters() if p.grad is not None}
     assert found.keys() == own.keys()
     largest = max(p.grad.abs().max().item() for p in own.values())
@@ -124,9 +124,9 @@ def test_reads_what_transformers_writes(config, shards, tmp_path):
             p.add_(torch.randn_like(p) * 0.1)
     theirs.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "6KB")
     assert (tmp_path / INDEX).exists() == (shards > 1)
-    ours = Transformer.from_pretrained(tmp_path)
-    assert not ours.training
-    assert_equal_models(ours, theirs)
+    own = Transformer.from_pretrained(tmp_path)
+    assert not own.training
+    assert_equal_models(own, theirs)
 
 
 @pytest.mark.parametrize("config", [TINY, GPT2], ids=["qwen3", "gpt2"])

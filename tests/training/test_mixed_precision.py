@@ -20,7 +20,7 @@ CONFIG = ModelConfig(vocab_size=50, n_layers=2, d_model=32, n_heads=2, max_seq_l
 
 @pytest.fixture(autouse=True, scope="module")
 def no_interpreter():
-    """What is proven here is not of kernels, and on a CPU the references are quick."""
+    """Run the references, which are quick on a CPU: no kernel is proven here."""
     with mock.patch.object(runtime, "CPU_KERNELS", False):
         yield
 
