@@ -44,7 +44,7 @@ CALLS = {
     "clip_grad_norm_": lambda f, x: f([parameter()], 1.0),
     "clip_grad_norms_": lambda f, x: f([parameter()], 1.0),
     **dict.fromkeys(
-        ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "Lion"),
+        ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "Lion", "Muon"),
         lambda f, x: f([parameter()], lr=0.1).step(),
     ),
 }

@@ -182,8 +182,9 @@ def test_groups_keep_their_own_options(actual, max_grad_norm, path, device):
 def test_every_kind_of_state_is_updated_in_one_launch(monkeypatch, device):
     launches = []
 
-    def launch(programs, args, constants, **options):
-        names = _step_kernels._optimizer_update_kernel.arg_names[len(args) :]
+    def launch(grid, tensors, numbers, constants, **options):
+        before = len(tensors) + len(numbers)
+        names = _step_kernels._optimizer_update_kernel.arg_names[before:]
         launches.append(dict(zip(names, constants, strict=True))["FORMATS"])
 
     monkeypatch.setattr(_step_kernels, "_update", launch)
