@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from tritium.kernels import runtime
 from tritium.model import ModelConfig, Transformer
-from tritium.model import transformer as model_file
+from tritium.model import block, transformer
 from tritium.training.optim import OptimizerConfig
 from tritium.training.precision import ComputeConfig
 
@@ -121,8 +121,8 @@ def recorded() -> Iterator[Recorder]:
         mock.patch.object(runtime, "CPU_KERNELS", True),
         mock.patch.object(runtime, "_is_watched", return_value=False),
         mock.patch.object(runtime.Launcher, "__call__", lambda x, *_, **__: recorder.kernel(x)),
-        mock.patch.object(model_file, "float32_on_cpu", lambda x: x),
-        mock.patch.object(model_file, "as_multiplied", lambda x: x.to(torch.bfloat16)),
+        mock.patch.object(block, "float32_on_cpu", lambda x: x),
+        mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
         mock.patch.object(torch.Tensor, "backward", in_backward),
         recorder,
     ):
