@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from tritium.kernels import runtime
-from tritium.model import ModelConfig, Transformer
-from tritium.model import block, transformer
+from tritium.model import ModelConfig, Transformer, block, transformer
 from tritium.training.optim import OptimizerConfig
 from tritium.training.precision import ComputeConfig
 
