@@ -107,7 +107,7 @@ def test_refuses_to_touch_what_does_not_fit(case, corpus, home, tmp_path, monkey
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
         monkeypatch.setattr(train, "prepare", lambda *_, **__: tmp_path / "shards")
-        (prepared,) = (home / "prepared").glob("*/manifest.json")
+        prepared = max((home / "prepared").glob("*/manifest.json"), key=lambda x: x.stat().st_mtime)
         subprocess.run(["cp", "-r", str(prepared.parent), str(tmp_path / "shards")], check=True)
         Tokenizer.train(["other text " * 50], 300).save(tmp_path / "shards" / "tokenizer.json")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
