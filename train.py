@@ -25,10 +25,9 @@ gc.disable()  # imports leave little garbage; looking for it took 0.6 of the 2.1
 
 import torch
 
-from tritium.data import LOADERS, DataError, Loader, Tokenizer, atomic, prepare
+from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer
-from tritium.model.native import FormatError, model_type
 from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
 from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
@@ -38,13 +37,13 @@ from tritium.training.initial import copy_weights, shaped
 from tritium.training.memory.plan import Planner
 from tritium.training.memory.predict import Memory
 from tritium.training.memory.retry import MemoryRetry
-from tritium.training.monitor.display import Display, console, count, group_table, show_end
+from tritium.training.monitor.display import Display, console, count, print_start, show_end
 from tritium.training.monitor.observer import Observer
 from tritium.training.monitor.plot import LossPicture
 from tritium.training.monitor.prompts import beginnings
 from tritium.training.monitor.terminal import tolerant_output
 from tritium.training.monitor.throughput import Meter
-from tritium.training.optim import Optimizer, set_rate
+from tritium.training.optim import set_rate
 from tritium.training.recovery import Recovery, UnrecoverableError
 from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
@@ -53,7 +52,6 @@ from tritium.training.run.random_state import seed
 from tritium.training.run.run_folder import RunFolderError, RunLog, lock_folder
 from tritium.training.run.run_state import RunState
 from tritium.training.run.saver import SaveError, Saver
-from tritium.training.schedule import Budget
 from tritium.training.self_check import check
 from tritium.training.settings import TrainConfig, fit_to_data
 from tritium.training.signals import StopRequest
@@ -169,9 +167,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     tokenizer.save(run / "tokenizer.json")
     n_rollbacks = len(recovery.went_back)
     log = RunLog(run / "log.jsonl", step, console.print, n_rollbacks)
-    prompts = config.observing.sample_prompt or beginnings(
-        validation.fixed_batches(config.eval_tokens), tokenizer
-    )
+    prompts = config.observing.sample_prompt
+    if config.observing.sample_tokens and not prompts:
+        prompts = beginnings(validation.fixed_batches(config.eval_tokens), tokenizer)
     observer = Observer(
         run, config.observing, model, tokenizer, prompts, step, record, console.print, n_rollbacks
     )
@@ -336,34 +334,6 @@ def show_plan(config: TrainConfig) -> None:
         vocab_size = Tokenizer.load(given).vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     make_planner(config, choose_device(config.device)).show(console.print)
-
-
-def print_start(
-    config: TrainConfig, preset: str, run: Path, model: Transformer,
-    optimizer: Optimizer, loader: Loader, machine: dict, step: int,
-    budget: Budget,
-) -> None:  # fmt: skip
-    """Print the preset, model, device, data and length of a run."""
-    batch = config.batch_size * model.config.max_seq_len
-    length = f"{config.length.max_minutes} minutes, steps of {batch:,} tokens"
-    if budget.steps is not None:
-        epochs = budget.steps * config.batch_size / loader.n_windows
-        length = f"{budget.steps:,} steps of {batch:,} tokens, {epochs:.2f} epochs"
-    console.print(
-        f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
-        f"{model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
-        f"{machine['dtype'][6:]}\n"
-        f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
-        f"vocabulary {loader.vocab_size:,}\n"
-        f"Length: {length}"
-        + (f"; resumed from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
-        + f"\nRun folder: {run}"
-    )
-    try:
-        model_type(model.config)
-    except FormatError as error:
-        console.print(f"It can be trained, not exported: {error}.")
-    console.print(group_table(optimizer))
 
 
 @tolerant_output()

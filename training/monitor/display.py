@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich import box
@@ -17,9 +18,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tritium.data import Loader
+from tritium.model import Transformer
+from tritium.model.native import FormatError, model_type
 from tritium.training.monitor.terminal import printable
 from tritium.training.monitor.throughput import figures_of
 from tritium.training.schedule import Budget
+
+if TYPE_CHECKING:
+    from tritium.training.settings import TrainConfig
 
 SMOOTHED = 50  # steps
 WIDTH = 120  # characters, where the terminal is as wide
@@ -124,6 +131,33 @@ def _validation(entry: dict) -> str:
     return (
         f"validation {entry['val_loss']:.3f} nats/token, {entry['val_bits_per_byte']:.3f} bits/byte"
     )
+
+
+def print_start(
+    config: TrainConfig, preset: str, run: Path, model: Transformer,
+    optimizer: torch.optim.Optimizer, loader: Loader, machine: dict, step: int, budget: Budget,
+) -> None:  # fmt: skip
+    """Print the preset, model, device, data and length of a run."""
+    batch = config.batch_size * model.config.max_seq_len
+    length = f"{config.length.max_minutes} minutes, steps of {batch:,} tokens"
+    if budget.steps is not None:
+        epochs = budget.steps * config.batch_size / loader.n_windows
+        length = f"{budget.steps:,} steps of {batch:,} tokens, {epochs:.2f} epochs"
+    console.print(
+        f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
+        f"{model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
+        f"{machine['dtype'][6:]}\n"
+        f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
+        f"vocabulary {loader.vocab_size:,}\n"
+        f"Length: {length}"
+        + (f"; resumed from step {step:,}, epoch {loader.epoch:.2f}" if step else "")
+        + f"\nRun folder: {run}"
+    )
+    try:
+        model_type(model.config)
+    except FormatError as error:
+        console.print(f"It can be trained, not exported: {error}.")
+    console.print(group_table(optimizer))
 
 
 def group_table(optimizer: torch.optim.Optimizer) -> Table:
