@@ -15,6 +15,7 @@ way.
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from tritium.kernels.optimizers._pointer_table import (
     FORMAT_COLUMN,
@@ -33,6 +34,8 @@ from tritium.kernels.optimizers._storage import (
 )
 from tritium.kernels.optimizers.grad_norm import is_finite
 
+# Triton's interpreter multiplies the bits of bfloat16; products in float32 are the same there.
+FACTOR = tl.constexpr(tl.float32 if knobs.runtime.interpret else tl.bfloat16)
 EVEN = tl.constexpr(16)  # elements: offsets and strides that are multiples of it move 16 bytes
 
 # Columns of `matrices`.
@@ -133,7 +136,7 @@ def _tile_ptrs(base_ptr, rows, columns, lead, n_rows, n_columns):
 @triton.jit
 def _load_tile(base_ptr, rows, columns, lead, n_rows, n_columns):
     ptrs, mask = _tile_ptrs(base_ptr, rows, columns, lead, n_rows, n_columns)
-    return tl.load(ptrs, mask=mask, other=0.0)
+    return tl.load(ptrs, mask=mask, other=0.0).to(FACTOR)
 
 
 @triton.jit

@@ -1,7 +1,10 @@
 """Prove that the check at start finds kernels that are wrong or do not run, and nothing else."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -88,6 +91,9 @@ OPTIMIZERS = [
     OptimizerConfig("rmsprop", state_dtype="bfloat16"),
     *(OptimizerConfig(master_weights=kept) for kept in ("float32", "split", "stochastic")),
     OptimizerConfig(master_weights="stochastic", state_dtype="uint8"),
+    OptimizerConfig("muon"),
+    OptimizerConfig("muon", master_weights="split", row_beta2=0.95, max_grad_norm=0.1),
+    OptimizerConfig("muon", master_weights="stochastic", nesterov=False, adjust_lr_fn="original"),
 ]
 
 
@@ -98,6 +104,44 @@ def test_right_steps_stay(config, device):
         model.bfloat16()
     finding = self_check.compare_step(config.make(model), config)
     assert not finding.reason
+
+
+def test_a_muon_of_other_products_falls_back(device, monkeypatch):
+    # One step of the iteration too few: 40 % of the largest change, where rounding makes 4 %.
+    module = import_module("tritium.kernels.optimizers.muon")
+    make = module.make_plan
+
+    def other(ps, recipes, moments):
+        fewer = {i: x._replace(coefficients=x.coefficients[:-1]) for i, x in recipes.items()}
+        return make(ps, fewer, moments)
+
+    monkeypatch.setattr(module, "make_plan", other)
+    model, config = Transformer(CONFIG).to(device), OptimizerConfig("muon")
+    finding = self_check.compare_step(config.make(model), config)
+    assert re.match(r"its value of parameter \d+ errs by", finding.reason)
+
+
+def test_steps_are_right_in_tritons_own_interpreter(device):
+    # As TRITON_INTERPRET=1 runs them for a user, without what these tests make stricter.
+    script = """
+from tritium.model import ModelConfig, Transformer
+from tritium.training import self_check
+from tritium.training.optim import OptimizerConfig
+
+for name in ("muon", "adamw", "lion"):
+    for master in (None, "split"):
+        model = Transformer(ModelConfig(vocab_size=50, n_layers=1, d_model=32, n_heads=4))
+        config = OptimizerConfig(name, master_weights=master)
+        optimizer = config.make(model.bfloat16() if master else model)
+        print(self_check.compare_step(optimizer, config).reason or "right")
+"""
+    if device != "cpu":
+        pytest.skip("a GPU runs the kernels themselves")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == 6 * "right\n", done.stderr
 
 
 class _Launched(TorchDispatchMode):
