@@ -213,6 +213,21 @@ def test_decays_cautiously(path, device):
     )
 
 
+def test_second_moments_of_rows_are_means_over_their_elements(path, device):
+    # Rows are divided by them and the norm is restored: their scale is seen in the state alone.
+    ps = matrices([(20, 36), (36, 8)], device)
+    twins = [nn.Parameter(p.detach().double()) for p in ps]
+    optimizer = Muon(ps, beta2=0.9)
+    exact = Plain([optimizer.param_groups[0] | {"params": twins}], torch.float64)
+    for seed in range(2):
+        for each, step in ((ps, optimizer), (twins, exact)):
+            gradients(each, seed)
+            step.step()
+    for p, twin in zip(ps, twins, strict=True):
+        actual, expected = optimizer.state[p]["row_second_moment"], exact.state[twin][1]
+        torch.testing.assert_close(actual.double(), expected, rtol=0.05, atol=0.0)
+
+
 @pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
 def test_errs_no_more_than_torch_does(adjust_lr_fn, path, device):
     options = {"lr": 0.05, "adjust_lr_fn": adjust_lr_fn}
