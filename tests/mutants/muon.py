@@ -104,11 +104,6 @@ MUTANTS = [
         replacement="    weight = 0.0 if recipe.beta2 is None else recipe.beta2",
     ),
     _reference(
-        what="a tall matrix not transposed back",
-        original="    if u_NRC.shape[1] > u_NRC.shape[2]:\n",
-        replacement="    if u_NRC.shape[1] > 2 * u_NRC.shape[2]:\n",
-    ),
-    _reference(
         what="last coefficients of a list start again",
         original="found[min(i, len(found) - 1)]",
         replacement="found[i % len(found)]",
