@@ -192,6 +192,20 @@ def test_follows_the_formula(options, clip, path, device):
     assert (optimizer.grad_norm is None) == (clip is None)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+@pytest.mark.parametrize("beta2", [None, 0.9])
+def test_a_gradient_below_the_least_norm_moves_little(size, beta2, path, device):
+    ps = matrices([(8, 8)], device)
+    twins = [nn.Parameter(ps[0].detach().double())]
+    optimizer = Muon(ps, lr=0.05, weight_decay=0.5, eps=1e-2, beta2=beta2)
+    exact = Plain([optimizer.param_groups[0] | {"params": twins}], torch.float64)
+    ps[0].grad = size * torch.ones_like(ps[0])
+    twins[0].grad = ps[0].grad.double()
+    optimizer.step()
+    exact.step()
+    torch.testing.assert_close(ps[0].detach().double(), twins[0].detach(), rtol=0.0, atol=1e-4)
+
+
 def test_groups_keep_their_own_options(path, device):
     def groups(ps):
         own = [
