@@ -21,6 +21,8 @@ VERBS = {
     "chunk_error": ("chunk_error", "accuracy of linear_cross_entropy by the number of chunks"),
     "low_precision": ("runs.low_precision", "loss of training runs with low-precision weights"),
     "residual": ("runs.residual", "loss of training runs with a residual stream in bfloat16"),
+    "ablate": ("runs.ablate", "what each of a list of changes does to a run's loss, over seeds"),
+    "find_lr": ("runs.find_lr", "loss while the learning rate grows: where training breaks"),
     "trainer": ("runs.trainer", "train.py on a GPU: CUDA graphs, speed, precisions"),
     "activations": (
         "runs.activations",
@@ -38,6 +40,7 @@ VERBS = {
 def main() -> None:
     """Hand the command line to the verb that it begins with, or measure the operations named."""
     verb, *arguments = sys.argv[1:] or ["--help"]
+    verb = verb.replace("-", "_") if verb[0] != "-" else verb
     if verb in VERBS:
         tyro.cli(_main_of(VERBS[verb][0]), args=arguments, prog=f"python -m tritium.bench {verb}")
         return

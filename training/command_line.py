@@ -152,9 +152,11 @@ def _full_name(typed: str) -> tuple[str, bool]:
     for candidate in (name, ALIASES.get(name), f"model.{name}"):
         if candidate in known:
             return candidate, False
-    positive = name.removeprefix("no-")
-    if positive != name and positive in known and known[positive].kinds == (bool,):
-        return positive, True
+    positive = name.removeprefix("no-").replace("model.no-", "model.")
+    if positive != name:
+        for candidate in (positive, f"model.{positive}"):
+            if candidate in known and bool in known[candidate].kinds:
+                return candidate, True
     if name in ANSWERS:
         raise ConfigError(f"there is no --{typed}: {ANSWERS[name]}")
     near = get_close_matches(name, [*known, *ALIASES], 1)
@@ -169,8 +171,9 @@ def _checked(setting: Setting, values: list[str]) -> list[str]:
         if len(values) > 1:
             raise ConfigError(f"{flag} takes one folder, got {' '.join(values)}")
         return values
-    if setting.kinds == (bool,):
+    if bool in setting.kinds:
         words = {(): ["True"], ("true",): ["True"], ("false",): ["False"]}
+        words |= {("none",): ["None"]} if NoneType in setting.kinds else {}
         legal = words.get(tuple(value.lower() for value in values))
         if legal is None:
             negative = f"--no-{setting.flag}"
@@ -271,7 +274,8 @@ def _converted(given: dict[str, list[str]], usual: TrainConfig) -> TrainConfig:
     arguments = []
     for name, values in given.items():
         if settings()[name].kinds == (bool,):
-            arguments.append(f"--{'' if values == ['True'] else 'no-'}{name}")
+            group, dot, last = name.rpartition(".")
+            arguments.append(f"--{group}{dot}{'' if values == ['True'] else 'no-'}{last}")
         elif tuple in settings()[name].kinds:
             arguments += [f"--{name}", *values]
         else:

@@ -8,7 +8,6 @@ import re
 import shutil
 from functools import cache
 from textwrap import dedent, wrap
-from types import NoneType
 
 from tritium.training.settings import ABOUT_PRESETS, PRESETS
 from tritium.training.validation import Setting, settings
@@ -92,13 +91,13 @@ def _shown(value: object) -> str:
 
 
 def _placeholder(setting: Setting) -> str:
-    if setting.kinds == (bool,):
+    if bool in setting.kinds:
         return " RUN" if setting.flag == "resume" else ""
     if setting.choices and not setting.range:
         return f" {'|'.join(setting.choices)}" if len("|".join(setting.choices)) < 18 else " NAME"
     if setting.range:
         return " N" if setting.range.whole else " X"
-    return " yes|no" if bool in setting.kinds and NoneType not in setting.kinds else " TEXT"
+    return " TEXT"
 
 
 def description(setting: Setting) -> str:

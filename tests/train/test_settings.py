@@ -126,6 +126,32 @@ def test_the_last_of_equal_flags_counts_and_a_switch_is_turned_off():
     assert (config.seed, config.resume_anyway, preset) == (2, False, "tiny")
 
 
+SWITCHES = [x for x in settings().values() if bool in x.kinds and x.flag != "resume"]
+
+OF_OTHERS = {
+    "nesterov": ("--optimizer", "sgd", "--momentum", "0.9"),
+    "centered": ("--optimizer", "rmsprop"),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda x: x.flag)
+def test_every_switch_is_turned_on_and_off(switch):
+    group, dot, last = switch.flag.rpartition(".")
+    forms = {
+        True: [[f"--{switch.flag}"], [f"--{last}"], [f"--{switch.flag}=true"]],
+        False: [
+            [f"--no-{switch.flag}"], [f"--no-{last}"], [f"--{group}{dot}no-{last}"],
+            [f"--{switch.flag}", "false"], [f"--no-{last.replace('-', '_')}"],
+        ],
+    }  # fmt: skip
+    for value, ways in forms.items():
+        for way in ways:
+            config, *_ = parse(["tiny", *way, *OF_OTHERS.get(switch.flag, ())])
+            for name in switch.path:
+                config = getattr(config, name)
+            assert config is value, way
+
+
 def test_runs_that_begin_in_one_second_have_a_folder_each(monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
     folders = {parse(["tiny", "--seed", "1"])[2] for _ in range(50)}

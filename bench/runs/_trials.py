@@ -1,0 +1,138 @@
+"""Runs of train.py to be compared: each in a process of its own, its result kept as it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite, nan, sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.progress import track
+
+import tritium.bench
+from tritium.training.run.json_text import to_json
+from tritium.training.run.run_folder import read_lines
+
+SCRIPT = Path(tritium.bench.__file__).parents[1] / "train.py"
+UNSEEN = "--no-keep-best", "--keep-last", "1", "--sample-tokens", "0"
+DIVERGED = 70  # exit status of train.py
+
+# 97.5 % points of Student's t by degrees of freedom; beyond the last it is within 3 % of 1.96.
+T_POINTS = (
+    nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045,
+)  # fmt: skip
+
+
+class TrialError(Exception):
+    """A run that could not be made at all."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of train.py."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run; NaN where it diverged."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seed: int
+    val_loss: float = nan
+    """Nats per token of held-out text."""
+    bits_per_byte: float = nan
+    """Bits per byte of held-out text."""
+    tokens: int = 0
+    """Tokens trained on."""
+    seconds: float = nan
+    """Seconds of the training steps."""
+
+
+def run_all(trials: Sequence[Trial], folder: Path, common: Iterable[str]) -> list[Outcome]:
+    """Run what `folder` does not hold yet, one after another, and return all outcomes.
+
+    Args:
+        trials: the runs; equal ones run once.
+        folder: where their run folders go, and trials.jsonl, a line for each that ended. Called
+            again after a stop, those lines are not run again.
+        common: arguments of every run, in front of its own.
+
+    Raises:
+        TrialError: train.py is not there, or refused its arguments.
+    """
+    if not SCRIPT.is_file():
+        raise TrialError(f"{SCRIPT} is not there; run it in a checkout, which has train.py")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "trials.jsonl"
+    common = tuple(common)
+    known = {_key(x): x for x in map(_outcome, read_lines(kept))} if kept.exists() else {}
+    wanted = {}
+    for trial in trials:
+        whole = Trial(trial.name, (*common, *trial.arguments), trial.seed)
+        wanted[_key(whole)] = whole
+    left = [(key, trial) for key, trial in wanted.items() if key not in known]
+    for key, trial in track(left, "runs", transient=True):
+        known[key] = _run(trial, folder / f"{len(known)}-{_plain(trial.name)}-{trial.seed}")
+        with kept.open("a") as file:
+            file.write(to_json(asdict(known[key])) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    return [known[key] for key in wanted]
+
+
+def difference(changed: Sequence[float], unchanged: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of paired differences, and half of its 95 % interval (Student's t).
+
+    NaN in a pair makes both NaN; of one pair there is no interval, and it is infinite.
+    """
+    apart = [x - y for x, y in zip(changed, unchanged, strict=True)]
+    if len(apart) < 2:
+        return apart[0], float("inf")
+    if not all(map(isfinite, apart)):
+        return nan, nan
+    freedom = len(apart) - 1
+    point = T_POINTS[freedom] if freedom < len(T_POINTS) else 1.96 + 2.5 / freedom
+    return mean(apart), point * stdev(apart) / sqrt(len(apart))
+
+
+def _run(trial: Trial, run: Path) -> Outcome:
+    command = [sys.executable, SCRIPT, *trial.arguments, "--seed", str(trial.seed), *UNSEEN]
+    log = run.with_suffix(".txt")
+    with log.open("w") as said:
+        status = subprocess.run(
+            [*map(str, command), "--out", str(run)], stdout=said, stderr=subprocess.STDOUT
+        ).returncode
+    if status == DIVERGED:
+        return Outcome(trial.name, trial.arguments, trial.seed)
+    if status:
+        last = (log.read_text().strip().splitlines() or ["nothing said"])[-1]
+        raise TrialError(f"{trial.name}: train.py ended with status {status}: {last} (all: {log})")
+    entries = read_lines(run / "log.jsonl")
+    last = next(entry for entry in reversed(entries) if "val_loss" in entry)
+    return Outcome(
+        trial.name, trial.arguments, trial.seed, last["val_loss"], last["val_bits_per_byte"],
+        last["tokens"], last["tokens"] / last["tokens_per_s_overall"],
+    )  # fmt: skip
+
+
+def _outcome(line: dict) -> Outcome:
+    numbers = {name: nan if x is None else x for name, x in line.items()}  # JSON has no NaN
+    return Outcome(**numbers | {"arguments": tuple(line["arguments"])})
+
+
+def _key(trial: Trial | Outcome) -> str:
+    return json.dumps([*trial.arguments, trial.seed])
+
+
+def _plain(name: str) -> str:
+    return "".join(x if x.isalnum() else "-" for x in name)

@@ -1,0 +1,191 @@
+"""Ablations: what each of a list of changes does to a run's loss, `python -m tritium.bench ablate`.
+
+The preset is trained as it is, and once more for every change, all from the same seeds and over
+the same steps or minutes. A row's effect is the mean over the seeds of (changed - unchanged) in
+bits per byte of held-out text, with its 95 % interval (Student's t of the paired differences): an
+interval that holds 0 has shown nothing. Losses of changes that do harm are kept as well.
+"""
+
+import shlex
+from collections.abc import Sequence
+from math import inf, isfinite
+from pathlib import Path
+from statistics import mean
+from typing import Annotated
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from rich.table import Table
+
+from tritium.bench import tables
+from tritium.bench.harness import device_name
+from tritium.bench.runs._trials import Outcome, Trial, TrialError, difference, run_all
+
+RESULTS = "ablations"  # .md and .png, in the folder of results
+WIDTH = 118
+AS_IT_IS = "unchanged"
+
+CHANGES: dict[str, tuple[str, ...]] = {
+    "AdamW": ("--optimizer", "adamw", "--learning-rate", "3e-3", "--row-beta2", "None",
+              "--muon-learning-rate", "None"),
+    "learning rates halved": ("--learning-rate", "3e-3", "--muon-learning-rate", "6e-3"),
+    "learning rates doubled": ("--learning-rate", "1.2e-2", "--muon-learning-rate", "2.4e-2"),
+    "rows not normalized": ("--row-beta2", "None"),
+    "quintic coefficients": ("--ns-coefficients", "quintic"),
+    "three Newton-Schulz steps": ("--ns-steps", "3"),
+    "no weight decay": ("--weight-decay", "0"),
+    "cautious weight decay": ("--cautious-decay",),
+    "no clipping": ("--max-grad-norm", "1e30"),
+    "cosine": ("--schedule", "cosine"),
+    "trapezoid": ("--schedule", "trapezoid"),
+    "constant learning rate": ("--schedule", "constant"),
+    "no warm-up": ("--warmup-steps", "0"),
+    "LayerNorm": ("--model.norm", "layer"),
+    "no QK-norm": ("--no-qk-norm",),
+    "GELU without gate": ("--model.activation", "gelu"),
+    "squared ReLU without gate": ("--model.activation", "relu_squared"),
+    "learned positions": ("--model.positions", "learned"),
+    "embedding and output layer apart": ("--no-tie-embeddings",),
+    "softcap 15": ("--model.softcap", "15"),
+    "z-loss 1e-4": ("--z-loss", "1e-4"),
+    "label smoothing 0.05": ("--label-smoothing", "0.05"),
+    "dropout 0.1": ("--dropout", "0.1"),
+}  # fmt: skip
+"""Changes by name: flags of train.py behind those of the preset `small`."""
+
+
+def main(
+    changes: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    preset: str = "small",
+    seeds: int = 3,
+    steps: int | None = None,
+    minutes: float | None = None,
+    flags: str = "",
+    out: Path = Path("runs/ablations"),
+    write: bool = False,
+) -> None:
+    """Train with each change over several seeds and show what it does.
+
+    Args:
+        changes: names of changes, or changes of your own as "NAME: FLAGS", such as
+            "narrow: --model.d-model 128". None given: all that have a name here.
+        preset: preset of train.py that is changed.
+        seeds: runs of each, from seed 0; one shows no interval.
+        steps: length of every run; the preset's if neither this nor minutes is given.
+        minutes: the same by the clock, which a slower change pays for.
+        flags: flags of train.py for all runs.
+        out: folder of the runs; those that ended there are not run again.
+        write: keep the table and the picture as ablations.md and .png in the folder of results.
+    """
+    if steps is not None and minutes is not None:
+        raise SystemExit("bench ablate: --steps and --minutes exclude each other; drop one")
+    if seeds < 1:
+        raise SystemExit(f"bench ablate: --seeds must be at least 1, got {seeds}")
+    chosen = {AS_IT_IS: ()} | (dict(map(_named, changes)) if changes else CHANGES)
+    length = [] if steps is None else ["--max-steps", str(steps)]
+    length = length if minutes is None else ["--max-minutes", f"{minutes:g}"]
+    trials = [Trial(name, given, seed) for seed in range(seeds) for name, given in chosen.items()]
+    try:
+        outcomes = run_all(trials, out, [preset, *shlex.split(flags), *length])
+    except TrialError as error:
+        raise SystemExit(f"bench ablate: {error}") from None
+    table = effects(outcomes)
+    asked = [*map(shlex.quote, changes), f"--preset {preset} --seeds {seeds}"]
+    if steps is not None:
+        asked.append(f"--steps {steps}")
+    if minutes is not None:
+        asked.append(f"--minutes {minutes:g}")
+    if flags:
+        asked.append(f"--flags {shlex.quote(flags)}")
+    command = " ".join(asked)
+    lines = (
+        f"`python -m tritium.bench ablate {command}`, torch {torch.__version__}, "
+        f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}",
+        "Effect: changed less unchanged, bits per byte of held-out text; below 0 is better. "
+        f"± is half of the 95 % interval of the mean over {seeds} seeds.",
+    )
+    kept = tables.results() / f"{RESULTS}.md" if write else None
+    tables.present(lines, table, width=WIDTH, write_to=kept)
+    picture = tables.results() / f"{RESULTS}.png" if write else out / f"{RESULTS}.png"
+    plot(outcomes, picture)
+    print(f"Picture: {picture}")
+
+
+def _named(change: str) -> tuple[str, tuple[str, ...]]:
+    if change in CHANGES:
+        return change, CHANGES[change]
+    name, colon, flags = change.partition(":")
+    if colon and flags.strip() and name != AS_IT_IS:
+        return name, tuple(shlex.split(flags))
+    raise SystemExit(
+        f"bench ablate: no change {change!r}; give 'NAME: FLAGS', or one of:\n  "
+        + "\n  ".join(CHANGES)
+    )
+
+
+def by_name(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Return the outcomes of each change, in the order of their seeds."""
+    found: dict[str, list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda x: x.seed):
+        found.setdefault(outcome.name, []).append(outcome)
+    return found
+
+
+def effects(outcomes: Sequence[Outcome]) -> Table:
+    """Return a row for each change, the best first."""
+    found = by_name(outcomes)
+    unchanged = [x.bits_per_byte for x in found[AS_IT_IS]]
+    table = Table("change", "bits per byte", "effect", "±", "tokens", "s", "shown")
+    rows = []
+    for name, each in found.items():
+        losses = [x.bits_per_byte for x in each]
+        effect, half = difference(losses, unchanged)
+        shown = "yes" if abs(effect) > half else "no"
+        if not isfinite(effect):
+            shown = "diverged"
+        if name == AS_IT_IS:
+            cells = ("", "", "")
+        else:
+            cells = (f"{effect:+.4f}", "" if half == inf else f"{half:.4f}", shown)
+        rows.append(
+            (effect if isfinite(effect) else inf, (
+                name, f"{mean(losses):.4f}", *cells[:2], f"{mean(x.tokens for x in each):,.0f}",
+                f"{mean(x.seconds for x in each):.0f}", cells[2],
+            ))
+        )  # fmt: skip
+    for _, cells in sorted(rows, key=lambda row: row[0]):
+        table.add_row(*cells)
+    return table
+
+
+def plot(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Draw every effect with its interval, the best on top; changes that diverged are left out."""
+    found = by_name(outcomes)
+    unchanged = [x.bits_per_byte for x in found[AS_IT_IS]]
+    rows = [
+        (*difference([x.bits_per_byte for x in each], unchanged), name)
+        for name, each in found.items()
+        if name != AS_IT_IS
+    ]
+    rows = sorted((row for row in rows if isfinite(row[0])), reverse=True)
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    for y, (effect, half, _) in enumerate(rows):
+        interval = half if isfinite(half) else 0.0
+        clear = abs(effect) > interval
+        color = "0.6" if not clear else "tab:blue" if effect < 0 else "tab:orange"
+        axes.errorbar(effect, y, xerr=interval, fmt="o", color=color, capsize=3)
+    axes.axvline(0, color="0.3", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for *_, name in rows])
+    axes.set(
+        xlabel="changed less unchanged, bits per byte (left is better)",
+        title=f"unchanged: {mean(unchanged):.4f} bits per byte, {len(unchanged)} seeds; "
+        "bars are 95 % intervals",
+    )
+    axes.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

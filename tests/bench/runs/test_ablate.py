@@ -1,0 +1,88 @@
+"""Ablations: effects and intervals of made-up runs, and runs of train.py that are made once."""
+
+from math import inf, nan
+
+import pytest
+
+from tritium.bench.runs import _trials, ablate
+from tritium.bench.runs._trials import Outcome, Trial, TrialError, difference, run_all
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # train.py would inherit it
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Number {i} is followed by number {i + 1}." for i in range(3000)))
+    return text
+
+
+def test_difference_is_of_pairs_with_students_interval():
+    # Of -0.1, 0.0, 0.1: mean 0, standard error 0.1 / √3, and 4.303 of these at 2 degrees.
+    effect, half = difference([1.0, 2.0, 3.0], [1.1, 2.0, 2.9])
+    assert effect == pytest.approx(0.0)
+    assert half == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert difference([1.0], [0.5]) == (0.5, inf)
+    assert str(difference([1.0, nan], [1.0, 1.0])) == "(nan, nan)"
+
+
+def outcomes(**losses):
+    return [
+        Outcome(name, (name,), seed, 1.0, loss, 100, 1.0)
+        for name, each in losses.items()
+        for seed, loss in enumerate(each)
+    ]
+
+
+def test_the_best_change_comes_first_and_what_diverged_last(tmp_path):
+    made = outcomes(
+        unchanged=(2.0, 2.1, 2.2), noise=(2.1, 2.1, 2.0), bad=(2.5, 2.61, 2.69),
+        good=(1.9, 2.0, 2.11), broken=(nan, 2.0, 2.0),
+    )  # fmt: skip
+    table = ablate.effects(made)
+    names, *_, shown = (list(column.cells) for column in table.columns)
+    assert names == ["good", "noise", "unchanged", "bad", "broken"]
+    assert shown == ["yes", "no", "", "yes", "diverged"]
+    ablate.plot(made, tmp_path / "effects.png")
+    assert (tmp_path / "effects.png").stat().st_size > 1000
+
+
+def test_runs_are_made_once_and_their_ends_are_kept(corpus, tmp_path, monkeypatch):
+    common = ["tiny", "--max-steps", "2", "--data", str(corpus)]
+    trials = [Trial("as it is", (), 0), Trial("wide [b]/*", ("--model.d-model", "32"), 0)]
+    first = run_all(trials, tmp_path / "runs", common)
+    assert [x.name for x in first] == ["as it is", "wide [b]/*"]
+    assert first[0].bits_per_byte != first[1].bits_per_byte
+    assert all(x.tokens == 2 * 4 * 64 and 1 < x.bits_per_byte < 20 for x in first)
+
+    monkeypatch.setattr(_trials, "_run", lambda *_: pytest.fail("it was run again"))
+    assert run_all(trials, tmp_path / "runs", common) == first
+
+
+def test_what_train_py_refuses_is_said(corpus, tmp_path):
+    with pytest.raises(TrialError, match=r"deep: train.py ended with status 2: .*n-layers"):
+        run_all(
+            [Trial("deep", ("--model.n-layers", "0"), 0)], tmp_path / "runs",
+            ["tiny", "--data", str(corpus)],
+        )  # fmt: skip
+    assert not (tmp_path / "runs" / "trials.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ablate.CHANGES)
+def test_every_change_is_one_that_train_py_takes(name):
+    from tritium.training.command_line import parse
+
+    config, _, _ = parse(["small", *ablate.CHANGES[name]])
+    assert config != parse(["small"])[0]
+
+
+def test_the_verb_trains_and_shows(corpus, tmp_path, capsys):
+    ablate.main(
+        ("narrow: --model.d-model 32",), preset="tiny", seeds=1, steps=2,
+        flags=f"--data '{corpus}'", out=tmp_path / "out",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "narrow" in said
+    assert (tmp_path / "out" / "ablations.png").exists()
+    with pytest.raises(SystemExit, match="no change 'wider'"):
+        ablate.main(("wider",))
