@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite, nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from rich.progress import track
 
@@ -126,7 +127,7 @@ def _run(trial: Trial, run: Path) -> Outcome:
 
 
 def _outcome(line: dict) -> Outcome:
-    numbers = {name: nan if x is None else x for name, x in line.items()}  # JSON has no NaN
+    numbers: dict[str, Any] = {k: nan if x is None else x for k, x in line.items()}  # JSON's NaN
     return Outcome(**numbers | {"arguments": tuple(line["arguments"])})
 
 

@@ -9,7 +9,6 @@ training neural networks", 2017, https://arxiv.org/abs/1506.01186
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -100,9 +99,10 @@ def range_test(
     optimizer = config.optimizer.make(
         model, learning_rate=config.schedule.learning_rate, record_norms=False
     )
-    micro_batch = config.memory.micro_batch_size or config.batch_size
+    asked = config.memory.micro_batch_size
+    micro_batch = asked if isinstance(asked, int) else config.batch_size
     seen: list[float] = []
-    with config.compute.matmul_precision(device) or nullcontext():
+    with config.compute.matmul_precision(device):
         for step in track(range(steps), "steps", transient=True):
             lr = low * (high / low) ** (step / (steps - 1))
             set_rate(optimizer, lr)
