@@ -128,7 +128,8 @@ def _run(trial: Trial, run: Path) -> Outcome:
 
 def _outcome(line: dict) -> Outcome:
     numbers: dict[str, Any] = {k: nan if x is None else x for k, x in line.items()}  # JSON's NaN
-    return Outcome(**numbers | {"arguments": tuple(line["arguments"])})
+    numbers["arguments"] = tuple(line["arguments"])
+    return Outcome(**numbers)
 
 
 def _key(trial: Trial | Outcome) -> str:
