@@ -158,7 +158,7 @@ MUTANTS = [
     ),
     _function(
         what="incoming gradient of the mean ignored",
-        original="        _scale(ctx.dx_TV, dloss)\n",
+        original="        scale_gradient_(ctx.dx_TV, dloss)\n",
         replacement="",
     ),
     _definition(

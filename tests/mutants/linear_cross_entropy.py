@@ -15,8 +15,8 @@ MUTANTS = [
     ),
     _mutant(
         what="weight gradient of the last chunk only",
-        original="            _add_product(dweight_VD, x_CV.T, h_CD)",
-        replacement="            _add_product(dweight_VD.zero_(), x_CV.T, h_CD)",
+        original="_product(x_CV.T, h_CD, dweight_VD, add=start > 0)",
+        replacement="_product(x_CV.T, h_CD, dweight_VD)",
     ),
     _mutant(
         what="weight gradient summed in the dtype of the weight",
@@ -25,7 +25,7 @@ MUTANTS = [
     ),
     _mutant(
         what="gradient sums not cleared",
-        original="    dweight_VD.zero_()\n",
+        original="    dbias_V.zero_()\n",
         replacement="",
     ),
     _mutant(
@@ -45,8 +45,8 @@ MUTANTS = [
     ),
     _mutant(
         what="incoming gradient ignored",
-        original="(g.to(factor.dtype) * factor).to(dtype)",
-        replacement="g.to(dtype)",
+        original="    return scale_gradient(g, factor, dtype)\n",
+        replacement="    return g.to(dtype)\n",
     ),
     _mutant(
         what="a mean over all targets",
@@ -55,8 +55,8 @@ MUTANTS = [
     ),
     _mutant(
         what="gradient of nothing is nan",
-        original="rest = torch.where(scale.isnan(), 1.0, scale / first)",
-        replacement="rest = scale / first",
+        original="first = torch.where(scale.isnan(), torch.nan, _row_scale(inputs, options).to(scale))",
+        replacement="first = _row_scale(inputs, options).to(scale)",
     ),
     _mutant(
         what="gradients made under no_grad",
@@ -69,9 +69,9 @@ MUTANTS = [
         replacement="if True:",
     ),
     _mutant(
-        what="one chunk: the mean divides twice",
-        original="first = scale if plan.single_bf16_chunk else _row_scale",
-        replacement="first = scale if False else _row_scale",
+        what="the mean divides twice",
+        original="        first, rest = scale, None\n",
+        replacement="        first, rest = scale, scale\n",
     ),
     _mutant(
         what="one chunk where several were meant",
