@@ -28,8 +28,8 @@ from tritium.kernels._cross_entropy_options import (
     token_stats,
     token_weights,
 )
-from tritium.kernels._cross_entropy_rows import empty_results
-from tritium.kernels._cross_entropy_rows import rows as loss_rows
+from tritium.kernels._cross_entropy_launch import empty_results
+from tritium.kernels._cross_entropy_launch import rows as loss_rows
 from tritium.kernels._scale_gradient import scale_gradient, scale_gradient_
 from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import once_differentiable, operator, sees_through

@@ -50,7 +50,7 @@ from tritium.kernels._cross_entropy_options import (
     token_stats,
     token_weights,
 )
-from tritium.kernels._cross_entropy_rows import empty_results, launch_rows, rows
+from tritium.kernels._cross_entropy_launch import empty_results, launch_rows, rows
 from tritium.kernels._scale_gradient import scale_gradient_
 from tritium.kernels.runtime import (
     once_differentiable,
@@ -332,7 +332,8 @@ def cross_entropy(
     overwrite = overwrite and uses_triton(input, op)
     late = input.dtype == torch.float16  # its range is too narrow for a gradient over N
     if overwrite and not late:
-        w_T = token_weights(target_T, w_V, ignore_index, torch.float32)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        w_T = token_weights(target_T, w_V, ignore_index, wide)
         scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
         loss, values_RT, argmax_T = _CrossEntropyInPlace.apply(
             x_TV, target_T, w_V, scale, options

@@ -174,9 +174,9 @@ def _cross_entropy(dtype: torch.dtype, V: int, target: Tensor | None = None, **o
     named = {key: value for key, value in options.items() if key != "weight"}
     label = _label(dtype, T, V, **named) + (f", targets {_name(target.dtype)}" if soft else "")
     label += ", class weights" if "weight" in options else ""
-    plain = V % 16 == 0 and not (soft or named.keys() - {"inplace"})
+    plain = not (soft or named.keys() - {"inplace"})
     limits = _loss_limits(logits, soft, 16 if plain else math.inf)
-    return Case(label, lambda: _train(loss, logits), V % 16 == 0, limits=limits)
+    return Case(label, lambda: _train(loss, logits), limits=limits)
 
 
 def _linear_cross_entropy(dtype: torch.dtype, V: int, **options) -> Case:
@@ -354,7 +354,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "cross_entropy": lambda: [
         *(_cross_entropy(dtype, V) for dtype in (F32, BF16) for V in (50304, 50257)),
         _cross_entropy(BF16, 128256),
-        _cross_entropy(BF16, 50304, inplace=True),
+        *(_cross_entropy(BF16, V, inplace=True) for V in (50304, 50257)),
         _cross_entropy(BF16, 50304, softcap=30.0, z_loss=1e-4),
         _cross_entropy(BF16, 50304, label_smoothing=0.1, weight=torch.empty(50304)),
         _cross_entropy(BF16, 50304, logit_scale=0.5, return_stats=True),
