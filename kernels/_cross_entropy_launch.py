@@ -33,17 +33,19 @@ def launch_rows(
     loss_T, _, argmax_T = results
     values_RT = results[1] if values_RT is None else values_RT
     smoothing = options.label_smoothing > 0
-    # If both passes run, few programs of many warps: the rows in flight stay in the L2 cache for
-    # the second pass (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
-    # The entropy's sums need more registers than 32 warps leave to a thread.
-    warps = (16 if options.stats else 32) if loss and dx_TV is not None else 8
-    block, lanes = max(64, min(512 * warps, power_of_2(V))), 16 // x_TV.element_size()
-    # How far what is as long as a row begins from a multiple of 16 elements. A short row has no
-    # edges: they need a sum of pass 1 for each of their 32 columns.
+    # How far what is as long as a row begins from a multiple of 16 elements.
     long = (x_TV, dx_TV, target_T if soft else None)
     starts = {x.stride(0) % 16 for x in long if x is not None} if T > 1 else {0}
-    edges = block // lanes >= 32 and (V % 16 != 0 or (starts != {0} and len(starts) == 1))
-    lead = 16 if edges and starts != {0} and len(starts) == 1 else 0
+    alike = starts != {0} and len(starts) == 1
+    # If both passes run, few programs of many warps: the rows in flight stay in the L2 cache for
+    # the second pass (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
+    # The entropy's sums need more registers than 32 warps leave to a thread; with edges, whose
+    # addresses do too, a multiprocessor would hold one program, idle between its passes.
+    warps = (16 if options.stats or alike else 32) if loss and dx_TV is not None else 8
+    block, lanes = max(64, min(512 * warps, power_of_2(V))), 16 // x_TV.element_size()
+    # A short row has no edges: they need a sum of pass 1 for each of their 32 columns.
+    edges = block // lanes >= 32 and (V % 16 != 0 or alike)
+    lead = 16 if edges and alike else 0
     unused = loss_T  # stands in for a pointer that the kernel does not follow
     _launch(
         (T,),

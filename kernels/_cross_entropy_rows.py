@@ -61,15 +61,17 @@ def _capped(x, logit_scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 def _logits(
     x_ptr, offs_V, own_V, logit_scale, softcap,
     MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     if MASKED:
-        x_V = tl.load(x_ptr + offs_V, mask=own_V, other=0.0).to(ACC)
+        x_V = tl.load(x_ptr + offs_V, mask=own_V, other=0.0, eviction_policy=KEEP).to(ACC)
         # Mask after the cap: a padded lane would otherwise come out as -softcap and be summed.
         z_V = _capped(x_V, logit_scale, softcap, SCALE, SOFTCAP, ACC)
         z_V = tl.where(own_V, z_V, float("-inf"))
     else:
         z_V = _capped(
-            tl.load(x_ptr + offs_V).to(ACC), logit_scale, softcap, SCALE, SOFTCAP, ACC
+            tl.load(x_ptr + offs_V, eviction_policy=KEEP).to(ACC),
+            logit_scale, softcap, SCALE, SOFTCAP, ACC,
         )  # fmt: skip
     return z_V
 
@@ -100,8 +102,9 @@ def _accumulate(
     logit_scale, softcap,
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    z_V = _logits(x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
+    z_V = _logits(x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC, KEEP)
     new_m = tl.maximum(m, tl.max(z_V, axis=1))
     gap_V = z_V - new_m[:, None]
     e_V = tl.exp2(gap_V * LOG2_E)
@@ -130,7 +133,9 @@ def _store_gradient(
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    z_V = _logits(x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
+    z_V = _logits(
+        x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC, "evict_first"
+    )  # fmt: skip
     dz_V = scale * tl.exp2((z_V - m) * LOG2_E)
     if SOFT or SMOOTHING:
         dz_V -= _masses(q_ptr, w_ptr, offs_V, own_V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
@@ -212,7 +217,8 @@ def _cross_entropy_kernel(
         w_ptr += first - h
 
         if LOSS:
-            # Pass 1: running maximum and sums of every lane.
+            # Pass 1: running maximum and sums of every lane. What pass 2 reads stays in the cache.
+            KEEP: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
             m = tl.full((BLOCK_V // LANES,), LOWEST, ACC)
             s = tl.zeros((BLOCK_V // LANES,), ACC)
             dot = tl.zeros((BLOCK_V // LANES,), ACC)
@@ -224,19 +230,19 @@ def _cross_entropy_kernel(
                 m, s, dot, masses, spread, best = _accumulate(
                     m, s, dot, masses, spread, best, x_ptr, q_ptr, w_ptr,
                     edge_V, on_edge_V, -h, hit, uniform, logit_scale, softcap,
-                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
                 )  # fmt: skip
             if full < cut:
                 m, s, dot, masses, spread, best = _accumulate(
                     m, s, dot, masses, spread, best, x_ptr + full, q_ptr + full, w_ptr + full,
                     offs_V, tail_V, full - h, hit, uniform, logit_scale, softcap,
-                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
                 )  # fmt: skip
             for v in range(LEAD, full, BLOCK_V):
                 m, s, dot, masses, spread, best = _accumulate(
                     m, s, dot, masses, spread, best, x_ptr + v, q_ptr + v, w_ptr + v,
                     offs_V, tail_V, v - h, hit, uniform, logit_scale, softcap,
-                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
                 )  # fmt: skip
             # Merge the lanes.
             row_m = tl.max(m, axis=0)

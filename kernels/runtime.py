@@ -171,6 +171,7 @@ class Launcher:
         kept = self._kept.get(key)
         if kept is None:
             options["num_warps"] = num_warps
+            options.setdefault("enable_fp_fusion", True)  # Triton 3.10 changes the default
             compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
             if compiled is not None:  # the interpreter returns None
                 if len(self._kept) >= KEPT:
