@@ -171,7 +171,7 @@ def _cross_entropy_kernel(
     label_smoothing, z_loss = tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC)
     softcap, logit_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
     t = tl.program_id(0).to(tl.int64)
-    h = (t * stride_xT - _origin(t, stride_xT, LEAD)).to(tl.int32)
+    h = (t * stride_xT - _origin(t, stride_xT, LEAD)).to(tl.int32) if LEAD else 0
     x_ptr += _origin(t, stride_xT, LEAD)
     dx_ptr += _origin(t, stride_dxT, LEAD)
     values_ptr += t

@@ -147,6 +147,7 @@ _inplace = operator(
     lambda x, target, weight, dloss, *options: _fake_forward(x, target, weight, *options),
 )
 
+
 class _CrossEntropy(torch.autograd.Function):
     """The loss, reduced; with `overwrite`, backward writes the gradient over the logits."""
 

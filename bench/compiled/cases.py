@@ -18,6 +18,7 @@ from tritium.kernels.embedding import embedding
 from tritium.kernels.geglu import geglu
 from tritium.kernels.layer_norm import add_layer_norm, layer_norm
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
+from tritium.kernels.linear_log_prob import linear_log_prob
 from tritium.kernels.mse_loss import mse_loss
 from tritium.kernels.optimizers import MultiTensorOptimizer
 from tritium.kernels.optimizers.adagrad import Adagrad
@@ -186,6 +187,15 @@ def _linear_cross_entropy(dtype: torch.dtype, V: int, **options) -> Case:
     loss = partial(linear_cross_entropy, target=target, **options)
     limits = _loss_limits(hidden, False, math.inf if options else 16)
     return Case(label, lambda: _train(loss, hidden, weight), limits=limits)
+
+
+def _linear_log_prob(dtype: torch.dtype, V: int, **options) -> Case:
+    hidden, weight = torch.empty(T, 64, dtype=dtype), torch.empty(V, 64, dtype=dtype)
+    target = torch.zeros(T, dtype=torch.int64)
+    label = f"{_label(dtype, T, 64)} × {_label(dtype, V, 64, **options)}"
+    log_prob = partial(linear_log_prob, target=target, **options)
+    limits = {"_log_prob_backward_kernel": Limit(2 * hidden.element_size(), 16)}
+    return Case(label, lambda: _train(log_prob, hidden, weight), limits=limits)
 
 
 def _loss_limits(logits: Tensor, soft: bool, most: float) -> dict[str, Limit]:
@@ -363,6 +373,10 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "linear_cross_entropy": lambda: [
         *(_linear_cross_entropy(dtype, V) for dtype in (F32, BF16) for V in (50304, 50257)),
         _linear_cross_entropy(BF16, 50304, return_stats=True),
+    ],
+    "linear_log_prob": lambda: [
+        *(_linear_log_prob(dtype, 50257) for dtype in (F32, BF16)),
+        _linear_log_prob(BF16, 128256, return_entropy=True),
     ],
     "dropout_add": lambda: [
         _dropout_add(*dtypes) for dtypes in ((F32, F32), (BF16, F32), (BF16, BF16))

@@ -67,7 +67,9 @@ def test_a_frozen_input_costs_no_product(frozen, reduction, device, monkeypatch)
     shapes = []
     product = module._product
     monkeypatch.setattr(
-        module, "_product", lambda a, b, out, **k: shapes.append(out.shape) or product(a, b, out, **k)
+        module,
+        "_product",
+        lambda a, b, out, **k: shapes.append(out.shape) or product(a, b, out, **k),
     )
     chunks = dict(chunk_bytes=4 * 9 * 4)  # three
     linear_cross_entropy(hidden, weight, target, reduction=reduction, **chunks).sum().backward()

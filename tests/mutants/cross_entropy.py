@@ -143,8 +143,8 @@ MUTANTS = [
     ),
     _function(
         what="the mean counts ignored targets",
-        original="token_weights(target_T, w_V, ignore_index, torch.float32)",
-        replacement="token_weights(target_T, w_V, -1 << 40, torch.float32)",
+        original="token_weights(target_T, w_V, ignore_index, wide)",
+        replacement="token_weights(target_T, w_V, -1 << 40, wide)",
     ),
     _function(
         what="logits of a strided view overwritten",
