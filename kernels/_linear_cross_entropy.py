@@ -30,7 +30,7 @@ from tritium.kernels._cross_entropy_options import (
 )
 from tritium.kernels._cross_entropy_launch import empty_results
 from tritium.kernels._cross_entropy_launch import rows as loss_rows
-from tritium.kernels._scale_gradient import scale_gradient, scale_gradient_
+from tritium.kernels._scale_gradient import scaled
 from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import once_differentiable, operator, sees_through
 
@@ -275,21 +275,9 @@ def _hand_over(ctx, grads, dtypes, factor: Tensor | None) -> list[Tensor | None]
             ctx.weight_grad_VD.addcmul_(grads[1], factor)
         wants[1] = False
     return [
-        _scaled(g, factor, dtype) if want else None
+        scaled(g, factor, dtype) if want else None
         for g, dtype, want in zip(grads, dtypes, wants, strict=True)
     ]
-
-
-def _scaled(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return `g` times `factor` in `dtype`: where it lies, unless its graph is to be kept."""
-    if factor is None:
-        return g.to(dtype)
-    if torch.compiler.is_compiling() or sees_through():
-        return (g.to(factor.dtype) * factor).to(dtype)
-    if g.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph():
-        scale_gradient_(g, factor)
-        return g
-    return scale_gradient(g, factor, dtype)
 
 
 def linear_loss(

@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritium.kernels.runtime import Launcher, accumulator, cdiv, operator, uses_triton
+from tritium.kernels.runtime import (
+    Launcher,
+    accumulator,
+    cdiv,
+    operator,
+    sees_through,
+    uses_triton,
+)
 
 BLOCK = 4096  # elements of a step: 16 a thread
 P_MAX = 1024  # programs, which share the blocks; where the factor is 1 each reads that and ends
@@ -81,3 +88,18 @@ scale_gradient = operator(
     lambda x, factor, dtype: torch.empty_like(x, dtype=dtype),
 )
 """Return contiguous `x` times the scalar `factor`, in `dtype`."""
+
+
+def scaled(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return `g` times `factor` in `dtype`, to a backward pass: where it lies, unless it is kept.
+
+    It is kept where the graph is, for another backward pass.
+    """
+    if factor is None:
+        return g.to(dtype)
+    if torch.compiler.is_compiling() or sees_through():
+        return (g.to(factor.dtype) * factor).to(dtype)
+    if g.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph():
+        scale_gradient_(g, factor)
+        return g
+    return scale_gradient(g, factor, dtype)

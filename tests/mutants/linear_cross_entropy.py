@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _mutant = partial(Mutant, file="kernels/_linear_cross_entropy.py")
+_scaling = partial(Mutant, file="kernels/_scale_gradient.py")
 _rows = partial(Mutant, file="kernels/_cross_entropy_options.py")
 
 MUTANTS = [
@@ -43,7 +44,7 @@ MUTANTS = [
         original="dloss_C = None if dloss_T is None else dloss_T[chunk]",
         replacement="dloss_C = None if dloss_T is None else dloss_T[: h_CD.shape[0]]",
     ),
-    _mutant(
+    _scaling(
         what="incoming gradient ignored",
         original="    return scale_gradient(g, factor, dtype)\n",
         replacement="    return g.to(dtype)\n",
@@ -55,8 +56,8 @@ MUTANTS = [
     ),
     _mutant(
         what="gradient of nothing is nan",
-        original="first = torch.where(scale.isnan(), torch.nan, _row_scale(inputs, options).to(scale))",
-        replacement="first = _row_scale(inputs, options).to(scale)",
+        original="first = torch.where(scale.isnan(), torch.nan, _row_scale",
+        replacement="first = torch.where(scale.isnan(), 1.0, _row_scale",
     ),
     _mutant(
         what="gradients made under no_grad",

@@ -4,6 +4,7 @@ from functools import partial
 
 from tests.mutants import Mutant
 
+_scaling = partial(Mutant, file="kernels/_scale_gradient.py")
 _mutant = partial(Mutant, file="kernels/_linear_cross_entropy.py")
 
 MUTANTS = [
@@ -22,17 +23,17 @@ MUTANTS = [
         original="torch.bfloat16 and wants[1] and weight_grad is None",
         replacement="torch.bfloat16 and weight_grad is None",
     ),
-    _mutant(
+    _scaling(
         what="a float32 copy of the sum",
         original="        scale_gradient_(g, factor)\n        return g\n",
         replacement="        return g * factor\n",
     ),
-    _mutant(
+    _scaling(
         what="a float32 copy before the sum is rounded",
         original="    return scale_gradient(g, factor, dtype)\n",
         replacement="    return (g * factor).to(dtype)\n",
     ),
-    _mutant(
+    _scaling(
         what="a kept graph's gradients scaled where they lie",
         original="g.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph()",
         replacement="g.dtype == dtype",

@@ -19,8 +19,8 @@ MUTANTS = [
     ),
     _mutant(
         what="the target's element without its part of the entropy",
-        original="            dz_t -= dentropy * p_t * (tl.maximum(log_p_t, LEAST_GAP) + entropy)\n",
-        replacement="            dz_t -= 0.0\n",
+        original="dz_t -= dentropy * p_t * (",
+        replacement="dz_t -= 0 * p_t * (",
     ),
     _mutant(
         what="the entropy's gradient without the entropy",
@@ -115,7 +115,8 @@ MUTANTS = [
     _mutant(
         what="all logits at once",
         original="    for start in range(0, T, chunk_rows):\n",
-        replacement="    chunk_rows = max(T, 1)\n    padded_CW = hidden_TD.new_zeros(T, -(-V // 64) * 64)\n"
+        replacement="    chunk_rows = max(T, 1)\n"
+        "    padded_CW = hidden_TD.new_zeros(T, -(-V // 64) * 64)\n"
         "    for start in range(0, T, chunk_rows):\n",
     ),
     _mutant(
