@@ -5,6 +5,16 @@ processes one row of T: a first pass over its V classes keeps a running maximum 
 few lanes of a thread, so that its loop has no barrier; a second pass writes the gradient, over the
 logits themselves if asked. Options that a call does not use are not compiled into its kernel.
 
+A row's columns are counted from a multiple of 16 elements of memory, from which 128-bit accesses
+are possible for any V: column h is its first class, 0 <= h < 16. Three parts, of which a short row
+has only the bulk, and a row whose V and stride are multiples of 16 no edges:
+
+    edges  [h, LEAD) and [cut, h + V): fewer than 32 columns, one by one
+    bulk   [LEAD, cut): from one multiple of 16 to another, in blocks, the last one masked
+
+LEAD is 16 where rows begin anywhere, and all that is as long as a row begins alike; else h and LEAD
+are 0.
+
 Names in the kernel, with m the running maximum and s the sum of exp(z_V - m):
 
     hit      weight of the target class: (1 - label_smoothing) · w_t; 1 - label_smoothing if SOFT
@@ -17,24 +27,10 @@ Names in the kernel, with m the running maximum and s the sum of exp(z_V - m):
     give     incoming gradient · logit_scale
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from tritium.kernels._cross_entropy_options import (
-    LOWEST,
-    LOWEST_GAP,
-    LossOptions,
-    Results,
-    Row,
-    clear_ignored,
-    combine,
-    loss_of,
-    rows_reference,
-    token_weights,
-)
-from tritium.kernels.runtime import Launcher, accumulator, power_of_2, uses_triton
+from tritium.kernels._cross_entropy_options import LOWEST, LOWEST_GAP, Row
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -63,36 +59,38 @@ def _capped(x, logit_scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 
 @triton.jit
 def _logits(
-    x_ptr, offs_V, V, logit_scale, softcap,
+    x_ptr, offs_V, own_V, logit_scale, softcap,
     MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     if MASKED:
-        x_V = tl.load(x_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)
+        x_V = tl.load(x_ptr + offs_V, mask=own_V, other=0.0, eviction_policy=KEEP).to(ACC)
         # Mask after the cap: a padded lane would otherwise come out as -softcap and be summed.
         z_V = _capped(x_V, logit_scale, softcap, SCALE, SOFTCAP, ACC)
-        z_V = tl.where(offs_V < V, z_V, float("-inf"))
+        z_V = tl.where(own_V, z_V, float("-inf"))
     else:
         z_V = _capped(
-            tl.load(x_ptr + offs_V).to(ACC), logit_scale, softcap, SCALE, SOFTCAP, ACC
+            tl.load(x_ptr + offs_V, eviction_policy=KEEP).to(ACC),
+            logit_scale, softcap, SCALE, SOFTCAP, ACC,
         )  # fmt: skip
     return z_V
 
 
 @triton.jit
 def _masses(
-    q_ptr, w_ptr, offs_V, V, hit, uniform,
+    q_ptr, w_ptr, offs_V, own_V, hit, uniform,
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # a_V: the weight of each class, except `hit` of a hard target; 0 on padding.
-    a_V = tl.where(offs_V < V, uniform, 0.0) if MASKED else tl.zeros(offs_V.shape, ACC) + uniform
+    a_V = tl.where(own_V, uniform, 0.0) if MASKED else tl.zeros(offs_V.shape, ACC) + uniform
     if SOFT:
         if MASKED:
-            a_V += hit * tl.load(q_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)
+            a_V += hit * tl.load(q_ptr + offs_V, mask=own_V, other=0.0).to(ACC)
         else:
             a_V += hit * tl.load(q_ptr + offs_V).to(ACC)
     if WEIGHT:
         if MASKED:
-            a_V *= tl.load(w_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)
+            a_V *= tl.load(w_ptr + offs_V, mask=own_V, other=0.0).to(ACC)
         else:
             a_V *= tl.load(w_ptr + offs_V).to(ACC)
     return a_V
@@ -100,12 +98,13 @@ def _masses(
 
 @triton.jit
 def _accumulate(
-    m, s, dot, mass, spread, best, x_ptr, q_ptr, w_ptr, offs_V, V, start, hit, uniform,
+    m, s, dot, mass, spread, best, x_ptr, q_ptr, w_ptr, offs_V, own_V, start, hit, uniform,
     logit_scale, softcap,
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    z_V = _logits(x_ptr, offs_V, V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
+    z_V = _logits(x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC, KEEP)
     new_m = tl.maximum(m, tl.max(z_V, axis=1))
     gap_V = z_V - new_m[:, None]
     e_V = tl.exp2(gap_V * LOG2_E)
@@ -119,9 +118,9 @@ def _accumulate(
         best = tl.where(new_m > m, at, tl.minimum(at, best))
     s = s * shrink + tl.sum(e_V, axis=1)
     if SOFT or SMOOTHING:
-        a_V = _masses(q_ptr, w_ptr, offs_V, V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
+        a_V = _masses(q_ptr, w_ptr, offs_V, own_V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
         if MASKED:
-            z_V = tl.where(offs_V < V, z_V, 0.0)
+            z_V = tl.where(own_V, z_V, 0.0)
         dot += tl.sum(a_V * z_V, axis=1)
         if SOFT:
             mass += tl.sum(a_V, axis=1)
@@ -130,21 +129,29 @@ def _accumulate(
 
 @triton.jit
 def _store_gradient(
-    dx_ptr, x_ptr, q_ptr, w_ptr, offs_V, V, m, scale, hit, uniform, logit_scale, softcap,
+    dx_ptr, x_ptr, q_ptr, w_ptr, offs_V, own_V, m, scale, hit, uniform, logit_scale, softcap,
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    z_V = _logits(x_ptr, offs_V, V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
+    z_V = _logits(
+        x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC, "evict_first"
+    )  # fmt: skip
     dz_V = scale * tl.exp2((z_V - m) * LOG2_E)
     if SOFT or SMOOTHING:
-        dz_V -= _masses(q_ptr, w_ptr, offs_V, V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
+        dz_V -= _masses(q_ptr, w_ptr, offs_V, own_V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
     if SOFTCAP:
         u_V = z_V * (tl.full((), 1.0, ACC) / softcap)
         dz_V *= 1 - u_V * u_V
     if MASKED:
-        tl.store(dx_ptr + offs_V, dz_V.to(dx_ptr.dtype.element_ty), mask=offs_V < V)
+        tl.store(dx_ptr + offs_V, dz_V.to(dx_ptr.dtype.element_ty), mask=own_V)
     else:
         tl.store(dx_ptr + offs_V, dz_V.to(dx_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _origin(t, stride, LEAD: tl.constexpr):
+    # Where the columns of row t are counted from.
+    return t * stride // 16 * 16 if LEAD else t * stride
 
 
 @triton.jit
@@ -156,7 +163,7 @@ def _cross_entropy_kernel(
     LOSS: tl.constexpr, GRADIENT: tl.constexpr, INCOMING: tl.constexpr, ALL_VALUES: tl.constexpr,
     SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    EDGES: tl.constexpr, LEAD: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     # LOSS computes the row's statistics (else they are read), GRADIENT uses them; both together
     # may overwrite the logits. Soft targets are `[T, V]`, where target_ptr is otherwise `[T]`.
@@ -164,12 +171,22 @@ def _cross_entropy_kernel(
     label_smoothing, z_loss = tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC)
     softcap, logit_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
     t = tl.program_id(0).to(tl.int64)
-    x_ptr += t * stride_xT
-    dx_ptr += t * stride_dxT
+    h = (t * stride_xT - _origin(t, stride_xT, LEAD)).to(tl.int32) if LEAD else 0
+    x_ptr += _origin(t, stride_xT, LEAD)
+    dx_ptr += _origin(t, stride_dxT, LEAD)
     values_ptr += t
-    q_ptr = target_ptr + t * stride_qT
+    q_ptr = target_ptr + _origin(t, stride_qT, LEAD)
     offs_V = tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    full = V // BLOCK_V * BLOCK_V
+    cut = V
+    if EDGES:
+        cut = tl.maximum((h + V) // 16 * 16, LEAD)
+        offs_E = tl.arange(0, BLOCK_V // LANES)[:, None]  # one column for each sum of pass 1
+        edge_V = tl.where(offs_E < LEAD, offs_E, offs_E - LEAD + cut)
+        on_edge_V = (edge_V >= h) & (edge_V < h + V) & (offs_E < 16 + LEAD)
+    full = LEAD + (cut - LEAD) // BLOCK_V * BLOCK_V
+    # A multiple of 16 where there are edges: a mask that changes elsewhere is read one by one.
+    left = (cut - full) // 16 * 16 if EDGES else cut - full
+    tail_V = offs_V < left
     if SOFT:
         counts = True
     else:
@@ -185,8 +202,8 @@ def _cross_entropy_kernel(
             # A target outside [0, n_classes) makes the row's loss and gradient nan; one of another
             # rank's classes has its logit on that rank.
             known = (target >= 0) & (target < n_classes)
-            local = target - first
-            owned = (local >= 0) & (local < V) & known
+            local = target - first + h
+            owned = (local >= h) & (local < h + V) & known
             x_t = tl.load(x_ptr + local, mask=owned, other=0.0).to(ACC)
             z_t = _capped(x_t, logit_scale, softcap, SCALE, SOFTCAP, ACC)
             if WEIGHT:
@@ -197,10 +214,11 @@ def _cross_entropy_kernel(
                 mass += label_smoothing
                 if WEIGHT:
                     mass = uniform * tl.load(w_sum_ptr).to(ACC)
-        w_ptr += first
+        w_ptr += first - h
 
         if LOSS:
-            # Pass 1: running maximum and sums of every lane.
+            # Pass 1: running maximum and sums of every lane. What pass 2 reads stays in the cache.
+            KEEP: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
             m = tl.full((BLOCK_V // LANES,), LOWEST, ACC)
             s = tl.zeros((BLOCK_V // LANES,), ACC)
             dot = tl.zeros((BLOCK_V // LANES,), ACC)
@@ -208,17 +226,23 @@ def _cross_entropy_kernel(
             spread = tl.zeros((BLOCK_V // LANES,), ACC)
             best = tl.full((BLOCK_V // LANES,), NOWHERE, tl.int32)
             # The tail first: sums that enter the loop as constants crash the compiler (3.6, 3.7).
-            if full < V:
+            if EDGES:
+                m, s, dot, masses, spread, best = _accumulate(
+                    m, s, dot, masses, spread, best, x_ptr, q_ptr, w_ptr,
+                    edge_V, on_edge_V, -h, hit, uniform, logit_scale, softcap,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
+                )  # fmt: skip
+            if full < cut:
                 m, s, dot, masses, spread, best = _accumulate(
                     m, s, dot, masses, spread, best, x_ptr + full, q_ptr + full, w_ptr + full,
-                    offs_V, V - full, full, hit, uniform, logit_scale, softcap,
-                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                    offs_V, tail_V, full - h, hit, uniform, logit_scale, softcap,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
                 )  # fmt: skip
-            for v in range(0, full, BLOCK_V):
+            for v in range(LEAD, full, BLOCK_V):
                 m, s, dot, masses, spread, best = _accumulate(
                     m, s, dot, masses, spread, best, x_ptr + v, q_ptr + v, w_ptr + v,
-                    offs_V, V - v, v, hit, uniform, logit_scale, softcap,
-                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                    offs_V, tail_V, v - h, hit, uniform, logit_scale, softcap,
+                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
                 )  # fmt: skip
             # Merge the lanes.
             row_m = tl.max(m, axis=0)
@@ -272,15 +296,21 @@ def _cross_entropy_kernel(
                 give *= logit_scale
             scale = give * total / row_s
             tl.debug_barrier()  # z_t is read before anything overwrites it
-            for v in range(0, full, BLOCK_V):
+            if EDGES:
                 _store_gradient(
-                    dx_ptr + v, x_ptr + v, q_ptr + v, w_ptr + v, offs_V, V - v, row_m, scale,
+                    dx_ptr, x_ptr, q_ptr, w_ptr, edge_V, on_edge_V, row_m, scale,
+                    give * hit, give * uniform, logit_scale, softcap,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
+                )  # fmt: skip
+            for v in range(LEAD, full, BLOCK_V):
+                _store_gradient(
+                    dx_ptr + v, x_ptr + v, q_ptr + v, w_ptr + v, offs_V, tail_V, row_m, scale,
                     give * hit, give * uniform, logit_scale, softcap,
                     False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
                 )  # fmt: skip
-            if full < V:
+            if full < cut:
                 _store_gradient(
-                    dx_ptr + full, x_ptr + full, q_ptr + full, w_ptr + full, offs_V, V - full,
+                    dx_ptr + full, x_ptr + full, q_ptr + full, w_ptr + full, offs_V, tail_V,
                     row_m, scale, give * hit, give * uniform, logit_scale, softcap,
                     True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
                 )  # fmt: skip
@@ -308,87 +338,9 @@ def _cross_entropy_kernel(
                 tl.store(argmax_ptr + t, -1)
         if GRADIENT:  # zeros, whatever the logits hold
             zero_V = tl.zeros(offs_V.shape, dx_ptr.dtype.element_ty)
-            for v in range(0, full, BLOCK_V):
+            for v in range(LEAD, full, BLOCK_V):
                 tl.store(dx_ptr + v + offs_V, zero_V)
-            tl.store(dx_ptr + full + offs_V, zero_V, mask=full + offs_V < V)
-
-
-_launch = Launcher(_cross_entropy_kernel)
-
-
-def launch_rows(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
-    values_RT: Tensor | None = None, dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
-) -> Results:  # fmt: skip
-    """Compute loss and statistics, unless `values_RT` has these, and dx_TV where it is given."""
-    T, V = x_TV.shape
-    acc = torch.promote_types(x_TV.dtype, torch.float32)
-    soft, loss = target_T.is_floating_point(), values_RT is None
-    results = empty_results(x_TV, soft, options)
-    if T == 0:
-        return results
-    loss_T, _, argmax_T = results
-    values_RT = results[1] if values_RT is None else values_RT
-    smoothing = options.label_smoothing > 0
-    # If both passes run, few programs of many warps: the rows in flight stay in the L2 cache for
-    # the second pass (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
-    # The entropy's sums need more registers than 32 warps leave to a thread.
-    warps = (16 if options.stats else 32) if loss and dx_TV is not None else 8
-    block = max(64, min(512 * warps, power_of_2(V)))
-    unused = loss_T  # stands in for a pointer that the kernel does not follow
-    _launch(
-        (T,),
-        (
-            x_TV, target_T, unused if w_V is None else w_V,
-            w_V.sum(dtype=acc) if w_V is not None and smoothing and not soft else unused,
-            unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
-            unused if dx_TV is None else dx_TV,
-        ),
-        (
-            V, options.first_class, options.n_classes or V, x_TV.stride(0),
-            target_T.stride(0) if soft else 0, 0 if dx_TV is None else dx_TV.stride(0),
-            0 if dloss_T is None else dloss_T.stride(0), values_RT.stride(0),
-            options.ignore_index, *map(float, options[1:5]),
-        ),
-        (
-            loss, dx_TV is not None, dloss_T is not None,
-            loss and len(values_RT) == len(Row), soft, w_V is not None,
-            smoothing, options.logit_scale != 1, options.softcap > 0,
-            loss and options.stats, accumulator(x_TV.dtype), block, 16 // x_TV.element_size(),
-        ),
-        num_warps=max(1, block // 512),
-    )  # fmt: skip
-    return results
-
-
-def empty_results(x_TV: Tensor, soft: bool, options: LossOptions) -> Results:
-    """Return empty results for `rows`, with the statistics that the options need."""
-    acc, T = torch.promote_types(x_TV.dtype, torch.float32), x_TV.shape[0]
-    rows = len(Row) if options.stats or options.group else Row.MASS + soft
-    return (
-        x_TV.new_empty(T, dtype=acc),
-        x_TV.new_empty(rows, T, dtype=acc),
-        x_TV.new_empty(T if options.stats else 0, dtype=torch.int64),
-    )
-
-
-def rows(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None,
-    options: LossOptions, gradient: bool,
-) -> Results:  # fmt: skip
-    """Compute loss and statistics of rows; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
-    if not uses_triton(x_TV, "cross_entropy"):
-        return rows_reference(x_TV, target_T, w_V, dloss_T, options, gradient)
-    dx_TV = x_TV if gradient else None
-    if not options.group:
-        return launch_rows(x_TV, target_T, w_V, options, dx_TV=dx_TV, dloss_T=dloss_T)
-    soft = target_T.is_floating_point()
-    _, values_RT, argmax_T = launch_rows(x_TV, target_T, w_V, options)
-    values_RT, argmax_T = combine(values_RT, argmax_T, options.group, soft)
-    if gradient:
-        launch_rows(
-            x_TV, target_T, w_V, options, values_RT=values_RT, dx_TV=x_TV, dloss_T=dloss_T
-        )  # fmt: skip
-    w_T = token_weights(target_T, w_V, options.ignore_index, values_RT.dtype)
-    loss_T = loss_of(values_RT, w_T, options, soft)
-    return clear_ignored((loss_T, values_RT, argmax_T), target_T, options)
+            tl.store(dx_ptr + full + offs_V, zero_V, mask=tail_V)
+            if EDGES:
+                zero_E = tl.zeros(offs_E.shape, dx_ptr.dtype.element_ty)
+                tl.store(dx_ptr + edge_V, zero_E, mask=on_edge_V)

@@ -28,8 +28,9 @@ from tritium.kernels._cross_entropy_options import (
     token_stats,
     token_weights,
 )
-from tritium.kernels._cross_entropy_rows import empty_results
-from tritium.kernels._cross_entropy_rows import rows as loss_rows
+from tritium.kernels._cross_entropy_launch import empty_results
+from tritium.kernels._cross_entropy_launch import rows as loss_rows
+from tritium.kernels._scale_gradient import scaled
 from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import once_differentiable, operator, sees_through
 
@@ -45,8 +46,7 @@ class ChunkPlan(NamedTuple):
 
     dtype: torch.dtype
     chunk_rows: int
-    # dweight in the weight's dtype, and gradients of the reduced loss
-    single_bf16_chunk: bool
+    single_bf16_chunk: bool  # dweight in the weight's dtype: it is one product, and no sum
 
 
 def chunk_rows(
@@ -56,9 +56,9 @@ def chunk_rows(
     """Return the rows of a chunk: as many as `chunk_bytes` of logits hold.
 
     By default all rows are one chunk where that costs no more memory. `single_chunk_saves_memory`
-    where the weight is bfloat16: one chunk then needs no float32 sum of dweight, only the product
-    itself. The sum takes 4·V·D bytes, and 2·V·D more when it is rounded: as much as the logits of D
-    more rows than a chunk has, or of 2·D rows in all.
+    where the weight is bfloat16 and wants a gradient: one chunk then needs no float32 sum of
+    dweight, only the product itself. The sum takes 4·V·D bytes, and 2·V·D more when it is rounded:
+    as much as the logits of D more rows than a chunk has, or of 2·D rows in all.
     """
     T, D = hidden_TD.shape
     budget = CHUNK_BYTES_CUDA if hidden_TD.is_cuda else CHUNK_BYTES_CPU
@@ -83,10 +83,11 @@ def _launch(
         single_bf16_chunk, want_hidden, want_weight, want_bias, *options,
     )  # fmt: skip
     loss_T, values_RT, argmax_T, dhidden_TD, dweight_VD, dbias_V = outputs
-    dweight_VD.zero_()
     dbias_V.zero_()
     options, gradient = LossOptions(*options), want_hidden or want_weight or want_bias
     T, V = hidden_TD.shape[0], weight_VD.shape[0]
+    if T == 0:  # no chunk writes it
+        dweight_VD.zero_()
     stride = -(-V // 64) * 64  # rows start on 128 bytes: 16-byte accesses for every V
     padded_CV = hidden_TD.new_empty(min(chunk_rows, T), stride)
     padded_CV[:, V:] = 0  # a product may read what it multiplies by 0: oneDNN does, on AMX
@@ -108,14 +109,10 @@ def _launch(
         loss_T[chunk] = loss_C
         if options.stats:
             values_RT[:, chunk], argmax_T[chunk] = values_RC, argmax_C
-        if want_hidden and dhidden_TD.dtype == x_CV.dtype:
-            torch.mm(x_CV, weight_VD, out=dhidden_TD[chunk])
-        elif want_hidden:
-            _add_product(dhidden_TD[chunk].zero_(), x_CV, weight_VD)
-        if want_weight and single_bf16_chunk:
-            torch.mm(x_CV.T, h_CD, out=dweight_VD)
-        elif want_weight:
-            _add_product(dweight_VD, x_CV.T, h_CD)
+        if want_hidden:
+            _product(x_CV, weight_VD, dhidden_TD[chunk])
+        if want_weight:
+            _product(x_CV.T, h_CD, dweight_VD, add=start > 0)
         if want_bias:
             dbias_V += x_CV.sum(0, dtype=dbias_V.dtype)
     if options.group and want_hidden:  # each rank's classes give a part of it
@@ -123,14 +120,19 @@ def _launch(
     return outputs
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a · b to `out`, perhaps of a more precise dtype, without rounding the product before."""
-    if a.dtype == out.dtype:
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write a · b to `out`, or add it, unrounded before where `out` is more precise."""
+    if a.dtype != out.dtype and out.is_cuda:
+        if add:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        return
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
         out.addmm_(a, b)
-    elif out.is_cuda:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        torch.mm(a, b, out=out)
 
 
 def _fake(
@@ -192,12 +194,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad_VD, plan, wants, options,
     ):  # fmt: skip
         inputs = Inputs(hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV)
-        # The rows are scaled by `first` where their gradient is made, the sums by the rest. As in
-        # PyTorch, an empty mean is nan, and so is the gradient of what counts with weight 0, but
-        # ignored rows get 0, whatever `first` is.
-        first = scale if plan.single_bf16_chunk else _row_scale(inputs, plan, options).to(scale)
-        first = torch.where(scale.isnan(), torch.nan, first)
-        rest = torch.where(scale.isnan(), 1.0, scale / first)
+        # The rows are scaled by `first` where their gradient is made, the sums by the rest, which
+        # is 1 but in float16. As in PyTorch, an empty mean is nan, and so is the gradient of what
+        # counts with weight 0, but ignored rows get 0, whatever `first` is.
+        first, rest = scale, None
+        if plan.dtype == torch.float16:
+            first = torch.where(scale.isnan(), torch.nan, _row_scale(inputs, options).to(scale))
+            rest = torch.where(scale.isnan(), 1.0, scale / first)
         dloss_T = first.expand(inputs.hidden.shape[0])
         loss_T, values_RT, argmax_T, *grads = _call(inputs, dloss_T, plan, wants, options)
         ctx.save_for_backward(*grads, rest)
@@ -212,20 +215,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss: Tensor | None, *_):
         if dloss is None:
             return (None,) * 11
-        *grads, scale = ctx.saved_tensors
-        grads = _hand_over(ctx, grads, ctx.dtypes, dloss * scale)
+        *grads, rest = ctx.saved_tensors
+        grads = _hand_over(ctx, grads, ctx.dtypes, dloss if rest is None else dloss * rest)
         return *grads, None, None, None, None, None, None, None, None
 
 
-def _row_scale(inputs: Inputs, plan: ChunkPlan, options: LossOptions) -> Tensor:
-    """Return the factor of the rows' gradients while they exist: 1 except in float16.
+def _row_scale(inputs: Inputs, options: LossOptions) -> Tensor:
+    """Return the factor of the rows' gradients while they exist in float16.
 
-    In float16 a gradient below 6e-8 would be 0 before it meets a loss scale. Its largest possible
+    There a gradient below 6e-8 would be 0 before it meets a loss scale. Its largest possible
     magnitude is known: the factor raises that bound to 2¹⁴.
     """
-    one = inputs.hidden.new_ones((), dtype=torch.promote_types(plan.dtype, torch.float32))
-    if plan.dtype != torch.float16:
-        return one
+    one = inputs.hidden.new_ones((), dtype=torch.float32)
     slope = abs(options.logit_scale)
     largest = options.softcap or 65504 * slope
     V = options.n_classes or inputs.weight.shape[0]
@@ -260,19 +261,21 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         options = ctx.options._replace(stats=False)
         grads = _call(inputs, dloss_T, ctx.plan, ctx.wants, options)[3:]
         dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-        grads = _hand_over(ctx, grads, dtypes, dloss_T.new_ones(()))
+        grads = _hand_over(ctx, grads, dtypes, None)
         return *grads, None, None, None, None, None, None, None
 
 
-def _hand_over(ctx, grads, dtypes, factor: Tensor) -> list[Tensor | None]:
+def _hand_over(ctx, grads, dtypes, factor: Tensor | None) -> list[Tensor | None]:
     """Return the gradients times `factor`; add the weight's to its own buffer, if there is one."""
     wants = list(ctx.wants)
     if ctx.weight_grad_VD is not None:
-        ctx.weight_grad_VD.addcmul_(grads[1], factor)
+        if factor is None:
+            ctx.weight_grad_VD.add_(grads[1])
+        else:
+            ctx.weight_grad_VD.addcmul_(grads[1], factor)
         wants[1] = False
-    # In float32: a bfloat16 tensor times a 0-dim one would round that one to bfloat16 first.
     return [
-        (g.to(factor.dtype) * factor).to(dtype) if want else None
+        scaled(g, factor, dtype) if want else None
         for g, dtype, want in zip(grads, dtypes, wants, strict=True)
     ]
 
@@ -292,11 +295,11 @@ def linear_loss(
     options = options._replace(first_class=first_class, n_classes=n_classes, group=name)
     dtype = _products_dtype(hidden)
     hidden_TD = hidden.reshape(-1, D)
-    all_bf16 = dtype == weight.dtype == torch.bfloat16 and weight_grad is None
-    rows = chunk_rows(op, hidden_TD, V, dtype, all_bf16, chunk_bytes)
-    plan = ChunkPlan(dtype, rows, all_bf16 and rows >= hidden_TD.shape[0])
     grad = torch.is_grad_enabled()
     wants = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    narrow = dtype == weight.dtype == torch.bfloat16 and wants[1] and weight_grad is None
+    rows = chunk_rows(op, hidden_TD, V, dtype, narrow, chunk_bytes)
+    plan = ChunkPlan(dtype, rows, narrow and rows >= hidden_TD.shape[0])
     inputs = Inputs(hidden_TD, weight, bias, target_T, class_weight_V, excluded)
     alone = group is None and weight_grad is None
     if not alone and sees_through():

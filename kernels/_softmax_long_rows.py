@@ -119,11 +119,11 @@ def _softmax_forward_loop_kernel(
     read_BL = offs_BL < (left + 15) // 16 * 16
     seen_BL = offs_BL < left
 
-    if MEASURE:
+    if MEASURE:  # its reads stay in the cache for those that follow, which leave it
         top_B = tl.full((BLOCK // LANES, 1), LOWEST, dtype=ACC)
         total_B = tl.zeros((BLOCK // LANES, 1), dtype=ACC)
         for start in range(first, tail, BLOCK):
-            x_BL = tl.load(x_ptr + start + offs_BL).to(ACC)
+            x_BL = tl.load(x_ptr + start + offs_BL, eviction_policy="evict_last").to(ACC)
             top_B, total_B = _softmax_online(top_B, total_B, x_BL * scale)
         x_BL = tl.load(x_ptr + tail + offs_BL, mask=read_BL, other=0.0).to(ACC)
         z_BL = tl.where(seen_BL, x_BL * scale, -float("inf"))
@@ -151,7 +151,7 @@ def _softmax_forward_loop_kernel(
         y_BL = tl.where(seen_BL, softmax_normalise(x_BL * scale - top, norm, LOG), hidden)
         tl.store(y_ptr + tail + offs_BL, y_BL, mask=offs_BL < last - tail)
         for start in range(first, tail, BLOCK):
-            x_BL = tl.load(x_ptr + start + offs_BL).to(ACC)
+            x_BL = tl.load(x_ptr + start + offs_BL, eviction_policy="evict_first").to(ACC)
             tl.store(y_ptr + start + offs_BL, softmax_normalise(x_BL * scale - top, norm, LOG))
         if CAUSAL:
             for start in range(tail + BLOCK, last, BLOCK):
@@ -196,11 +196,11 @@ def _softmax_backward_loop_kernel(
         total_B = tl.where(seen_B, dy_B if LOG else dy_B * y_B, 0.0)
         mass_B = tl.where(seen_B, y_B, 0.0)
         for start in range(first, tail, BLOCK):
-            dy_B = tl.load(dy_ptr + start + offs_B).to(ACC)
+            dy_B = tl.load(dy_ptr + start + offs_B, eviction_policy="evict_last").to(ACC)
             if LOG:
                 total_B += dy_B
             else:
-                y_B = tl.load(y_ptr + start + offs_B).to(ACC)
+                y_B = tl.load(y_ptr + start + offs_B, eviction_policy="evict_last").to(ACC)
                 mass_B += y_B
                 total_B += dy_B * y_B
         total = tl.sum(total_B) + tl.sum(dy_E if LOG else dy_E * y_E)
@@ -222,8 +222,8 @@ def _softmax_backward_loop_kernel(
         dx_B = tl.where(seen_B, softmax_gradient(y_B, dy_B, total, scale, LOG), 0.0)
         tl.store(dx_ptr + tail + offs_B, dx_B, mask=offs_B < last - tail)
         for start in range(first, tail, BLOCK):
-            dy_B = tl.load(dy_ptr + start + offs_B).to(ACC)
-            y_B = tl.load(y_ptr + start + offs_B).to(ACC)
+            dy_B = tl.load(dy_ptr + start + offs_B, eviction_policy="evict_first").to(ACC)
+            y_B = tl.load(y_ptr + start + offs_B, eviction_policy="evict_first").to(ACC)
             tl.store(dx_ptr + start + offs_B, softmax_gradient(y_B, dy_B, total, scale, LOG))
         if CAUSAL:
             for start in range(tail + BLOCK, last, BLOCK):

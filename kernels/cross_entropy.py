@@ -27,8 +27,6 @@ from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -52,9 +50,9 @@ from tritium.kernels._cross_entropy_options import (
     token_stats,
     token_weights,
 )
-from tritium.kernels._cross_entropy_rows import empty_results, launch_rows, rows
+from tritium.kernels._cross_entropy_launch import empty_results, launch_rows, rows
+from tritium.kernels._scale_gradient import scale_gradient_
 from tritium.kernels.runtime import (
-    Launcher,
     once_differentiable,
     operator,
     sees_through,
@@ -94,21 +92,6 @@ def cross_entropy_reference(
     return reduce_loss(loss_T, target, w_V, ignore_index, reduction)
 
 
-@triton.jit
-def _cross_entropy_scale_kernel(dx_ptr, scale_ptr, V, stride_dxT, BLOCK_V: tl.constexpr):
-    scale = tl.load(scale_ptr)
-    if scale != 1.0:  # decided on the device: the host never waits, and the usual 1 costs nothing
-        dx_ptr += tl.program_id(0).to(tl.int64) * stride_dxT
-        for v in range(0, V, BLOCK_V):
-            offs_V = v + tl.arange(0, BLOCK_V)
-            dx_V = tl.load(dx_ptr + offs_V, mask=offs_V < V, other=0.0)
-            dx_V = (dx_V * scale).to(dx_ptr.dtype.element_ty)
-            tl.store(dx_ptr + offs_V, dx_V, mask=offs_V < V)
-
-
-_multiply = Launcher(_cross_entropy_scale_kernel)
-
-
 def _launch_forward(x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, *options) -> Results:
     return rows(x_TV, target_T, w_V, None, LossOptions(*options), gradient=False)
 
@@ -141,14 +124,6 @@ def _launch_inplace(
     return rows(x_TV, target_T, w_V, dloss_T, LossOptions(*options), gradient=True)
 
 
-def _launch_scale(dx_TV: Tensor, scale: Tensor) -> None:
-    T, V = dx_TV.shape
-    if T and uses_triton(dx_TV, "cross_entropy"):
-        _multiply((T,), (dx_TV, scale), (V, dx_TV.stride(0)), (4096,))
-    else:
-        dx_TV.mul_(scale)
-
-
 def _fake_forward(x, target, weight, *options) -> Results:
     return empty_results(x, target.is_floating_point(), LossOptions(*options))
 
@@ -170,9 +145,6 @@ _inplace = operator(
     f" {SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _launch_inplace,
     lambda x, target, weight, dloss, *options: _fake_forward(x, target, weight, *options),
-)
-_scale = operator(
-    "cross_entropy_scale(Tensor(a!) dx, Tensor scale) -> ()", _launch_scale, lambda dx, scale: None
 )
 
 
@@ -243,7 +215,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
             return None, None, None, None, None
         if ctx.dx_TV is None:
             raise RuntimeError(ONCE)
-        _scale(ctx.dx_TV, dloss)
+        scale_gradient_(ctx.dx_TV, dloss)
         dx_TV, ctx.dx_TV = ctx.dx_TV, None
         return dx_TV, None, None, None, None
 
@@ -361,7 +333,8 @@ def cross_entropy(
     overwrite = overwrite and uses_triton(input, op)
     late = input.dtype == torch.float16  # its range is too narrow for a gradient over N
     if overwrite and not late:
-        w_T = token_weights(target_T, w_V, ignore_index, torch.float32)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        w_T = token_weights(target_T, w_V, ignore_index, wide)
         scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
         loss, values_RT, argmax_T = _CrossEntropyInPlace.apply(
             x_TV, target_T, w_V, scale, options

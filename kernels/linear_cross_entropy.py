@@ -10,8 +10,8 @@ and, with dlogits_TV its gradient there,
 
 T tokens, D features, V classes, C rows of a chunk. Only C·V logits exist at a time, in one buffer,
 where the gradient overwrites them: three matrix products in all. Loss and gradients are computed
-together in the forward pass, for a gradient of 1 with respect to each row's loss; the backward
-pass multiplies by the incoming scalar. With reduction "none" that is one number per row, so there
+together in the forward pass, for an incoming gradient of 1; the backward pass multiplies by the one
+that came, where it is another. With reduction "none" that is one number per row, so there
 the backward pass recomputes the logits (a fourth product).
 """
 
@@ -96,7 +96,12 @@ def linear_cross_entropy(
     a call of `torch.nn.functional.linear_cross_entropy` means the same here, but about
     `chunk_bytes` of logits exist at a time. The products run in the dtype of `input`, or of
     autocast where that is on; the gradients of weight and bias are summed in float32 over all
-    chunks. Between forward and backward it keeps those gradients, not the logits. Deterministic.
+    chunks. Between forward and backward it keeps those gradients, not the logits. Deterministic. The
+    last backward pass of a graph hands them over as they are where the incoming gradient is 1. An
+    input that requires no gradient costs no product. The loss, the statistics and the gradient of
+    `input` do not depend on the number of chunks, except where the library of products sums in
+    another order for another number of rows; the gradients of weight and bias are sums over chunks
+    and differ by the rounding of float32.
     Targets outside [0, V) are treated as `cross_entropy` treats them. Inside torch.func, where
     torch.export traces, where probabilities want a gradient and with TRITIUM_REFERENCE=1 all logits
     exist at once.

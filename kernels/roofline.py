@@ -185,6 +185,13 @@ def _linear_cross_entropy(s: int, T: int, D: int, V: int) -> Passes:
     return (product, loss), (*rows, gradients), (product, *both, gradients)
 
 
+def _linear_log_prob(s: int, T: int, D: int, V: int) -> Passes:
+    """Four products: the backward pass recomputes the logits and overwrites them."""
+    forward, rows, _ = _linear_cross_entropy(s, T, D, V)
+    backward = (forward[0], *rows)
+    return forward, backward, (*forward, *backward)
+
+
 def _info_nce(s: int, B: int, D: int) -> Passes:
     """Three products; the `[B, B]` similarities need never leave the chip."""
     forward = Work(2 * B * D * s, 4 * B * B, 2 * B * B * D)
@@ -244,6 +251,7 @@ def _grad_norm(s: int, N: int) -> Passes:
 OTHERS: dict[str, tuple[str, Callable[..., Passes]]] = {
     "cross_entropy": ("TV", _cross_entropy),
     "linear_cross_entropy": ("TDV", _linear_cross_entropy),
+    "linear_log_prob": ("TDV", _linear_log_prob),
     "mse_loss": ("N", _mse_loss),
     "info_nce": ("BD", _info_nce),
     "qk_norm_rope": ("THGK", _qk_norm_rope),

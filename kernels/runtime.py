@@ -33,7 +33,11 @@ OPERATIONS = frozenset({
     "RMSprop", "Adagrad", "Lion", "Muon",
 })  # fmt: skip
 """Operations that `fall_back` accepts."""
-SHARED = {"linear_cross_entropy": "cross_entropy", "info_nce": "cross_entropy"}
+SHARED = {
+    "linear_cross_entropy": "cross_entropy",
+    "linear_log_prob": "cross_entropy",
+    "info_nce": "cross_entropy",
+}
 """Operations that use the kernel of another."""
 
 _library = torch.library.Library("tritium", "DEF")
@@ -68,8 +72,8 @@ def fall_back(*ops: str) -> None:
 
     Args:
         ops: names as they are imported from `kernels`, such as "rope" or "AdamW".
-            `linear_cross_entropy` and `info_nce` share the kernel of `cross_entropy`: one of the
-            three takes the others along.
+            `linear_cross_entropy`, `linear_log_prob` and `info_nce` share the kernel of
+            `cross_entropy`: one of the four takes the others along.
 
     Raises:
         ValueError: there "is no kernel" of that name.
@@ -171,6 +175,7 @@ class Launcher:
         kept = self._kept.get(key)
         if kept is None:
             options["num_warps"] = num_warps
+            options.setdefault("enable_fp_fusion", True)  # Triton 3.10 changes the default
             compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
             if compiled is not None:  # the interpreter returns None
                 if len(self._kept) >= KEPT:

@@ -18,6 +18,7 @@ from tritium.kernels.embedding import embedding
 from tritium.kernels.geglu import geglu
 from tritium.kernels.layer_norm import add_layer_norm, layer_norm
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
+from tritium.kernels.linear_log_prob import linear_log_prob
 from tritium.kernels.mse_loss import mse_loss
 from tritium.kernels.optimizers import MultiTensorOptimizer
 from tritium.kernels.optimizers.adagrad import Adagrad
@@ -174,9 +175,9 @@ def _cross_entropy(dtype: torch.dtype, V: int, target: Tensor | None = None, **o
     named = {key: value for key, value in options.items() if key != "weight"}
     label = _label(dtype, T, V, **named) + (f", targets {_name(target.dtype)}" if soft else "")
     label += ", class weights" if "weight" in options else ""
-    plain = V % 16 == 0 and not (soft or named.keys() - {"inplace"})
+    plain = not (soft or named.keys() - {"inplace"})
     limits = _loss_limits(logits, soft, 16 if plain else math.inf)
-    return Case(label, lambda: _train(loss, logits), V % 16 == 0, limits=limits)
+    return Case(label, lambda: _train(loss, logits), limits=limits)
 
 
 def _linear_cross_entropy(dtype: torch.dtype, V: int, **options) -> Case:
@@ -186,6 +187,15 @@ def _linear_cross_entropy(dtype: torch.dtype, V: int, **options) -> Case:
     loss = partial(linear_cross_entropy, target=target, **options)
     limits = _loss_limits(hidden, False, math.inf if options else 16)
     return Case(label, lambda: _train(loss, hidden, weight), limits=limits)
+
+
+def _linear_log_prob(dtype: torch.dtype, V: int, **options) -> Case:
+    hidden, weight = torch.empty(T, 64, dtype=dtype), torch.empty(V, 64, dtype=dtype)
+    target = torch.zeros(T, dtype=torch.int64)
+    label = f"{_label(dtype, T, 64)} × {_label(dtype, V, 64, **options)}"
+    log_prob = partial(linear_log_prob, target=target, **options)
+    limits = {"_log_prob_backward_kernel": Limit(2 * hidden.element_size(), 16)}
+    return Case(label, lambda: _train(log_prob, hidden, weight), limits=limits)
 
 
 def _loss_limits(logits: Tensor, soft: bool, most: float) -> dict[str, Limit]:
@@ -354,7 +364,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "cross_entropy": lambda: [
         *(_cross_entropy(dtype, V) for dtype in (F32, BF16) for V in (50304, 50257)),
         _cross_entropy(BF16, 128256),
-        _cross_entropy(BF16, 50304, inplace=True),
+        *(_cross_entropy(BF16, V, inplace=True) for V in (50304, 50257)),
         _cross_entropy(BF16, 50304, softcap=30.0, z_loss=1e-4),
         _cross_entropy(BF16, 50304, label_smoothing=0.1, weight=torch.empty(50304)),
         _cross_entropy(BF16, 50304, logit_scale=0.5, return_stats=True),
@@ -363,6 +373,10 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "linear_cross_entropy": lambda: [
         *(_linear_cross_entropy(dtype, V) for dtype in (F32, BF16) for V in (50304, 50257)),
         _linear_cross_entropy(BF16, 50304, return_stats=True),
+    ],
+    "linear_log_prob": lambda: [
+        *(_linear_log_prob(dtype, 50257) for dtype in (F32, BF16)),
+        _linear_log_prob(BF16, 128256, return_entropy=True),
     ],
     "dropout_add": lambda: [
         _dropout_add(*dtypes) for dtypes in ((F32, F32), (BF16, F32), (BF16, BF16))

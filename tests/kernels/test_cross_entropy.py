@@ -12,7 +12,6 @@ from tritium.kernels.cross_entropy import (
     _backward,
     _forward,
     _inplace,
-    _scale,
     cross_entropy,
     cross_entropy_reference,
 )
@@ -313,7 +312,6 @@ def test_is_a_well_formed_operator(device):
             values = _forward(x, aim, weight, *options)[1]
             torch.library.opcheck(_backward.overload, (dloss, x, aim, weight, values, *options))
             torch.library.opcheck(_inplace.overload, (x, aim, weight, dloss, *options))
-    torch.library.opcheck(_scale.overload, (x, dloss[0]))
 
 
 # Dynamo's own warning.

@@ -28,6 +28,7 @@ CALLS = {
     "log_softmax": lambda f, x: f(x),
     "cross_entropy": lambda f, x: f(x, TARGET),
     "linear_cross_entropy": lambda f, x: f(x, torch.ones(5, 4), TARGET),
+    "linear_log_prob": lambda f, x: f(x, torch.ones(5, 4), TARGET),
     "info_nce": lambda f, x: f(x, x),
     "mse_loss": lambda f, x: f(x, torch.zeros_like(x)),
     "rms_norm": lambda f, x: f(x, 4),

@@ -11,7 +11,7 @@ _definition = partial(Mutant, file="kernels/_cross_entropy_options.py")
 MUTANTS = [
     _kernel(
         what="mask before the cap",
-        original='        z_V = tl.where(offs_V < V, z_V, float("-inf"))\n',
+        original='        z_V = tl.where(own_V, z_V, float("-inf"))\n',
         replacement="",
     ),
     _kernel(
@@ -36,23 +36,23 @@ MUTANTS = [
     ),
     _kernel(
         what="padding takes part in the smoothing",
-        original="a_V = tl.where(offs_V < V, uniform, 0.0) if MASKED else",
+        original="a_V = tl.where(own_V, uniform, 0.0) if MASKED else",
         replacement="a_V = tl.zeros(offs_V.shape, ACC) + uniform if MASKED else",
     ),
     _kernel(
         what="soft targets not reduced by the smoothing",
-        original="a_V += hit * tl.load(q_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)",
-        replacement="a_V += tl.load(q_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)",
+        original="a_V += hit * tl.load(q_ptr + offs_V, mask=own_V, other=0.0).to(ACC)",
+        replacement="a_V += tl.load(q_ptr + offs_V, mask=own_V, other=0.0).to(ACC)",
     ),
     _kernel(
         what="class weight of the next class",
-        original="a_V *= tl.load(w_ptr + offs_V, mask=offs_V < V, other=0.0).to(ACC)",
-        replacement="a_V *= tl.load(w_ptr + offs_V + 1, mask=offs_V + 1 < V, other=0.0).to(ACC)",
+        original="a_V *= tl.load(w_ptr + offs_V, mask=own_V, other=0.0).to(ACC)",
+        replacement="a_V *= tl.load(w_ptr + (offs_V ^ 1), mask=own_V, other=0.0).to(ACC)",
     ),
     _kernel(
         what="soft targets of the first row for all",
-        original="q_ptr = target_ptr + t * stride_qT",
-        replacement="q_ptr = target_ptr + 0 * stride_qT",
+        original="q_ptr = target_ptr + _origin(t, stride_qT, LEAD)",
+        replacement="q_ptr = target_ptr + _origin(t * 0, stride_qT, LEAD)",
     ),
     _kernel(
         what="mass of soft targets taken for 1",
@@ -113,27 +113,27 @@ MUTANTS = [
     ),
     _kernel(
         what="the last block skipped",
-        original="            if full < V:\n                m, s, dot",
-        replacement="            if full > V:\n                m, s, dot",
+        original="            if full < cut:\n                m, s, dot",
+        replacement="            if full > cut:\n                m, s, dot",
     ),
     _kernel(
         what="the first block skipped",
-        original="for v in range(0, full, BLOCK_V):\n                m, s, dot",
-        replacement="for v in range(BLOCK_V, full, BLOCK_V):\n                m, s, dot",
+        original="for v in range(LEAD, full, BLOCK_V):\n                m, s, dot",
+        replacement="for v in range(LEAD + BLOCK_V, full, BLOCK_V):\n                m, s, dot",
     ),
     _kernel(
         what="row offsets in 32 bits",
-        original="t = tl.program_id(0).to(tl.int64)\n    x_ptr",
-        replacement="t = tl.program_id(0)\n    x_ptr",
+        original="t = tl.program_id(0).to(tl.int64)\n    h",
+        replacement="t = tl.program_id(0)\n    h",
     ),
     _kernel(
         what="gradient of an ignored row left unwritten",
-        original="tl.store(dx_ptr + full + offs_V, zero_V, mask=full + offs_V < V)",
-        replacement="tl.store(dx_ptr + full + offs_V, zero_V, mask=full + offs_V < V - 1)",
+        original="tl.store(dx_ptr + full + offs_V, zero_V, mask=tail_V)",
+        replacement="tl.store(dx_ptr + full + offs_V, zero_V, mask=offs_V < left - 1)",
     ),
     _kernel(
         what="store beyond the row",
-        original="dz_V.to(dx_ptr.dtype.element_ty), mask=offs_V < V)",
+        original="dz_V.to(dx_ptr.dtype.element_ty), mask=own_V)",
         replacement="dz_V.to(dx_ptr.dtype.element_ty))",
     ),
     _function(
@@ -143,8 +143,8 @@ MUTANTS = [
     ),
     _function(
         what="the mean counts ignored targets",
-        original="token_weights(target_T, w_V, ignore_index, torch.float32)",
-        replacement="token_weights(target_T, w_V, -1 << 40, torch.float32)",
+        original="token_weights(target_T, w_V, ignore_index, wide)",
+        replacement="token_weights(target_T, w_V, -1 << 40, wide)",
     ),
     _function(
         what="logits of a strided view overwritten",
@@ -158,7 +158,7 @@ MUTANTS = [
     ),
     _function(
         what="incoming gradient of the mean ignored",
-        original="        _scale(ctx.dx_TV, dloss)\n",
+        original="        scale_gradient_(ctx.dx_TV, dloss)\n",
         replacement="",
     ),
     _definition(

@@ -55,8 +55,8 @@ MUTANTS = [
     ),
     _kernel(
         what="class weights not counted from the rank's first class",
-        original="        w_ptr += first\n",
-        replacement="",
+        original="        w_ptr += first - h\n",
+        replacement="        w_ptr -= h\n",
     ),
     _kernel(
         what="smoothing over this rank's classes",

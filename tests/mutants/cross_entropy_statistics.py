@@ -29,8 +29,8 @@ MUTANTS = [
     ),
     _kernel(
         what="argmax counted from its block",
-        original="offs_V, V - v, v, hit, uniform",
-        replacement="offs_V, V - v, 0, hit, uniform",
+        original="offs_V, tail_V, v - h, hit, uniform",
+        replacement="offs_V, tail_V, 0 - h, hit, uniform",
     ),
     _kernel(
         what="argmax of any lane",

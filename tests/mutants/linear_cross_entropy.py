@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _mutant = partial(Mutant, file="kernels/_linear_cross_entropy.py")
+_scaling = partial(Mutant, file="kernels/_scale_gradient.py")
 _rows = partial(Mutant, file="kernels/_cross_entropy_options.py")
 
 MUTANTS = [
@@ -15,8 +16,8 @@ MUTANTS = [
     ),
     _mutant(
         what="weight gradient of the last chunk only",
-        original="            _add_product(dweight_VD, x_CV.T, h_CD)",
-        replacement="            _add_product(dweight_VD.zero_(), x_CV.T, h_CD)",
+        original="_product(x_CV.T, h_CD, dweight_VD, add=start > 0)",
+        replacement="_product(x_CV.T, h_CD, dweight_VD)",
     ),
     _mutant(
         what="weight gradient summed in the dtype of the weight",
@@ -25,7 +26,7 @@ MUTANTS = [
     ),
     _mutant(
         what="gradient sums not cleared",
-        original="    dweight_VD.zero_()\n",
+        original="    dbias_V.zero_()\n",
         replacement="",
     ),
     _mutant(
@@ -43,10 +44,10 @@ MUTANTS = [
         original="dloss_C = None if dloss_T is None else dloss_T[chunk]",
         replacement="dloss_C = None if dloss_T is None else dloss_T[: h_CD.shape[0]]",
     ),
-    _mutant(
+    _scaling(
         what="incoming gradient ignored",
-        original="(g.to(factor.dtype) * factor).to(dtype)",
-        replacement="g.to(dtype)",
+        original="    return scale_gradient(g, factor, dtype)\n",
+        replacement="    return g.to(dtype)\n",
     ),
     _mutant(
         what="a mean over all targets",
@@ -55,8 +56,8 @@ MUTANTS = [
     ),
     _mutant(
         what="gradient of nothing is nan",
-        original="rest = torch.where(scale.isnan(), 1.0, scale / first)",
-        replacement="rest = scale / first",
+        original="first = torch.where(scale.isnan(), torch.nan, _row_scale",
+        replacement="first = torch.where(scale.isnan(), 1.0, _row_scale",
     ),
     _mutant(
         what="gradients made under no_grad",
@@ -69,9 +70,9 @@ MUTANTS = [
         replacement="if True:",
     ),
     _mutant(
-        what="one chunk: the mean divides twice",
-        original="first = scale if plan.single_bf16_chunk else _row_scale",
-        replacement="first = scale if False else _row_scale",
+        what="the mean divides twice",
+        original="        first, rest = scale, None\n",
+        replacement="        first, rest = scale, scale\n",
     ),
     _mutant(
         what="one chunk where several were meant",

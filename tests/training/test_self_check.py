@@ -217,7 +217,7 @@ FAULTS = {
     "qk_norm_rope": (wrong_heads, r"its gradient 0 errs by \d"),
     "add_rms_norm": (partial(unlaunchable, "tritium.kernels.rms_norm", "add_norm"), DOES_NOT_RUN),
     "linear_cross_entropy": (
-        partial(unlaunchable, "tritium.kernels._cross_entropy_rows", "launch_rows"), DOES_NOT_RUN,
+        partial(unlaunchable, "tritium.kernels._cross_entropy_launch", "launch_rows"), DOES_NOT_RUN,
     ),
     "AdamW": (wrong_clipping, r"its \w+ of parameter \d+ errs by"),
 }  # fmt: skip

@@ -1,0 +1,113 @@
+"""Prove that cross_entropy reads and writes rows that begin anywhere as it does aligned ones."""
+
+import pytest
+import torch
+from check import check
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tritium.kernels import _cross_entropy_launch as launch
+from tritium.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """Let rows of a few hundred classes take several blocks."""
+    monkeypatch.setattr(launch, "power_of_2", lambda n: 256)
+
+
+@given(
+    V=st.one_of(st.integers(225, 330), st.integers(500, 560)),
+    beyond=st.sampled_from([0, 0, 1, 16, 37]),
+    offset=st.integers(0, 2),
+    dtype=st.sampled_from(DTYPES),
+    soft=st.booleans(),
+    options=st.sampled_from([{}, dict(label_smoothing=0.1, softcap=9.0, z_loss=0.01)]),
+    weighted=st.booleans(),
+    inplace=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_start_width_and_stride(
+    V, beyond, offset, dtype, soft, options, weighted, inplace, seed
+):
+    """Loss and gradient are the reference's for edges of any width, blocks complete or not."""
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    T, beyond = 4, 0 if inplace else beyond
+    memory = torch.randn(offset + T * (V + beyond), device=device).to(dtype)
+    target = torch.randint(V, (T,), device=device)
+    target[seed % T] = -100
+    target[(seed + 1) % T] = (0, V - 1)[seed % 2]
+    target = torch.randn(T, V, device=device).softmax(1).to(dtype) if soft else target
+    weight = torch.rand(V, device=device) + 0.1 if weighted else None
+
+    def rows(memory):
+        memory = memory * 1 if inplace else memory
+        return memory[offset:].view(T, V + beyond)[:, :V]
+
+    check(
+        lambda x: cross_entropy(rows(x), target, weight, inplace=inplace, **options),
+        lambda x: cross_entropy_reference(rows(x), target, weight=weight, **options),
+        memory, unit=16.0,
+    )  # fmt: skip
+
+
+@given(
+    V=st.integers(225, 330),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    hidden=st.integers(0, 40),
+    seed=st.integers(0, 1 << 30),
+)
+def test_extremes_lie_on_edges_as_anywhere(V, dtype, hidden, seed):
+    """Classes of -inf, a certain class and the first of equals count wherever a row begins."""
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(5, V, device=device).to(dtype)
+    x[:, torch.randperm(V)[:hidden]] = -torch.inf
+    best = torch.tensor([0, V - 1, V // 2, 14, V - 17], device=device)
+    x[torch.arange(5), best] = 80.0
+    x[2, V - 1] = 80.0  # of equals the first
+    leaf = x.clone().requires_grad_()
+    loss, stats = cross_entropy(leaf, best, reduction="sum", return_stats=True)
+    loss.backward()
+    exact = x.double().requires_grad_()
+    torch.nn.functional.cross_entropy(exact, best, reduction="sum").backward()
+    assert torch.equal(stats.argmax, best)
+    torch.testing.assert_close(stats.lse.double(), x.double().logsumexp(1))
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-2, atol=1e-6)
+
+
+def test_ignored_rows_get_zeros_and_no_more(device):
+    """Neither an edge of an ignored row keeps a number, nor does its neighbour lose one."""
+    for V in (251, 257, 529):
+        x = torch.full((4, V), torch.nan, device=device)
+        x[1::2] = torch.randn(2, V, device=device)
+        target = torch.tensor([-100, 0, -100, V - 1], device=device)
+        leaf = x.requires_grad_() * 1
+        cross_entropy(leaf, target, reduction="sum", inplace=True).backward()
+        assert (leaf[::2] == 0).all()
+        torch.testing.assert_close(leaf[1::2].sum(1), leaf.new_zeros(2), rtol=0, atol=1e-5)
+        assert (leaf[1::2] != 0).all()
+
+
+def test_wide_accesses_are_asked_for_wherever_rows_allow(device, monkeypatch):
+    """Odd widths and strides take edges; what begins elsewhere than the logits does not."""
+    taken = []
+    monkeypatch.setattr(launch, "_launch", lambda *args, **_: taken.append(args[3][-4:-2]))
+    options = launch.LossOptions(-100, 0.0, 0.0, 0.0, 1.0)
+
+    def edges(V, stride, dx_stride):
+        x, dx = (torch.empty(3, s, device=device)[:, :V] for s in (stride, dx_stride))
+        target = torch.zeros(3, dtype=torch.int64, device=device)
+        launch.launch_rows(x, target, None, options, dx_TV=dx)
+        return taken[-1]
+
+    assert edges(257, 257, 257) == (True, 16)
+    assert edges(257, 257, 273) == (True, 16)
+    assert edges(257, 272, 272) == (True, 0)  # rows begin at multiples of 16
+    assert edges(257, 257, 260) == (True, 0)
+    assert edges(272, 277, 277) == (True, 16)
+    assert edges(272, 272, 288) == (False, 0)
+    assert edges(272, 277, 272) == (False, 0)
