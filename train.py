@@ -26,11 +26,19 @@ gc.disable()  # imports leave little garbage; looking for it took 0.6 of the 2.1
 import torch
 
 from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
+from tritium.data.shards import open_prepared
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer
+from tritium.training.card import Card, fit_to_card
 from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
-from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
+from tritium.training.device import (
+    choose_device,
+    describe,
+    free_memory,
+    keep_freed_memory,
+    set_threads,
+)
 from tritium.training.evaluation import evaluate
 from tritium.training.gc_pause import collected_on_request
 from tritium.training.initial import copy_weights, shaped
@@ -42,7 +50,7 @@ from tritium.training.monitor.observer import Observer
 from tritium.training.monitor.plot import LossPicture
 from tritium.training.monitor.prompts import beginnings
 from tritium.training.monitor.terminal import tolerant_output
-from tritium.training.monitor.throughput import Meter
+from tritium.training.monitor.throughput import Meter, matrix_rate
 from tritium.training.optim import set_rate
 from tritium.training.recovery import Recovery, UnrecoverableError
 from tritium.training.run.checkpoint import CheckpointError
@@ -53,7 +61,7 @@ from tritium.training.run.run_folder import RunFolderError, RunLog, lock_folder
 from tritium.training.run.run_state import RunState
 from tritium.training.run.saver import SaveError, Saver
 from tritium.training.self_check import check
-from tritium.training.settings import TrainConfig, fit_to_data
+from tritium.training.settings import PRESETS, TrainConfig, fit_to_data
 from tritium.training.signals import StopRequest
 from tritium.training.validation import ConfigError
 from tritium.training.waiting import ThreadWaiting
@@ -104,6 +112,14 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     if config.init_from is None:  # else the model's vocabulary may be larger than the tokenizer's
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
+    if preset == "gpu" and device.type == "cuda" and not config.resume:
+        text = open_prepared(folder).manifest.splits["train"]
+        rate = matrix_rate(device, config.compute.product_dtype(device))
+        card = Card(rate, memory=free_memory(device))
+        tokens = sum(shard.tokens for shard in text)
+        config, fitted = fit_to_card(config, PRESETS[preset], card, tokens)
+        console.print(fitted)
+        shape = config.model
     memory_plan = MemoryRetry(make_planner(config, device), state.plan, console.print)
     loader, validation = (
         LOADERS[config.packing](

@@ -26,6 +26,7 @@ COUNTS, PROFILE = "step_launches.md", "step.md"  # in the folder of results
 WIDTH = 110
 PASSES = ("forward", "backward")
 GAPS = "gaps"
+RANGE = re.compile(r"(Optimizer|ProfilerStep|autograd::|## )")  # named, where no flag says so
 
 # Kinds of a GPU's kernels, by their names; the first that fits counts.
 KERNELS = {
@@ -233,8 +234,24 @@ def profiled_step(
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(tuple(tokens))
         torch.cuda.synchronize()
-    return [
+    return device_events(profile.events() or ())
+
+
+def device_events(events: Iterable[Any]) -> list[tuple[str, float, float]]:
+    """Return the kernels, copies and fills among a profiler's events, and when they ran.
+
+    A range that a program or PyTorch names, such as Optimizer.step, is an event of the device too,
+    as long as all that runs inside it: counted, it would double the time of its kernels.
+    """
+    found = [
         (event.name, event.time_range.start, event.time_range.end)
-        for event in profile.events() or ()
+        for event in events
         if str(event.device_type).endswith("CUDA")
+        and not getattr(event, "is_user_annotation", False)
+        and not RANGE.match(event.name)
     ]
+    if not found:
+        raise SystemExit(
+            "bench step: the profiler saw no kernel; run no other one (nsys, ncu) beside it"
+        )
+    return found

@@ -33,10 +33,13 @@ KINDS = (
 )  # fmt: skip
 
 OWN = {
-    "_norm_": NORMS, "_qk_norm_rope_": POSITIONS, "_activation_": ACTIVATION,
-    "_cross_entropy_": LOSS, "_optimizer_": OPTIMIZER, "_grad_norm_": OPTIMIZER,
+    "_norm_": NORMS, "_qk_norm_rope_": POSITIONS, "_rope_": POSITIONS, "_activation_": ACTIVATION,
+    "_swiglu_": ACTIVATION, "_geglu_": ACTIVATION, "_relu_squared_": ACTIVATION,
+    "_cross_entropy_": LOSS, "_linear_cross_entropy_": LOSS, "_mse_loss_": LOSS,
+    "_optimizer_": OPTIMIZER, "_grad_norm_": OPTIMIZER, "_norms_": OPTIMIZER, "_muon_": OPTIMIZER,
+    "_embedding_": EMBEDDING,
 }  # fmt: skip
-"""Kinds of Tritium's kernels, by how their names begin."""
+"""Kinds of Tritium's kernels, by how their names begin: those of the source and of a profile."""
 ATEN = {
     "mm": PRODUCTS, "addmm": PRODUCTS, "addmm_": PRODUCTS, "bmm": PRODUCTS,
     "embedding": EMBEDDING, "embedding_dense_backward": EMBEDDING,
@@ -119,7 +122,7 @@ def recorded() -> Iterator[Recorder]:
     with (
         mock.patch.object(runtime, "CPU_KERNELS", True),
         mock.patch.object(runtime, "_is_watched", return_value=False),
-        mock.patch.object(runtime.Launcher, "__call__", lambda x, *_, **__: recorder.kernel(x)),
+        mock.patch.object(runtime.Launcher, "launch", lambda x, *_, **__: recorder.kernel(x)),
         mock.patch.object(block, "float32_on_cpu", lambda x: x),
         mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
         mock.patch.object(torch.Tensor, "backward", in_backward),

@@ -23,10 +23,13 @@ from torch import Tensor
 
 from tritium.kernels.runtime import (
     Launcher,
+    Plan,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
+    planned,
     power_of_2,
     unit_stride,
 )
@@ -110,25 +113,32 @@ def _activation_backward_kernel(
     tl.store(dx_ptr + offs_T * stride_dxT + offs_F, dx_TF, mask=mask_TF)
 
 
+@planned
+def _plan(
+    shape: torch.Size, strides: tuple[int, ...] | None, inputs: int, activation: str,
+    dtype: torch.dtype,
+) -> Plan:  # fmt: skip
+    if strides is None:
+        # One long row where memory allows: its accesses stay 16 bytes wide whatever F is.
+        T, F = 1, math.prod(shape)
+        strides = (F,) * (inputs + 1)
+    else:
+        T, F = shape
+    block_F = min(power_of_2(F), TILE)
+    block_T = TILE // block_F
+    grid = (cdiv(T, block_T) * cdiv(F, block_F),)
+    return Plan(grid, (T, F, *strides), (activation, block_T, block_F, accumulator(dtype)))
+
+
 def _launch(
-    launch: Launcher, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...],
+    launcher: Launcher, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...],
     activation: str,
 ) -> None:  # fmt: skip
     x: Any = outputs[0]  # all outputs have its strides
-    tensors = *inputs, *outputs
-    if all(y is None or y.is_contiguous() for y in tensors):
-        # One long row where memory allows: its accesses stay 16 bytes wide whatever F is.
-        T, F = 1, x.numel()
-        strides = (F,) * (len(inputs) + 1)
-    else:
-        T, F = x.shape
+    tensors, strides = (*inputs, *outputs), None
+    if not all(y is None or y.is_contiguous() for y in tensors):
         strides = (*[0 if y is None else y.stride(0) for y in inputs], x.stride(0))
-    block_F = min(power_of_2(F), TILE)
-    block_T = TILE // block_F
-    launch(
-        (cdiv(T, block_T) * cdiv(F, block_F),), tensors, (T, F, *strides),
-        (activation, block_T, block_F, accumulator(x.dtype)),
-    )  # fmt: skip
+    launcher.launch(_plan(x.shape, strides, len(inputs), activation, x.dtype), *tensors)
 
 
 _launch_value = Launcher(_activation_forward_kernel)
@@ -157,6 +167,8 @@ def _launch_packed_backward(dh_TF: Tensor, packed_TF: Tensor, activation: str) -
 
 
 def _empty_like(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return torch.empty_like(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -214,10 +226,10 @@ def _matrix(x: Tensor, T: int, F: int) -> Tensor:
 def activate(activation: str, x: Tensor, up: Tensor | None = None) -> Tensor:
     """f(`x`), times `up` where there is one, by the kernels. Same shape, dtype and device."""
     if x.is_contiguous() and (up is None or up.is_contiguous()):
-        return _Activation.apply(x, up, activation)
+        return apply(_Activation, x, up, activation)
     T, F = math.prod(x.shape[:-1]), x.shape[-1]
     up_TF = None if up is None else _matrix(up, T, F)
-    return _Activation.apply(_matrix(x, T, F), up_TF, activation).view(x.shape)
+    return apply(_Activation, _matrix(x, T, F), up_TF, activation).view(x.shape)
 
 
 def activate_packed(activation: str, packed: Tensor) -> Tensor:
@@ -226,7 +238,7 @@ def activate_packed(activation: str, packed: Tensor) -> Tensor:
     The gradient of `packed` comes in one tensor.
     """
     packed_TF = _matrix(packed, math.prod(packed.shape[:-1]), packed.shape[-1])
-    h_TF = _PackedActivation.apply(packed_TF, activation)
+    h_TF = apply(_PackedActivation, packed_TF, activation)
     return h_TF.view(*packed.shape[:-1], packed.shape[-1] // 2)
 
 
@@ -241,9 +253,10 @@ def validate_packed(op: str, packed: Tensor) -> None:
 
 def validate_pair(op: str, gate: Tensor, up: Tensor) -> None:
     """Raise unless `gate` and `up` can be multiplied element by element in one floating dtype."""
-    for what in ("shape", "dtype", "device"):
-        a, b = getattr(gate, what), getattr(up, what)
-        if a != b:
-            raise ValueError(f"{op}: gate and up must have one {what}, got {a} and {b}")
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        for what in ("shape", "dtype", "device"):
+            a, b = getattr(gate, what), getattr(up, what)
+            if a != b:
+                raise ValueError(f"{op}: gate and up must have one {what}, got {a} and {b}")
     if not gate.is_floating_point():
         raise ValueError(f"{op}: gate must be floating point, got {gate.dtype}; convert it")

@@ -226,9 +226,9 @@ def _norm_columns_kernel(
 
 
 @triton.jit
-def _norm_partials_kernel(
+def _norm_total(
     partials_PD_ptr, total_D_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
-):
+):  # fmt: skip
     offs_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total_D = tl.zeros((BLOCK_D,), dtype=partials_PD_ptr.dtype.element_ty)
     for p in range(0, P, BLOCK_P):
@@ -237,3 +237,18 @@ def _norm_partials_kernel(
         ptrs_PD = partials_PD_ptr + offs_P[:, None] * D + offs_D[None, :]
         total_D += tl.sum(tl.load(ptrs_PD, mask=mask_PD, other=0.0), axis=0)
     tl.store(total_D_ptr + offs_D, total_D, mask=offs_D < D)
+
+
+@triton.jit
+def _norm_partials_kernel(
+    dw_PD_ptr, dw_D_ptr, db_PD_ptr, db_D_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    # Columns as narrow as a sector of memory, 32 bytes: all partials of a column are on their way
+    # at once, where a loop would wait for each of its steps. Both sums in one launch.
+    if dw_PD_ptr is not None:
+        if db_PD_ptr is None or tl.program_id(1) == 0:
+            _norm_total(dw_PD_ptr, dw_D_ptr, P, D, BLOCK_P, BLOCK_D)
+        else:
+            _norm_total(db_PD_ptr, db_D_ptr, P, D, BLOCK_P, BLOCK_D)
+    else:
+        _norm_total(db_PD_ptr, db_D_ptr, P, D, BLOCK_P, BLOCK_D)

@@ -6,9 +6,9 @@ programs that share the rows in backward.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels._norm_kernels import (
@@ -21,10 +21,13 @@ from tritium.kernels._norm_kernels import (
 )
 from tritium.kernels.runtime import (
     Launcher,
+    Plan,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
+    planned,
     power_of_2,
     unit_stride,
 )
@@ -37,82 +40,110 @@ LOOP_BLOCK = 4096  # features per step over a longer row
 # thirds as many for rows of more than 1,024 features, half beyond TILE: bench/LOG.md has the times.
 P_MAX = 768
 STAGES = 1  # tiles of backward on their way to shared memory; 1: none before its turn
+MOST_PARTIALS = 1024  # of a column that are summed at a time: all, where rows are short
 P_LOOP_MAX = 64  # the same where the columns of long rows are distributed
 
 
-def _is_short(D: int) -> bool:
+def _is_short(D: int, max_tile: int) -> bool:
     # An unaligned row takes an address per element, hence twice the registers.
-    return (MAX_TILE if D % 16 == 0 else MAX_TILE // 2) >= D
+    return (max_tile if D % 16 == 0 else max_tile // 2) >= D
 
 
-def _tile(
-    D: int, r_dtype: torch.dtype, crowded: bool = False, tile: int = TILE
-) -> tuple[tuple[int, int, tl.dtype], int]:
-    """Return BLOCK_T, BLOCK_D, ACC and the warps: several rows per program where they are short."""
+def _tile(D: int, crowded: bool = False, tile: int = TILE) -> tuple[tuple[int, int], int]:
+    """Return BLOCK_T, BLOCK_D and the warps: several rows per program where they are short."""
     block_D = power_of_2(D)
     num_warps = block_D // (1024 if crowded else 512)  # the fewer, the more registers for each
     num_warps = max(num_warps, 4 if D % 16 == 0 or block_D < 2048 else 8)
-    return (max(tile // block_D, 1), block_D, accumulator(r_dtype)), num_warps
+    return (max(tile // block_D, 1), block_D), num_warps
 
 
-def _most_programs(block_D: int) -> int:
+def _most_programs(block_D: int, p_max: int) -> int:
     if block_D <= 1024:
-        return P_MAX
-    return cdiv(2 * P_MAX, 3) if block_D <= TILE else cdiv(P_MAX, 2)
+        return p_max
+    return cdiv(2 * p_max, 3) if block_D <= TILE else cdiv(p_max, 2)
+
+
+@planned
+def _plan_forward(
+    shape: torch.Size, strides: tuple[int, int], biased: bool, r_dtype: torch.dtype,
+    eps: float, offset: float, centred: bool, max_tile: int, loop_block: int,
+) -> tuple[Launcher, Plan]:  # fmt: skip
+    T, D = _flattened(shape)
+    constants, acc = (float(eps), float(offset), centred), accumulator(r_dtype)
+    if not _is_short(D, max_tile):
+        return _forward_loop, Plan((T,), (D, *strides), (*constants, loop_block, acc), num_warps=8)
+    tile, num_warps = _tile(D, crowded=biased and D > 4096)  # with 16 warps it spills on sm_80
+    grid = (cdiv(T, tile[0]),)
+    return _forward_tile, Plan(grid, (T, D, *strides), (*constants, *tile, acc), num_warps)
 
 
 def _launch_forward(
     x: Tensor, residual: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
     eps: float, offset: float, centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    T, D, stride_xT = _rows(x)
-    y, s, m_T, r_T = _fake_forward(x, residual, w_D, b_D, eps, offset, centred)
-    tensors = x, residual, w_D, b_D, y, s, m_T, r_T
-    strides = stride_xT, 0 if residual is None else _rows(residual)[2]
-    constants = float(eps), float(offset), centred
-    if _is_short(D):
-        crowded = b_D is not None and D > 4096  # with 16 warps it spills on sm_80
-        tile, num_warps = _tile(D, r_T.dtype, crowded)
-        _forward_tile(
-            (cdiv(T, tile[0]),), tensors, (T, D, *strides), (*constants, *tile), num_warps
-        )
-    else:
-        loop = LOOP_BLOCK, accumulator(r_T.dtype)
-        _forward_loop((T,), tensors, (D, *strides), (*constants, *loop), num_warps=8)
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    y, s, m_T, r_T = _empty_forward(x, residual, w_D, b_D, eps, offset, centred)
+    strides = _row_stride(x), 0 if residual is None else _row_stride(residual)
+    launcher, plan = _plan_forward(
+        x.shape, strides, b_D is not None, r_T.dtype, eps, offset, centred, MAX_TILE, LOOP_BLOCK
+    )
+    launcher.launch(plan, x, residual, w_D, b_D, y, s, m_T, r_T)
     return y, s, m_T, r_T
+
+
+class _BackwardPlan(NamedTuple):
+    P: int
+    rows: Plan
+    columns: Plan | None
+    """Of the sums over T, where `rows` does not make them on its way."""
+    partials: Plan
+    """Of the sums over P."""
+
+
+@planned
+def _plan_backward(
+    shape: torch.Size, strides: tuple[int, int, int], branched: bool, centred: bool,
+    r_dtype: torch.dtype, offset: float, sums: int, max_tile: int, loop_block: int,
+    p_max: int, p_loop_max: int, most_partials: int,
+) -> _BackwardPlan:  # fmt: skip
+    (T, D), acc = _flattened(shape), accumulator(r_dtype)
+    if _is_short(D, max_tile):
+        # A second sum, a second layout: crowded.
+        tile, num_warps = _tile(D, centred and branched, BACKWARD_TILE)
+        P = min(cdiv(T, tile[0]), _most_programs(tile[1], p_max))
+        constants = float(offset), *tile, acc, STAGES
+        rows, columns = Plan((P,), (T, D, *strides), constants, num_warps), None
+    else:
+        tile = 4, TILE // 4
+        P = min(cdiv(T, tile[0]), p_loop_max)
+        rows = Plan((T,), (D, *strides), (float(offset), loop_block, acc), num_warps=8)
+        columns = Plan((cdiv(D, tile[1]), P), (T, D, strides[0], strides[2]), (*tile, acc))
+    block_P = most_partials if columns is None else min(power_of_2(p_loop_max), most_partials)
+    partials = Plan((cdiv(D, 8), sums), (P, D), (block_P, 8), num_warps=8)
+    return _BackwardPlan(P, rows, columns, partials)
 
 
 def _launch_backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, w_D: Tensor | None, m_T: Tensor | None,
     r_T: Tensor, offset: float, dw_dtype: torch.dtype | None, db_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    T, D, stride_sT = _rows(s)
-    dx, dbranch, dw_D, db_D = _fake_backward(dy, ds, s, w_D, m_T, r_T, offset, dw_dtype, db_dtype)
-    short, acc = _is_short(D), accumulator(r_T.dtype)
-    branched = dy.dtype != s.dtype
-    crowded = m_T is not None and branched  # a second sum, a second layout
-    tile, num_warps = ((4, TILE // 4, acc), 4)
-    if short:
-        tile, num_warps = _tile(D, r_T.dtype, crowded, BACKWARD_TILE)
-    P = min(cdiv(T, tile[0]), _most_programs(tile[1]) if short else P_LOOP_MAX)
-    dw_PD = None if dw_dtype is None else r_T.new_empty(P, D)
-    db_PD = None if db_dtype is None else r_T.new_empty(P, D)
-    rows = dy, ds, s, w_D, m_T, r_T, dx, dbranch if branched else None
-    strides = _rows(dy)[2], 0 if ds is None else _rows(ds)[2], stride_sT
-    offset = float(offset)
-    if short:
-        constants = offset, *tile, STAGES
-        _backward_tile((P,), (*rows, dw_PD, db_PD), (T, D, *strides), constants, num_warps)
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dx, dbranch, dw_D, db_D = _empty_backward(dy, ds, s, w_D, m_T, r_T, offset, dw_dtype, db_dtype)
+    strides = _row_stride(dy), 0 if ds is None else _row_stride(ds), _row_stride(s)
+    plan = _plan_backward(
+        s.shape, strides, dbranch is not None, m_T is not None, r_T.dtype, offset,
+        (dw_D is not None) + (db_D is not None), MAX_TILE, LOOP_BLOCK, P_MAX, P_LOOP_MAX,
+        MOST_PARTIALS,
+    )  # fmt: skip
+    dw_PD = None if dw_D is None else r_T.new_empty(plan.P, s.shape[-1])
+    db_PD = None if db_D is None else r_T.new_empty(plan.P, s.shape[-1])
+    rows = dy, ds, s, w_D, m_T, r_T, dx, dbranch
+    if plan.columns is None:
+        _backward_tile.launch(plan.rows, *rows, dw_PD, db_PD)
     else:
-        _backward_loop((T,), rows, (D, *strides), (offset, LOOP_BLOCK, acc), num_warps=8)
+        _backward_loop.launch(plan.rows, *rows)
         if dw_PD is not None or db_PD is not None:
-            _columns(
-                (cdiv(D, tile[1]), P), (dy, s, m_T, r_T, dw_PD, db_PD),
-                (T, D, strides[0], strides[2]), tile,
-            )  # fmt: skip
-    for partials_PD, total_D in ((dw_PD, dw_D), (db_PD, db_D)):
-        if partials_PD is not None:
-            _partials((cdiv(D, 32),), (partials_PD, total_D), (P, D), (64, 32))
+            _columns.launch(plan.columns, dy, s, m_T, r_T, dw_PD, db_PD)
+    if dw_PD is not None or db_PD is not None:
+        _partials.launch(plan.partials, dw_PD, dw_D, db_PD, db_D)
     return dx, dbranch, dw_D, db_D
 
 
@@ -124,37 +155,42 @@ _columns = Launcher(_norm_columns_kernel)
 _partials = Launcher(_norm_partials_kernel)
 
 
-def _rows(x: Tensor) -> tuple[int, int, int]:
-    """Return the rows of `x`, their width and their stride; `x` is a matrix or contiguous."""
-    if x.ndim == 2:
-        return x.shape[0], x.shape[1], x.stride(0)
-    D = x.shape[-1]
-    return math.prod(x.shape[:-1]), D, D
+def _flattened(shape: torch.Size) -> tuple[int, int]:
+    """Return the number of rows and their width."""
+    *leading, D = shape
+    return leading[0] if len(leading) == 1 else math.prod(leading), D
 
 
-# An operator returns a fixed number of tensors: those that are not needed come back empty.
-def _fake_forward(
+def _row_stride(x: Tensor) -> int:
+    """Return the stride of the rows of `x`, which is a matrix or contiguous."""
+    return x.stride(0) if x.ndim == 2 else x.shape[-1]
+
+
+# Those that are not needed are None.
+def _empty_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     eps: float, offset: float, centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    T = x.shape[0] if x.ndim == 2 else math.prod(x.shape[:-1])
-    s = x.new_empty(0) if residual is None else _empty_like(residual)
-    r = x.new_empty(T, dtype=_wide(x.dtype, s.dtype))
-    return _empty_like(x), s, r.new_empty(T if centred else 0), r
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    s = None if residual is None else _empty_like(residual)
+    wide = _wide(x.dtype, x.dtype if residual is None else residual.dtype)
+    r = x.new_empty(_flattened(x.shape)[0], dtype=wide)
+    return _empty_like(x), s, torch.empty_like(r) if centred else None, r
 
 
-def _fake_backward(
+def _empty_backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, m: Tensor | None,
     r: Tensor, offset: float, dw_dtype: torch.dtype | None, db_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     D = s.shape[-1]
-    dbranch = dy.new_empty(0) if dy.dtype == s.dtype else _empty_like(s, dy.dtype)
-    dw = s.new_empty(0) if dw_dtype is None else s.new_empty(D, dtype=dw_dtype)
-    db = s.new_empty(0) if db_dtype is None else s.new_empty(D, dtype=db_dtype)
+    dbranch = None if dy.dtype == s.dtype else _empty_like(s, dy.dtype)
+    dw = None if dw_dtype is None else s.new_empty(D, dtype=dw_dtype)
+    db = None if db_dtype is None else s.new_empty(D, dtype=db_dtype)
     return _empty_like(s), dbranch, dw, db
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    if dtype is None and x.is_contiguous():
+        return torch.empty_like(x)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -162,14 +198,14 @@ _forward = operator(
     "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps,"
     " float offset, bool centred) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_forward,
-    _fake_forward,
+    _empty_forward,
 )
 _backward = operator(
     "norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor? m, Tensor r,"
     " float offset, ScalarType? dw_dtype, ScalarType? db_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
-    _fake_backward,
+    _empty_backward,
 )
 
 
@@ -182,26 +218,29 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # no zeros for an unused residual
         y, s, m_T, r_T = _forward(x, residual, w_D, b_D, eps, offset, centred)
         ctx.save_for_backward(x if residual is None else s, w_D, m_T if centred else None, r_T)
-        ctx.dtypes = (
-            x.dtype, None if residual is None else residual.dtype,
-            None if w_D is None else w_D.dtype, None if b_D is None else b_D.dtype,
-        )  # fmt: skip
-        ctx.offset = offset
-        return y if residual is None else (y, s)
+        ctx.offset, ctx.residual_dtype, ctx.b_dtype = offset, None, None
+        if b_D is not None:
+            ctx.b_dtype = b_D.dtype
+        if residual is None:
+            return y
+        ctx.residual_dtype, ctx.x_dtype = residual.dtype, x.dtype
+        return y, s
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor | None, ds: Tensor | None = None):
-        x_dtype, residual_dtype, w_dtype, b_dtype = ctx.dtypes
         if dy is None:
-            return None if ds is None else ds.to(x_dtype), ds, *[None] * 5
+            return None if ds is None else ds.to(ctx.x_dtype), ds, *[None] * 5
         _, _, needs_w, needs_b, *_ = ctx.needs_input_grad
-        ds_total, dbranch, dw_D, db_D = _backward(
-            _flat(dy), None if ds is None else _flat(ds), *ctx.saved_tensors, ctx.offset,
-            w_dtype if needs_w else None, b_dtype if needs_b else None,
+        s, w_D, m_T, r_T = ctx.saved_tensors
+        dx, dbranch, dw_D, db_D = _backward(
+            _flat(dy), None if ds is None else _flat(ds), s, w_D, m_T, r_T, ctx.offset,
+            w_D.dtype if needs_w else None, ctx.b_dtype if needs_b else None,
         )  # fmt: skip
-        dx = dbranch if residual_dtype not in (None, x_dtype) else ds_total
-        dresidual = None if residual_dtype is None else ds_total
+        dresidual = None
+        if ctx.residual_dtype is not None:
+            dresidual = dx
+            dx = dx if ctx.residual_dtype == ctx.x_dtype else dbranch
         return (
             dx, dresidual, dw_D if needs_w else None, db_D if needs_b else None, None, None, None
         )  # fmt: skip
@@ -213,7 +252,7 @@ def norm(
     """Normalise the rows of `x`, checked by `validate`."""
     if not _is_flat(x):
         return norm(_matrix(x), weight, bias, eps, offset, centred).view(x.shape)
-    return _Norm.apply(x, None, *_vectors(weight, bias), eps, offset, centred)
+    return apply(_Norm, x, None, *_vectors(weight, bias), eps, offset, centred)
 
 
 def add_norm(
@@ -225,7 +264,7 @@ def add_norm(
         pair = add_norm(_matrix(x), _matrix(residual), weight, bias, eps, offset, centred)
         y, s = (each.view(x.shape) for each in pair)
         return y, s
-    return _Norm.apply(x, residual, *_vectors(weight, bias), eps, offset, centred)
+    return apply(_Norm, x, residual, *_vectors(weight, bias), eps, offset, centred)
 
 
 def _is_flat(x: Tensor) -> bool:
@@ -243,6 +282,8 @@ Shape = int | Sequence[int]
 
 def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:
     """Return `normalized_shape` as a tuple, empty where it is none."""
+    if isinstance(normalized_shape, tuple):
+        return normalized_shape
     if isinstance(normalized_shape, int | torch.SymInt):
         return (normalized_shape,)
     listed = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
@@ -256,7 +297,7 @@ def shape_of(
 
     A tensor as `normalized_shape` is the weight, and its shape is meant.
     """
-    if isinstance(normalized_shape, Tensor):
+    if type(normalized_shape) is not tuple and isinstance(normalized_shape, Tensor):
         if weight is not None:
             raise ValueError(
                 f"{op}: normalized_shape must be sizes where a third argument follows, "
@@ -295,6 +336,14 @@ def validate(
 
     `sizes` are those of the axes to normalise: without them, of the last one.
     """
+    sizes = x.shape[-1:] if sizes is None else sizes
+    if (
+        x.ndim and x.is_floating_point()
+        and (weight is None or _fits(weight, sizes, x.device))
+        and (bias is None or _fits(bias, sizes, x.device))
+        and (residual is None or _fits(residual, x.shape, x.device))
+    ):  # fmt: skip
+        return
     own = "input" if residual is None else "x"
     if x.ndim == 0:
         raise ValueError(f"{op}: {own} must have at least one axis, got a scalar")
@@ -302,7 +351,6 @@ def validate(
         raise ValueError(
             f"{op}: residual must have shape {list(x.shape)}, got {list(residual.shape)}"
         )
-    sizes = x.shape[-1:] if sizes is None else sizes
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != sizes:
             raise ValueError(
@@ -315,6 +363,10 @@ def validate(
             raise ValueError(f"{op}: {name} must be on {x.device}, got {given.device}; move it")
         if not given.is_floating_point():
             raise ValueError(f"{op}: {name} must be floating point, got {given.dtype}; convert it")
+
+
+def _fits(given: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
+    return given.shape == shape and given.device == device and given.is_floating_point()
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -22,10 +22,13 @@ from torch import Tensor
 
 from tritium.kernels.runtime import (
     Launcher,
+    Plan,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
+    planned,
     uses_triton,
 )
 
@@ -102,15 +105,18 @@ def _dropout_add_kernel(
         tl.store(y_ptr + offs, y, mask=offs < N)
 
 
+@planned
+def _plan(N: int, threshold: int, x_dtype: torch.dtype, y_dtype: torch.dtype) -> Plan:
+    lanes = 16 // min(x_dtype.itemsize, y_dtype.itemsize)
+    acc = accumulator(torch.promote_types(x_dtype, y_dtype))
+    return Plan((cdiv(N, 4 * S.value),), (N, threshold), (lanes, acc))
+
+
 def _launch(
     x: Tensor, residual: Tensor | None, seed: Tensor, threshold: int, dtype: torch.dtype
 ) -> Tensor:
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    N, lanes = x.numel(), 16 // min(x.element_size(), y.element_size())
-    _drop(
-        (cdiv(N, 4 * S.value),), (x, residual, seed, y), (N, threshold),
-        (lanes, accumulator(torch.promote_types(x.dtype, dtype))),
-    )  # fmt: skip
+    _drop.launch(_plan(x.numel(), threshold, x.dtype, dtype), x, residual, seed, y)
     return y
 
 
@@ -193,7 +199,7 @@ def dropout_add(
         return residual + torch.where(x.new_zeros((), dtype=torch.bool), x, 0)
     if not uses_triton(x, "dropout_add"):
         return dropout_add_reference(x, residual, p, seed=seed)
-    return _DropoutAdd.apply(x.contiguous(), residual.contiguous(), _seed(seed, x), n)
+    return apply(_DropoutAdd, x.contiguous(), residual.contiguous(), _seed(seed, x), n)
 
 
 def _threshold(p: float) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tritium.kernels.runtime import (
     Launcher,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
@@ -240,7 +241,7 @@ def embedding(
         return embedding_reference(input, weight, padding_idx)
     V, D = weight.shape
     excluded = -1 if padding_idx is None else padding_idx % V
-    y_TD = _Embedding.apply(input.reshape(-1).contiguous(), unit_stride(weight), excluded)
+    y_TD = apply(_Embedding, input.reshape(-1).contiguous(), unit_stride(weight), excluded)
     return y_TD.view(*input.shape, D)
 
 

@@ -23,6 +23,7 @@ https://arxiv.org/abs/2104.09864
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,13 @@ from tritium.kernels.rms_norm import rms_norm_reference
 from tritium.kernels.rope import _heads, _rows, rope_reference, validate_tables
 from tritium.kernels.runtime import (
     Launcher,
+    Plan,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
+    planned,
     power_of_2,
     uses_triton,
     widen,
@@ -172,11 +176,11 @@ def _wide_angles(
     return F.pad(cos, (0, x.shape[-1] - cos.shape[-1]), value=1.0), sin
 
 
-def _tile(elements: int, K: int, J: int) -> tuple[int, int, int, int]:
+def _tile(elements: int, block_N: int, K: int, J: int) -> tuple[int, int, int, int]:
     """The constants BLOCK_L, BLOCK_N, BLOCK_J and BLOCK_R."""
     rest = K - 2 * J
     block_R = power_of_2(rest) if rest else 0
-    return max(1, elements // (BLOCK_N * power_of_2(K))), BLOCK_N, power_of_2(J), block_R
+    return max(1, elements // (block_N * power_of_2(K))), block_N, power_of_2(J), block_R
 
 
 _launch_turn = Launcher(_qk_norm_rope_forward_kernel)
@@ -184,52 +188,85 @@ _launch_back = Launcher(_qk_norm_rope_backward_kernel)
 _launch_weights = Launcher(_qk_norm_rope_weights_kernel)
 
 
+@planned
+def _plan_forward(
+    shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size, dtype: torch.dtype,
+    eps: float, interleaved: bool, elements: int, block_N: int,
+) -> Plan:  # fmt: skip
+    (B, L, N, K), (S, J) = shape, angles
+    H, tile = N - 2 * G, _tile(elements, block_N, K, J)
+    tiles = cdiv(H, block_N) + cdiv(G, block_N)
+    return Plan(
+        (tiles * B * cdiv(L, tile[0]),), (L, H, G, J, K, S, *strides[:3]),
+        (float(eps), interleaved, *tile, accumulator(dtype)),
+    )  # fmt: skip
+
+
 def _launch_forward(
     qkv_BLNK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None,
     q_weight_K: Tensor | None, k_weight_K: Tensor | None, eps: float, G: int, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, L, N, K = qkv_BLNK.shape
-    H, (S, J) = N - 2 * G, cos_SJ.shape
-    q_BLHK, k_BLGK = qkv_BLNK.new_empty(B, L, H, K), qkv_BLNK.new_empty(B, L, G, K)
-    tile = _tile(FORWARD_TILE, K, J)
-    tiles = cdiv(H, BLOCK_N) + cdiv(G, BLOCK_N)
-    _launch_turn(
-        (tiles * B * cdiv(L, tile[0]),),
-        (qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K, q_BLHK, k_BLGK),
-        (L, H, G, J, K, S, *qkv_BLNK.stride()[:3]),
-        (float(eps), interleaved, *tile, accumulator(qkv_BLNK.dtype)),
+    B, L, N, K = shape = qkv_BLNK.shape
+    q_BLHK, k_BLGK = qkv_BLNK.new_empty(B, L, N - 2 * G, K), qkv_BLNK.new_empty(B, L, G, K)
+    plan = _plan_forward(
+        shape, qkv_BLNK.stride(), G, cos_SJ.shape, qkv_BLNK.dtype, eps, interleaved,
+        FORWARD_TILE, BLOCK_N,
     )  # fmt: skip
+    _launch_turn.launch(
+        plan, qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K, q_BLHK, k_BLGK
+    )
     return q_BLHK, k_BLGK
+
+
+class _BackwardPlan(NamedTuple):
+    shares: int
+    """Rows of the partial sums of the weights' gradients."""
+    back: Plan
+    weights: Plan
+
+
+@planned
+def _plan_backward(
+    shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size, dtype: torch.dtype,
+    weighted: bool, eps: float, interleaved: bool, elements: int, block_N: int, p_max: int,
+) -> _BackwardPlan:  # fmt: skip
+    (B, L, H, K), (S, J) = shape, angles
+    tile = _tile(elements, block_N, K, J)
+    q_tiles, k_tiles = cdiv(H, block_N), cdiv(G, block_N)
+    tiles, blocks = q_tiles + 2 * k_tiles, B * cdiv(L, tile[0])
+    shares = max(1, min(blocks, p_max // tiles)) if weighted else blocks
+    back = Plan(
+        (tiles * shares,), (blocks, L, H, G, J, K, S, *strides),
+        (float(eps), interleaved, *tile, power_of_2(K), accumulator(dtype)),
+    )  # fmt: skip
+    weights = Plan(
+        (cdiv(K, 16), 2), (tiles * shares, K, q_tiles, k_tiles), (512, 16), num_warps=8
+    )  # fmt: skip
+    return _BackwardPlan(tiles * shares, back, weights)
 
 
 def _launch_backward(
     dq_BLHK: Tensor, dk_BLGK: Tensor, dv_BLGK: Tensor, qkv_BLNK: Tensor | None, cos_SJ: Tensor,
     sin_SJ: Tensor, offset_B: Tensor | None, q_weight_K: Tensor | None, k_weight_K: Tensor | None,
     eps: float, interleaved: bool,
-) -> Packed:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     inputs = dq_BLHK, dk_BLGK, dv_BLGK, qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K
-    dqkv_BLNK, dq_weight_K, dk_weight_K = _fake_backward(*inputs, eps, interleaved)
-    (B, L, H, K), G, (S, J) = dq_BLHK.shape, dk_BLGK.shape[2], cos_SJ.shape
-    tile = _tile(BACKWARD_TILE, K, J)
-    q_tiles, k_tiles = cdiv(H, BLOCK_N), cdiv(G, BLOCK_N)
-    tiles, shares = q_tiles + 2 * k_tiles, B * cdiv(L, tile[0])
-    blocks, partials_PK = shares, None
-    if q_weight_K is not None:
-        shares = max(1, min(blocks, P_MAX // tiles))
-        dtype = torch.promote_types(dq_BLHK.dtype, torch.float32)
-        partials_PK = dq_BLHK.new_empty(tiles * shares, K, dtype=dtype)
-    strides = [x.stride()[:3] for x in (dq_BLHK, dk_BLGK, dv_BLGK)]
-    strides.append((0, 0, 0) if qkv_BLNK is None else qkv_BLNK.stride()[:3])
-    _launch_back(
-        (tiles * shares,), (*inputs, dqkv_BLNK, partials_PK),
-        (blocks, L, H, G, J, K, S, *sum(strides, ())),
-        (float(eps), interleaved, *tile, power_of_2(K), accumulator(dq_BLHK.dtype)),
+    dqkv_BLNK, dq_weight_K, dk_weight_K = _empty_backward(*inputs, eps, interleaved)
+    strides = (
+        *dq_BLHK.stride()[:3], *dk_BLGK.stride()[:3], *dv_BLGK.stride()[:3],
+        *((0, 0, 0) if qkv_BLNK is None else qkv_BLNK.stride()[:3]),
     )  # fmt: skip
+    plan = _plan_backward(
+        dq_BLHK.shape, strides, dk_BLGK.shape[2], cos_SJ.shape, dq_BLHK.dtype,
+        q_weight_K is not None, eps, interleaved, BACKWARD_TILE, BLOCK_N, P_MAX,
+    )  # fmt: skip
+    partials_PK = None
+    if q_weight_K is not None:
+        dtype = torch.promote_types(dq_BLHK.dtype, torch.float32)
+        partials_PK = dq_BLHK.new_empty(plan.shares, dq_BLHK.shape[3], dtype=dtype)
+    _launch_back.launch(plan.back, *inputs, dqkv_BLNK, partials_PK)
     if partials_PK is not None:
-        _launch_weights(
-            (cdiv(K, 16), 2), (partials_PK, dq_weight_K, dk_weight_K),
-            (tiles * shares, K, q_tiles, k_tiles), (512, 16), num_warps=8,
-        )  # fmt: skip
+        _launch_weights.launch(plan.weights, partials_PK, dq_weight_K, dk_weight_K)
     return dqkv_BLNK, dq_weight_K, dk_weight_K
 
 
@@ -239,17 +276,15 @@ def _fake_forward(qkv: Tensor, *args) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(B, L, N - 2 * G, K), qkv.new_empty(B, L, G, K)
 
 
-# An operator returns a fixed number of tensors: those that are not needed come back empty.
-def _fake_backward(
+# Those that are not needed are None.
+def _empty_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     offset: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
     eps: float, interleaved: bool,
-) -> Packed:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     B, L, H, K = dq.shape
     dqkv = dq.new_empty(B, L, H + 2 * dk.shape[2], K)
-    dq_weight, dk_weight = (
-        dq.new_empty(0) if w is None else w.new_empty(K) for w in (q_weight, k_weight)
-    )
+    dq_weight, dk_weight = (None if w is None else w.new_empty(K) for w in (q_weight, k_weight))
     return dqkv, dq_weight, dk_weight
 
 
@@ -264,7 +299,7 @@ _backward = operator(
     " Tensor? offset, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved)"
     " -> (Tensor, Tensor, Tensor)",
     _launch_backward,
-    _fake_backward,
+    _empty_backward,
 )
 
 
@@ -366,7 +401,7 @@ def qk_norm_rope(
         offset_B = offset.reshape(-1).contiguous()
     q_weight_K, k_weight_K = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     angles = cos.contiguous(), sin.contiguous(), offset_B
-    return _QkNormRope.apply(qkv, q_weight_K, k_weight_K, *angles, eps, G, interleaved)
+    return apply(_QkNormRope, qkv, q_weight_K, k_weight_K, *angles, eps, G, interleaved)
 
 
 def _validate(

@@ -25,10 +25,13 @@ from torch import Tensor
 from tritium.kernels._cpu_backward import uses_cpu_backward
 from tritium.kernels.runtime import (
     Launcher,
+    Plan,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
+    planned,
     power_of_2,
     unit_stride,
     uses_triton,
@@ -141,18 +144,29 @@ def _rope_kernel(
     _store_pairs(y_ptrs, y1_LHJ, y2_LHJ, J, mask_LH, INTERLEAVED, BLOCK_J)
 
 
+@planned
+def _plan(
+    shape: torch.Size, x_strides: tuple[int, ...], y_strides: tuple[int, ...], S: int,
+    dtype: torch.dtype, inverse: bool, interleaved: bool,
+) -> Plan:  # fmt: skip
+    B, L, H, K = shape
+    block_H, block_J = power_of_2(H), power_of_2(K // 2)
+    block_L = max(1, TILE // (block_H * block_J))
+    return Plan(
+        (B * cdiv(L, block_L),), (L, H, K // 2, S, *x_strides[:3], *y_strides[:3]),
+        (inverse, interleaved, block_L, block_H, block_J, accumulator(dtype)),
+    )  # fmt: skip
+
+
 def _launch(
     x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, y_BLHK: Tensor,
     *, inverse: bool, interleaved: bool,
 ) -> None:  # fmt: skip
-    B, L, H, K = x_BLHK.shape
-    block_H, block_J = power_of_2(H), power_of_2(K // 2)
-    block_L = max(1, TILE // (block_H * block_J))
-    _turn(
-        (B * cdiv(L, block_L),), (x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK),
-        (L, H, K // 2, cos_SJ.shape[0], *x_BLHK.stride()[:3], *y_BLHK.stride()[:3]),
-        (inverse, interleaved, block_L, block_H, block_J, accumulator(x_BLHK.dtype)),
+    plan = _plan(
+        x_BLHK.shape, x_BLHK.stride(), y_BLHK.stride(), cos_SJ.shape[0], x_BLHK.dtype,
+        inverse, interleaved,
     )  # fmt: skip
+    _turn.launch(plan, x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK)
 
 
 _turn = Launcher(_rope_kernel)
@@ -284,8 +298,8 @@ def rope(
         offset_B = offset.reshape(-1).contiguous()
     angles = cos.contiguous(), sin.contiguous(), offset_B
     if inplace:
-        return _Rope.apply(x, *angles, interleaved, True)
-    y_BLHK = _Rope.apply(_heads(x), *angles, interleaved, False)
+        return apply(_Rope, x, *angles, interleaved, True)
+    y_BLHK = apply(_Rope, _heads(x), *angles, interleaved, False)
     return y_BLHK if x.ndim == 4 else y_BLHK.view(x.shape)
 
 

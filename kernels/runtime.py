@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from triton import knobs
@@ -60,7 +66,7 @@ def sees_through() -> bool:
     True in a transform of torch.func, in forward-mode differentiation and in torch.export: the
     operators here have no gradient and no batching rule, their autograd functions neither.
     """
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+    if _are_functorch_transforms_active() or torch.compiler.is_exporting():
         return True
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
@@ -133,7 +139,31 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
-KEPT = 64  # kernels per launcher: with more shapes than that in turn, Triton is asked again
+KEPT = 64  # kernels and plans per launcher: with more in turn, they are looked up again
+
+
+class Plan:
+    """Launch of a kernel except for its tensors: grid, numbers, constants, Triton's options."""
+
+    __slots__ = ("constants", "grid", "numbers", "options", "three_axes")
+
+    def __init__(
+        self, grid: tuple[int, ...], numbers: tuple[float, ...], constants: tuple[Any, ...],
+        num_warps: int = 4, **options: Any,
+    ) -> None:  # fmt: skip
+        """Plan a launch; the arguments are those of `Launcher`."""
+        self.grid, self.numbers, self.constants = grid, numbers, constants
+        self.three_axes = (*grid, 1, 1)[:3]
+        # Fusion of products and sums is said because Triton 3.10 changes its default.
+        self.options = {"num_warps": num_warps, "enable_fp_fusion": True, **options}
+
+
+planned = functools.lru_cache(KEPT)
+"""Decorator of functions that return plans: computed once for each combination of arguments.
+
+Those are shapes, strides and dtypes, and tuned constants that tests change: a function that read
+these itself would return what it computed before the change.
+"""
 
 
 class Launcher:
@@ -147,6 +177,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._kept: dict[tuple, tuple] = {}
+        self._plans: dict[tuple, Plan] = {}
 
     def __call__(
         self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...],
@@ -157,26 +188,48 @@ class Launcher:
 
         Args:
             grid: one axis or two.
-            tensors: pointer arguments, None where there is none.
+            tensors: pointer arguments, None where there is none; all on the device of the launch.
             numbers: sizes, strides and other arguments whose value is not compiled in.
             constants: the constexprs.
             num_warps: Triton's option.
             options: other options of Triton.
         """
-        device = _device()
         key = (
-            device, num_warps, numbers, constants, *options.items(),
-            *map(type, numbers), *map(type, constants),
-            *[x if x is None else x.dtype for x in tensors],
-            *[x if x is None else x.data_ptr() % 16 == 0 for x in tensors],
+            num_warps, numbers, constants, *map(type, numbers), *map(type, constants),
+            *options.items(),
         )  # fmt: skip
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= KEPT:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(grid, numbers, constants, num_warps, **options)
+        self._launch(plan, grid, (*grid, 1, 1)[:3], tensors)
+
+    def launch(self, plan: Plan, *tensors: Tensor | None) -> None:
+        """Launch the kernel as planned, on these tensors: pointer arguments as of a call."""
+        self._launch(plan, plan.grid, plan.three_axes, tensors)
+
+    def _launch(
+        self, plan: Plan, grid: tuple[int, ...], three_axes: tuple[int, ...],
+        tensors: tuple[Tensor | None, ...],
+    ) -> None:  # fmt: skip
+        # Kernels are handed addresses, which decide already what is launched: Triton would ask each
+        # tensor for its own again, and the driver whose it is.
+        device = _device()
+        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        key = plan, device, *[x if x is None else x.dtype for x in tensors]
+        bits = 0
+        for address in addresses:
+            if address is not None:
+                bits |= address
+        if bits % 16:
+            key += tuple([address is None or address % 16 == 0 for address in addresses])
         if _minds_size(device):
             key += tuple(x is not None and x.untyped_storage().nbytes() < 1 << 31 for x in tensors)
         kept = self._kept.get(key)
         if kept is None:
-            options["num_warps"] = num_warps
-            options.setdefault("enable_fp_fusion", True)  # Triton 3.10 changes the default
-            compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
+            arguments = *tensors, *plan.numbers, *plan.constants
+            compiled = self._kernel[grid](*arguments, **plan.options)
             if compiled is not None:  # the interpreter returns None
                 if len(self._kept) >= KEPT:
                     self._kept.clear()
@@ -186,13 +239,13 @@ class Launcher:
             return
         compiled, run, function, metadata = kept
         if _is_hooked():
-            compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
+            compiled[three_axes](*tensors, *plan.numbers, *plan.constants)
             return
         active: Any = driver.active
         stream = active.get_current_stream(device)
         run(
-            *(*grid, 1, 1)[:3], stream, function, metadata, None, None, None,
-            *tensors, *numbers, *constants,
+            *three_axes, stream, function, metadata, None, None, None,
+            *addresses, *plan.numbers, *plan.constants,
         )  # fmt: skip
 
 
@@ -233,7 +286,9 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
 
     The function calls `launch` at once where only the device would see the operator (no compiler,
     mode, transform, trace, profiler or subclass of Tensor): PyTorch's dispatcher takes 3 to 6 us.
-    An operator that overwrites an argument is always dispatched, which counts its version.
+    An operator that overwrites an argument is always dispatched, which counts its version. Of
+    a tuple of results those that are not needed may be None, of `fake` too; dispatched, they come
+    back empty, as an operator returns a fixed number of tensors.
     """
 
     def launch_on_its_device(x: Tensor, *args):
@@ -242,35 +297,64 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
         with torch.cuda.device(x.device):
             return launch(x, *args)
 
+    def launch_dispatched(x: Tensor, *args):
+        return _without_none(x, launch_on_its_device(x, *args))
+
     def fake_for_inductor(*args):
         _register_lowering(overload)
-        return fake(*args)
+        return _without_none(args[0], fake(*args))
 
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, launch_on_its_device, "CUDA")
+    _library.impl(name, launch_dispatched, "CUDA")
     _library.impl(
-        name, launch, "CPU"
+        name, launch_dispatched, "CPU"
     )  # reached under the interpreter and by tritium.bench.compiled.static only
     torch.library.register_fake(f"tritium::{name}", fake_for_inductor, lib=_library)
     overload = getattr(torch.ops.tritium, name).default
     overwrites = "!" in schema
 
-    def call(*args):
-        if overwrites or torch.compiler.is_compiling() or _is_watched() or not _are_plain(args):
-            return overload(*args)
-        return launch_on_its_device(*args)
+    def call(x: Tensor, *args):
+        if (
+            overwrites or torch.compiler.is_compiling() or _is_watched()
+            or not (_is_plain(x) and _are_plain(args))
+        ):  # fmt: skip
+            return overload(x, *args)
+        if x.is_cpu:
+            return launch(x, *args)
+        return launch_on_its_device(x, *args) if x.is_cuda else overload(x, *args)
 
     call.overload = overload
     return call
 
 
+def _without_none(x: Tensor, results: Any) -> Any:
+    if not isinstance(results, tuple):
+        return results
+    return tuple(x.new_empty(0) if y is None else y for y in results)
+
+
+def apply(function: type[torch.autograd.Function], *args) -> Any:
+    """Return `function.apply(*args)`, without the part of it that functorch's wrappers need.
+
+    Unwrapping those costs 2 us. A dead one, of a transform that has returned, has no memory of its
+    own, and is left to PyTorch.
+    """
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return function.apply(*args)
+    for x in args:
+        if type(x) is Tensor and is_functorch_wrapped_tensor(x):
+            return function.apply(*args)
+    bare: Any = super(torch.autograd.Function, function)
+    return bare.apply(*args)
+
+
 def _is_watched() -> bool:
     """Return whether a mode, a transform, a trace or a profiler must see the operators called."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
         or _profiler_enabled()
     )
 
@@ -281,13 +365,16 @@ _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})
 def _are_plain(args: tuple) -> bool:
     """Return whether the dispatcher would hand `args` to a device's kernel as they are."""
     for x in args:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if x.is_neg() or x._is_zerotensor() or not (x.is_cuda or x.is_cpu):
-                return False
-        elif kind not in _PLAIN:
+        if type(x) in _PLAIN:
+            continue
+        if not _is_plain(x):
             return False
     return True
+
+
+def _is_plain(x: Any) -> bool:
+    kind = type(x)
+    return (kind is Tensor or kind is Parameter) and not (x.is_neg() or x._is_zerotensor())
 
 
 def _register_lowering(op: Any) -> None:

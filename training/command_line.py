@@ -90,7 +90,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
         named, *arguments = arguments
         if named not in PRESETS:
             raise ConfigError(f"there is no preset {named!r}; choose one of {', '.join(PRESETS)}")
-    preset = named or ("gpt2" if torch.cuda.is_available() else "small")
+    preset = named or ("gpu" if torch.cuda.is_available() else "small")
     for flag in {"-h", "--help", "--help-all"} & {*arguments}:
         show_help(preset, everything=flag == "--help-all")
         raise SystemExit(0)

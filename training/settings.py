@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from tritium.data.corpus import INSTALLED
 from tritium.model.transformer import ModelConfig
 from tritium.training.memory.plan import MemoryConfig
 from tritium.training.monitor.observer import ObserveConfig
@@ -122,6 +123,16 @@ PRESETS = {
         eval_tokens=131072,
         saving=SaveConfig(save_async=True),  # a best checkpoint of 1.2 GB every 100 steps
     ),
+    "gpu": TrainConfig(
+        data=INSTALLED,
+        model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
+        batch_size=64,
+        memory=MemoryConfig(micro_batch_size=16),
+        schedule=Schedule(warmup_steps=100),
+        log_every=10,
+        eval_tokens=131072,
+        saving=SaveConfig(save_async=True),
+    ),
     "tiny": TrainConfig(
         model=ModelConfig(
             vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64
@@ -138,7 +149,8 @@ PRESETS = {
 
 ABOUT_PRESETS = {
     "small": "2 layers of width 256, 750 steps of Muon: minutes on two CPU cores; what a CPU gets",
-    "gpt2": "12 layers of width 768, 1,000 steps of 65,536 tokens; what a GPU gets",
+    "gpt2": "12 layers of width 768, 1,000 steps of 65,536 tokens",
+    "gpu": "some five minutes on the GPU at hand, on Python's installed packages; what a GPU gets",
     "tiny": "2 layers of width 64, 20 steps: seconds, to try flags",
 }
 

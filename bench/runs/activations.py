@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from io import StringIO
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,10 +28,12 @@ from tritium.bench.harness import device_name
 from tritium.kernels import runtime
 from tritium.model import ModelConfig, Transformer
 from tritium.model.activation_checkpointing import saved_bytes
+from tritium.model.cpu_linear import Linear
 from tritium.training.memory.plan import MemoryConfig, Planner
 from tritium.training.memory.predict import Memory
 from tritium.training.memory.retry import MemoryRetry
 from tritium.training.optim import OptimizerConfig
+from tritium.training.precision import ComputeConfig
 
 RESULTS = "activations.md"  # in the folder of results
 WIDTH = 120
@@ -110,22 +112,30 @@ def _row(path: str, memory: Memory, policy: str) -> Row:
     size, device = memory.batch_size, memory.device
     model = Transformer(MODEL, activation_checkpointing=policy).to(device)
     tokens = torch.randint(MODEL.vocab_size, (size, MODEL.max_seq_len), device=device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16)
+    cast = ComputeConfig(precision(memory.dtype)).apply(model, device).cast
 
     def forward() -> torch.Tensor:
-        with autocast(enabled=memory.dtype == torch.bfloat16):
+        with cast:
             return model(tokens, tokens)
 
-    counted = saved_bytes(forward, [tokens, *model.parameters(), model.cos_LK, model.sin_LK])
+    with cast:
+        copies = [x.narrow for x in model.modules() if isinstance(x, Linear)]
+    given = [tokens, *model.parameters(), model.cos_LK, model.sin_LK]
+    counted = saved_bytes(forward, [*given, *(x for x in copies if x is not None)])
     step = memory.step(policy, size)
     measured = None
     if device.type == "cuda":
         for _ in range(2):  # the first makes the gradients, and what libraries keep
             torch.cuda.reset_peak_memory_stats(device)
-            forward().backward()
+            accumulate_gradients(model, (tokens, tokens), size, cast)
         measured = torch.cuda.max_memory_allocated(device)
     peak = step.total - step.states
     return Row(path, memory.dtype, policy, step.activations, counted, peak, measured)
+
+
+def precision(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
+    """Name the arithmetic whose products are of that dtype."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def _out_of_memory(device: torch.device, sequences: int = 64) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """Prove what a training step launches, without a GPU, and how a profile of one is read."""
 
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tritium.bench.step_launches import (
     POSITIONS,
     PRODUCTS,
 )
+from tritium.kernels._activation import _named
 from tritium.kernels.roofline import find_device
 from tritium.model import ModelConfig
 
@@ -87,10 +90,10 @@ def test_a_launch_that_the_recorder_cannot_see_is_an_error():
 def test_everything_is_put_back_behind_a_recording():
     from tritium.kernels.runtime import Launcher, _is_watched
 
-    before = Launcher.__call__, torch.Tensor.backward
+    before = Launcher.launch, torch.Tensor.backward
     with step_launches.recorded():
-        assert Launcher.__call__ is not before[0]
-    assert (Launcher.__call__, torch.Tensor.backward) == before
+        assert Launcher.launch is not before[0]
+    assert (Launcher.launch, torch.Tensor.backward) == before
     assert _is_watched() is False
 
 
@@ -105,6 +108,7 @@ def test_everything_is_put_back_behind_a_recording():
         ("_norm_backward_tile_kernel", NORMS),
         ("_qk_norm_rope_forward_kernel", POSITIONS),
         ("_activation_backward_kernel", ACTIVATION),
+        ("_swiglu_backward_kernel", ACTIVATION),
         ("_cross_entropy_kernel", LOSS),
         ("_optimizer_update_kernel", OPTIMIZER),
         ("_grad_norm_partials_kernel", OPTIMIZER),
@@ -119,6 +123,71 @@ def test_everything_is_put_back_behind_a_recording():
 )  # fmt: skip
 def test_kinds_of_a_gpus_kernels_by_their_names(kernel, kind):
     assert step.kind_of(kernel) == kind
+
+
+def test_every_kernel_of_tritium_is_of_a_known_kind():
+    # As a profile names it: a kernel's repr where it has one, and for each activation.
+    names = set()
+    for module in [m for name, m in sys.modules.items() if name.startswith("tritium.kernels")]:
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel") and hasattr(kernel, "arg_names"):
+                names.add(name)
+    names |= {
+        _named(way)(SimpleNamespace(constants={"ACTIVATION": activation}))
+        for way in ("forward", "backward")
+        for activation in ("silu", "gelu", "gelu_tanh", "relu_squared")
+    }
+    assert len(names) > 25
+    known = {name: step.kind_of(name) for name in names}
+    aside = ("_softmax", "_dropout_add", "_chunk")  # no part of the step that is profiled
+    assert not [n for n, kind in known.items() if kind == OTHER and not n.startswith(aside)]
+
+
+def event(name, begin, end, device="DeviceType.CUDA", **more):
+    span = SimpleNamespace(start=begin, end=end)
+    return SimpleNamespace(name=name, time_range=span, device_type=device, **more)
+
+
+PROFILE = [
+    event("aten::mm", 0.0, 9000.0, "DeviceType.CPU"),
+    event("Memcpy HtoD (Pinned -> Device)", 10.0, 20.0),
+    event("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", 30.0, 1030.0),
+    event("_swiglu_forward_kernel", 1030.0, 1530.0),
+    event("Optimizer.step#AdamW.step", 1530.0, 2030.0),
+    event("my range", 0.0, 2030.0, is_user_annotation=True),
+    event("_optimizer_update_kernel", 1540.0, 2030.0, is_user_annotation=False),
+]
+
+
+def test_a_profile_is_what_ran_on_the_device_without_the_ranges_around_it():
+    found = step.by_kind(step.device_events(PROFILE))
+    assert {kind: busy.launches for kind, busy in found.items()} == {
+        PRODUCTS: 1, ACTIVATION: 1, OPTIMIZER: 1, CASTS: 1, step.GAPS: 0
+    }  # fmt: skip
+    assert sum(busy.milliseconds for busy in found.values()) == pytest.approx(2.02)
+    with pytest.raises(SystemExit, match="saw no kernel"):
+        step.device_events(PROFILE[:1])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_command_tabulates_a_profile(known, monkeypatch, capsys):
+    h100 = find_device("H100")
+
+    def unknown(name):
+        raise ValueError("no datasheet")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(step.harness, "device_name", lambda device: "A card")
+    monkeypatch.setattr(step.harness, "measured_device", lambda *_: h100)
+    monkeypatch.setattr(step, "find_device", (lambda name: h100) if known else unknown)
+    monkeypatch.setattr(step, "profiled_step", lambda *_: step.device_events(PROFILE))
+    monkeypatch.setattr(sys, "argv", ["bench", "step"])
+    main()
+    shown = capsys.readouterr().out
+    expected = ("products", 1, 1), ("activation", 1, 0.5), ("gaps", 0, 0.02), ("all", 4, 2.02)
+    for kind, launches, milliseconds in expected:
+        assert re.search(rf"{kind} +{launches} +{milliseconds:.2f} ", shown), shown
+    assert re.search(r"attention +0 +0\.00 ", shown)  # a floor, and nothing measured
 
 
 def test_gaps_are_the_time_in_which_no_kernel_runs():

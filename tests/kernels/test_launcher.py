@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.kernels import _activation, runtime
-from tritium.kernels.runtime import KEPT, Launcher, cdiv, power_of_2
+from tritium.kernels import _activation, _norm_launch, runtime
+from tritium.kernels.runtime import KEPT, Launcher, Plan, cdiv, power_of_2
 from tritium.kernels.swiglu import swiglu
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +104,10 @@ def test_asks_triton_where_an_argument_differs_and_keeps_both(
     assert [by for by, *_ in log] == ["triton", "kept", "triton", "kept", "kept", "kept"]
     args = X, None, 16, 0.5, 8, True
     assert log[0][1:] == ((2,), args, {"num_warps": 4})
-    assert log[1][1:] == ((3, 1, 1), args, {})
-    assert log[4][1:] == ((3, 4, 1), (*tensors, *numbers, *constants), {})
+    assert log[1][1:] == ((3, 1, 1), (X.data_ptr(), *args[1:]), {})
+    # A kernel that is kept is handed addresses.
+    handed = [x if x is None else x.data_ptr() for x in tensors]
+    assert log[4][1:] == ((3, 4, 1), (*handed, *numbers, *constants), {})
 
 
 def test_asks_triton_on_another_device(device):
@@ -133,6 +135,7 @@ def test_keeps_a_bounded_number(device):
     for n in range(3 * KEPT):
         launch((1,), (X,), (n,), ())
     assert len(launch._kept) <= KEPT
+    assert len(launch._plans) <= KEPT
     log.clear()
     for n in (*range(KEPT), *range(KEPT)):
         launch((1,), (X,), (n,), ())
@@ -155,6 +158,36 @@ def test_sizes_are_those_of_triton(n):
 
     assert power_of_2(n) == triton.next_power_of_2(max(n, 1))
     assert cdiv(n, 7) == triton.cdiv(n, 7)
+
+
+def test_a_plan_is_launched_on_whatever_tensors_there_are(device):
+    log = []
+    launcher, plan = Launcher(Kernel(log)), Plan((7,), (16,), (8,), num_warps=2, num_stages=3)
+    places = X, X[16:], X[4:], X[1:], X[17:]
+    for x in places:
+        launcher.launch(plan, x, None)
+    assert log[0] == ("triton", (7,), (X, None, 16, 8), {"num_warps": 2, "num_stages": 3})
+    assert [by for by, *_ in log] == ["triton", "kept", "kept", "triton", "kept"]
+    for x, (by, grid, handed, _) in zip(places, log, strict=True):
+        if by == "kept":
+            assert (grid, handed) == ((7, 1, 1), (x.data_ptr(), None, 16, 8))
+    launcher.launch(Plan((7,), (16,), (8,), num_warps=2, num_stages=3), X, None)
+    assert log[-1][0] == "triton"
+
+
+def test_a_tensor_that_outlived_its_transform_is_refused_or_unwrapped_as_pytorch_does():
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    gate, dead = torch.randn(3, 4, device=where), []
+    torch.func.grad(lambda x: dead.append(x) or x.sum())(gate)
+    torch.testing.assert_close(swiglu(dead[0], gate), swiglu(gate, gate))
+
+
+def test_results_that_are_not_needed_come_back_empty_from_an_operator():
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(3, 4, device=where)
+    y, s, m, r = _norm_launch._forward.overload(x, None, None, None, 1e-6, 0.0, False)
+    assert (y.shape, s.shape, m.shape, r.shape) == (x.shape, (0,), (0,), (3,))
+    assert _norm_launch._forward(x, None, None, None, 1e-6, 0.0, False)[1:3] == (None, None)
 
 
 class Seen(TorchDispatchMode):

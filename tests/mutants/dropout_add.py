@@ -64,8 +64,8 @@ MUTANTS = [
     ),
     _mutant(
         what="strided x read as contiguous",
-        original="_DropoutAdd.apply(x.contiguous(),",
-        replacement="_DropoutAdd.apply(x,",
+        original="apply(_DropoutAdd, x.contiguous(),",
+        replacement="apply(_DropoutAdd, x,",
     ),
     _mutant(
         what="only half of the seed counts",

@@ -9,23 +9,23 @@ _runtime = partial(Mutant, file="kernels/runtime.py")
 MUTANTS = [
     _runtime(
         what="alignment not seen",
-        original="x.data_ptr() % 16 == 0 for",
-        replacement="True for",
+        original="        if bits % 16:",
+        replacement="        if False:",
     ),
     _runtime(
         what="alignment to 8 bytes taken for that to 16",
-        original="x.data_ptr() % 16 == 0 for",
-        replacement="x.data_ptr() % 8 == 0 for",
+        original="        if bits % 16:",
+        replacement="        if bits % 8:",
     ),
     _runtime(
         what="dtypes not seen",
-        original="*[x if x is None else x.dtype for x in tensors],",
-        replacement="",
+        original="key = plan, device, *[x if x is None else x.dtype for x in tensors]",
+        replacement="key = plan, device, *[x is None for x in tensors]",
     ),
     _runtime(
         what="values of numbers not seen",
-        original="device, num_warps, numbers, constants, *options.items(),",
-        replacement="device, num_warps, constants,",
+        original="num_warps, numbers, constants, *map",
+        replacement="num_warps, constants, *map",
     ),
     _runtime(
         what="a whole number taken for a fraction",
@@ -39,18 +39,18 @@ MUTANTS = [
     ),
     _runtime(
         what="constants not seen",
-        original="device, num_warps, numbers, constants, *options.items(),",
-        replacement="device, num_warps, numbers,",
+        original="num_warps, numbers, constants, *map",
+        replacement="num_warps, numbers, *map",
     ),
     _runtime(
         what="warps not seen",
-        original="device, num_warps, numbers, constants, *options.items(),",
-        replacement="device, numbers, constants,",
+        original="num_warps, numbers, constants, *map",
+        replacement="numbers, constants, *map",
     ),
     _runtime(
         what="another device not seen",
-        original="device, num_warps, numbers, constants, *options.items(),",
-        replacement="num_warps, numbers, constants,",
+        original="key = plan, device, *[",
+        replacement="key = plan, *[",
     ),
     _runtime(
         what="size of memory not seen on AMD",
@@ -61,6 +61,32 @@ MUTANTS = [
         what="size of memory off by one on AMD",
         original=".nbytes() < 1 << 31",
         replacement=".nbytes() <= 1 << 31",
+    ),
+    _runtime(
+        what="an address of before handed on",
+        original="*addresses, *plan.numbers, *plan.constants,\n        )",
+        replacement="*key[:0], *self.__dict__.setdefault('first', addresses), *plan.numbers,\n"
+        "            *plan.constants,\n        )",
+    ),
+    _runtime(
+        what="the grid of the first launch for all",
+        original="self._launch(plan, grid, (*grid, 1, 1)[:3], tensors)",
+        replacement="self._launch(plan, plan.grid, plan.three_axes, tensors)",
+    ),
+    _runtime(
+        what="plans kept without bound",
+        original="if len(self._plans) >= KEPT:",
+        replacement="if False:",
+    ),
+    _runtime(
+        what="results that are not needed missing from an operator",
+        original="x.new_empty(0) if y is None else y for y in results",
+        replacement="y for y in results",
+    ),
+    _runtime(
+        what="a dead wrapper handed to a kernel",
+        original="type(x) is Tensor and is_functorch_wrapped_tensor(x)",
+        replacement="False",
     ),
     _runtime(
         what="kernels kept without bound",
@@ -74,7 +100,7 @@ MUTANTS = [
     ),
     _runtime(
         what="the second axis of the grid forgotten",
-        original="*(*grid, 1, 1)[:3], stream",
+        original="*three_axes, stream",
         replacement="*(grid[0], 1, 1), stream",
     ),
     _runtime(
@@ -84,12 +110,12 @@ MUTANTS = [
     ),
     _runtime(
         what="constants not handed on",
-        original="*tensors, *numbers, *constants,\n        )  # fmt: skip",
-        replacement="*tensors, *numbers,\n        )  # fmt: skip",
+        original="*addresses, *plan.numbers, *plan.constants,\n        )",
+        replacement="*addresses, *plan.numbers,\n        )",
     ),
     _runtime(
         what="a mode does not see operators",
-        original="torch._C._len_torch_dispatch_stack() > 0",
+        original="_len_torch_dispatch_stack() > 0",
         replacement="False",
     ),
     _runtime(
@@ -99,8 +125,8 @@ MUTANTS = [
     ),
     _runtime(
         what="a subclass does not see operators",
-        original="        elif kind not in _PLAIN:\n            return False",
-        replacement="        elif kind not in _PLAIN:\n            continue",
+        original="(kind is Tensor or kind is Parameter) and not",
+        replacement="isinstance(x, Tensor) and not",
     ),
     _runtime(
         what="the sign of a negated view lost",
@@ -109,8 +135,8 @@ MUTANTS = [
     ),
     _runtime(
         what="always dispatched",
-        original="        return launch_on_its_device(*args)\n\n    call",
-        replacement="        return overload(*args)\n\n    call",
+        original="        if x.is_cpu:\n            return launch(x, *args)",
+        replacement="        if x.is_cpu:\n            return overload(x, *args)",
     ),
     _runtime(
         what="half a power of two",

@@ -105,13 +105,13 @@ MUTANTS = [
     ),
     _launch(
         what="db summed from the partials of dw",
-        original="((dw_PD, dw_D), (db_PD, db_D))",
-        replacement="((dw_PD, dw_D), (dw_PD, db_D))",
+        original="_partials.launch(plan.partials, dw_PD, dw_D, db_PD, db_D)",
+        replacement="_partials.launch(plan.partials, dw_PD, dw_D, dw_PD, db_D)",
     ),
     _launch(
         what="db in the dtype of s",
-        original="s.new_empty(0) if db_dtype is None else s.new_empty(D, dtype=db_dtype)",
-        replacement="s.new_empty(0) if db_dtype is None else s.new_empty(D)",
+        original="None if db_dtype is None else s.new_empty(D, dtype=db_dtype)",
+        replacement="None if db_dtype is None else s.new_empty(D)",
     ),
     _launch(
         what="bias not checked",

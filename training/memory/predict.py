@@ -10,7 +10,7 @@ micro-batch, except for the buffer of logits, whose size `linear_cross_entropy` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from tritium.kernels.linear_cross_entropy import chunk_rows
 from tritium.model.activation_checkpointing import Ledger, checkpointed
+from tritium.model.cpu_linear import Linear
 from tritium.model.transformer import ModelConfig, Transformer
+from tritium.training.mixed_precision import MixedPrecision
 from tritium.training.optim import OptimizerConfig
 
 
@@ -28,6 +30,7 @@ class StepBytes:
     """The bytes of one step; together those of the moment that takes the most."""
 
     parameters: int
+    """Parameters, and the copies of them in the dtype of the products."""
     gradients: int
     states: int
     """Optimizer states."""
@@ -70,7 +73,8 @@ class Memory:
         config: the shape.
         optimizer: its settings.
         device: where to train.
-        dtype: dtype of the matrix products: float32, or bfloat16 under autocast.
+        dtype: dtype of the matrix products; in bfloat16, with weights in float32, as
+            `MixedPrecision` computes them.
         batch_size: sequences per optimizer step.
     """
 
@@ -87,8 +91,10 @@ class Memory:
         """Bytes of parameters, gradients and the optimizer's states, whatever the plan."""
         with _without_memory(self.device):
             model = self._make(self.config)
-        weights = sum(p.nbytes for p in model.parameters())
-        return weights, weights, self._optimizer.state_bytes(model)
+            weights = sum(p.nbytes for p in model.parameters())
+            with self._cast(model):
+                copies = sum(x.nbytes for x in _copies(model))
+        return weights + copies, weights, self._optimizer.state_bytes(model)
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
@@ -147,14 +153,25 @@ class Memory:
                 p.grad = gradient
             tokens = torch.zeros(micro_batch, self.config.max_seq_len, dtype=torch.long)
             tables = model.cos_LK, model.sin_LK
-            with Ledger([tokens, *model.parameters(), *gradients, *tables]) as ledger:
-                autocast = self.dtype == torch.bfloat16
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            with self._cast(model):
+                given = [tokens, *model.parameters(), *_copies(model), *gradients, *tables]
+                with Ledger(given) as ledger:
                     loss = model(tokens, tokens)
-                kept, forward_peak = ledger.live - loss.nbytes, ledger.peak
-                ledger.peak = 0
-                loss.backward()
+                    kept, forward_peak = ledger.live - loss.nbytes, ledger.peak
+                    ledger.peak = 0
+                    with torch.autocast(self.device.type, enabled=False):
+                        loss.backward()
         return _Pass(kept, forward_peak, ledger.peak)
+
+    def _cast(self, model: Transformer) -> AbstractContextManager:
+        """Return what training computes a pass in."""
+        mixed = self.dtype == torch.bfloat16 and next(model.parameters()).dtype == torch.float32
+        return MixedPrecision(model) if mixed else nullcontext()
+
+
+def _copies(model: Transformer) -> list[Tensor]:
+    """Return the copies of weights by which the layers multiply."""
+    return [x.narrow for x in model.modules() if isinstance(x, Linear) and x.narrow is not None]
 
 
 @contextmanager
