@@ -1,6 +1,6 @@
 """Picture of a session's results: steps, optimizers and operations side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -26,10 +26,7 @@ def draw(found: Found, path: Path) -> None:
     }
     operations = list(dict.fromkeys(line for lines in passes.values() for line in lines))
     steps = {task.implementation: row for task, row in found.rows.items() if task.kind == STEP}
-    names = list(dict.fromkeys(task.implementation for task in found.rows))
-    styles = {name: f"C{i % 10}{MARKERS[i % len(MARKERS)]}" for i, name in enumerate(sorted(
-        names, key=lambda name: (not name.startswith("Tritium"), names.index(name))
-    ))}  # fmt: skip
+    styles = styles_of(task.implementation for task in found.rows if task.kind != STEP)
     left = len(steps) + len(optimizers) + 8
     height = min(max(LINE * max(left, len(operations)) + 2, LEAST), MOST)
     figure = plt.figure(figsize=(19, height), layout="constrained")
@@ -51,6 +48,16 @@ def draw(found: Found, path: Path) -> None:
     with atomic.replacing(path) as draft:
         figure.savefig(draft, dpi=90)
     plt.close(figure)
+
+
+def styles_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour and a marker for each implementation, Tritium's first, no two alike."""
+    different = dict.fromkeys(names)
+    ordered = sorted(different, key=lambda name: not name.startswith("Tritium"))
+    markers = len(MARKERS)
+    return {
+        name: f"C{i % 10}{MARKERS[(i + i // 10) % markers]}" for i, name in enumerate(ordered)
+    }  # fmt: skip
 
 
 def lines_of(
@@ -75,7 +82,7 @@ def _bars(panel: Axes, steps: dict[str, Row]) -> None:
         panel.annotate(f" {middle:.4g}", (high, place), va="center", fontsize=8)
     panel.set_yticks(range(len(steps)), list(steps), fontsize=8)
     panel.invert_yaxis()
-    panel.margins(x=0.12)
+    panel.margins(x=0.25)
     panel.set_xlabel("ms a step", fontsize=8)
     panel.set_title("training step" if steps else "training step: not reached", fontsize=10)
 

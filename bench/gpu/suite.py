@@ -84,10 +84,10 @@ class Suite:
 
 
 def command(processes: int, tests: tuple[str, ...]) -> list[str]:
-    """The command that runs them, in parallel where pytest-xdist is installed."""
+    """The command that runs them, in parallel if pytest-xdist is installed."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", PLUGIN, "-p", "no:benchmark"]
     words += ["-p", "no:cacheprovider", "--tb=short"]
-    if find_spec("xdist"):
+    if processes > 1 and find_spec("xdist"):
         words += ["-n", str(processes), "--maxschedchunk=4", "--max-worker-restart=1000"]
     return [*words, *tests]
 

@@ -110,6 +110,13 @@ def test_draws_what_there_is(tmp_path, entries):
     assert [path.name for path in tmp_path.iterdir()] == ["results.png"]
 
 
+def test_no_two_implementations_look_alike():
+    names = [*map(str, range(40)), "Tritium", "0", "Tritium, in place"]
+    styles = picture.styles_of(names)
+    assert list(styles)[:2] == ["Tritium", "Tritium, in place"]
+    assert len({*styles.values()}) == len(styles) == 42
+
+
 def test_the_page_is_whole_whenever_it_exists(tmp_path):
     page.write(found_of(tmp_path, ENTRIES), tmp_path / "results.md")
     assert (tmp_path / "results.md").read_text().endswith("\n")
