@@ -8,6 +8,10 @@ from importlib import import_module
 import tyro
 
 VERBS = {
+    "gpu": (
+        "gpu.session",
+        "a GPU for N minutes: tests, training step, optimizers, operations",
+    ),
     "static": (
         "compiled.static",
         "registers, spills and instructions of the kernels, without a GPU",

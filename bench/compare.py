@@ -2,30 +2,24 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
-from torch._functorch import config as functorch
 
 from tritium.bench import harness, tables
-from tritium.bench.implementations import Loader
-from tritium.bench.operations import OPERATIONS, Dims, Make, Operation
+from tritium.bench.case import Case, Settings, implementations_of, installed
+from tritium.bench.operations import OPERATIONS, Operation
 from tritium.bench.tables import Report, Row
-from tritium.kernels.roofline import Bound, Device, explain
 from tritium.kernels.runtime import uses_triton
-
-T = TypeVar("T")
 
 WIDTH = 170  # of tables that do not go to a terminal
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -35,142 +29,15 @@ PACKAGES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a run, the same for all its operations."""
-
-    device: torch.device
-    rates: Device
-    """Measured in this process: the bounds are bounds at these."""
-    cache: int
-    """Bytes of the last-level cache."""
-    dtype: torch.dtype = torch.bfloat16
-    sizes: tuple[int, ...] = ()
-    quick: bool = False
-    compiled: bool = False
-    seconds: float = 0.3
-    """Limit of the timing of one pass."""
-
-
-def installed(peers: dict[str, Loader]) -> tuple[dict[str, Loader], list[str]]:
-    """The peers that can be imported, and the names of those that are not installed."""
-    missing = []
-    for name, load in peers.items():
-        try:
-            load()
-        except ModuleNotFoundError:
-            missing.append(name)
-        except Exception:  # a broken peer becomes a row that says so
-            continue
-    return {name: load for name, load in peers.items() if name not in missing}, missing
-
-
-def implementations_of(operation: Operation, compiled: bool) -> dict[str, Loader]:
-    """The implementations to measure, Tritium's first."""
-    implementations = operation.tritium | {"eager": lambda: operation.eager}
-    if compiled:
-        implementations["torch.compile"] = partial(_compile, operation.eager)
-    return implementations | installed(operation.peers)[0]
-
-
-def _compile(function: Callable) -> Callable:
-    torch.compiler.reset()  # of the shapes before this one
-    functorch.donated_buffer = False  # the backward pass runs more than once on one graph
-    return torch.compile(function, dynamic=False)
-
-
 def measure(name: str, operation: Operation, settings: Settings) -> Iterator[Row]:
     """Measure every implementation at every shape in every pass; a failure is a row too."""
-    make = Make(settings.dtype, settings.device)
-    errors: dict[str, dict[str, float]] = {}
     implementations = implementations_of(operation, settings.compiled)
     for shape, dims in operation.cases(settings.device, settings.sizes, settings.quick).items():
-        bounds = explain(
-            name, **cast(dict[str, Any], dims), dtype=settings.dtype, device=settings.rates
-        )
-        copies = attempt(partial(_copies, operation, make, dims, settings.cache))
-        for implementation, load in implementations.items():
-            function = attempt(load)
-            if implementation not in errors and callable(function):
-                errors[implementation] = _errors(operation, make, implementation, function)
-            for pass_name in harness.PASSES:
-                if pass_name == "backward" and implementation in operation.gradient_in_forward:
-                    continue
-                row = Row(shape, dims, implementation, pass_name)
-                bound = getattr(bounds, pass_name)
-                yield _measured(
-                    row, function, copies, bound, errors.get(implementation, {}), settings
-                )
-                if settings.device.type == "cuda":
-                    torch.cuda.empty_cache()
-        del copies  # before those of the next shape are made
-
-
-def attempt(make: Callable[[], T]) -> T | str:
-    """Return what `make` returns, or why it does not; an exception would keep its tensors."""
-    try:
-        return make()
-    except Exception as problem:  # of any kind: it concerns one implementation alone
-        return harness.reason(problem)
-
-
-def _measured(
-    row: Row,
-    function: Callable | str,
-    copies: list[list[Tensor]] | str,
-    bound: Bound,
-    errors: dict[str, float],
-    settings: Settings,
-) -> Row:
-    """`row` with its numbers, or with the reason why it has none."""
-    if isinstance(copies, str):
-        return replace(row, problem=copies)
-    if isinstance(function, str):
-        return replace(row, problem=function)
-    found = attempt(partial(_timing_and_peak, function, copies, row.pass_name, settings))
-    if isinstance(found, str):
-        return replace(row, problem=found)
-    timing, peak = found
-    return replace(
-        row, milliseconds=timing.median, lower_quartile=timing.lower_quartile,
-        upper_quartile=timing.upper_quartile, bytes=bound.bytes, flops=bound.flops,
-        resource=bound.resource, percent_of_bound=percent_of_bound(bound, timing.median),
-        peak_bytes=peak, error=errors.get(row.pass_name),
-    )  # fmt: skip
-
-
-def _copies(operation: Operation, make: Make, dims: Dims, cache: int) -> list[list[Tensor]]:
-    return harness.rotated(operation.inputs(make, **dims), cache)
-
-
-def _timing_and_peak(
-    function: Callable, copies: list[list[Tensor]], pass_name: str, settings: Settings
-) -> tuple[harness.Timing, int | None]:
-    calls = [harness.calls_of(function, inputs, pass_name) for inputs in copies]
-    seconds = harness.time_calls(calls, settings.device, settings.seconds)
-    return harness.summary(seconds), harness.peak_bytes(calls[0], settings.device)
-
-
-def _errors(
-    operation: Operation, make: Make, implementation: str, function: Callable
-) -> dict[str, float]:
-    """Each pass's error at the smallest shape; none where random numbers are not Tritium's."""
-    if operation.truth and implementation not in operation.tritium:
-        return {}
-
-    def errors() -> dict[str, float]:
-        truth = operation.truth() if operation.truth else operation.eager
-        inputs = operation.inputs(make, **operation.smallest)
-        exact = harness.outputs_of(truth, harness.in_float64(inputs))
-        return harness.errors(function, exact, inputs)
-
-    found = attempt(errors)
-    return {} if isinstance(found, str) else found
-
-
-def percent_of_bound(bound: Bound, milliseconds: float) -> float:
-    """The bound in percent of the time taken: 100 is the limit."""
-    return bound.microseconds / milliseconds / 10
+        case = Case(name, operation, shape, dims, settings)
+        for implementation in implementations:
+            for pass_name in case.passes(implementation):
+                yield case.row(implementation, pass_name)
+        del case  # with its inputs, before those of the next shape are made
 
 
 def measure_all(names: list[str], settings: Settings, command: str) -> Iterator[Report]:
@@ -214,7 +81,7 @@ def make_report(
         device=settings.rates.name,
         measured_on="CPU" if settings.device.type == "cpu" else "GPU",
         rates=rates,
-        versions=_versions(),
+        versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         notes=tuple(notes),
@@ -222,17 +89,17 @@ def make_report(
     )
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": python_version()}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that are compared."""
+    found = {"python": python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+            found[package] = version(package)
+    return found
 
 
 def _notes(operation: Operation, settings: Settings) -> Iterator[str]:
-    smallest = " ".join(f"{letter}={size}" for letter, size in operation.smallest.items())
-    yield f"Rates: the bytes or operations of the bound. Error: against float64 at {smallest}."
+    yield "Rates: the bytes or operations of the bound. Error: against float64, on these inputs."
     if not uses_triton(torch.empty(0, device=settings.device)):
         yield "Tritium is the PyTorch reference here, not the kernel."
     elif settings.device.type == "cpu":

@@ -3,8 +3,10 @@
 Time is that of single calls, between CUDA events or by the host's clock. Every call takes the next
 of several copies of its inputs, together more than twice the last-level cache, and its outputs live
 until that copy's next turn: no call finds its data in a cache. On a GPU the queue is filled behind
-a kernel that sleeps for twice the time that the host takes to fill it, so that the host's launches
-are not measured. Where it wakes too early and the host is slower than the GPU, no time is given.
+a kernel that sleeps for twice the time that the host was measured to take for it. A call counts
+only if the host had launched all of it before the GPU began with it: then there are no gaps in
+which the GPU waited for the host. A call that reads a number back has no such time; it counts where
+the host's part, the most that its gaps can be, is 5 % of it at most.
 """
 
 import itertools
@@ -14,20 +16,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tritium.bench.errors import as_tuple
 from tritium.kernels.roofline import Device
 
 Call = Callable[[], object]
-Outputs = dict[str, list[Tensor]]  # by pass
 
 PASSES = ("forward", "backward", "both")
 BATCH = 50  # calls between two synchronisations with the GPU
 CYCLES = 2e9  # of a GPU in a second, about
-LEAST_LEAD, MOST_LEAD = 0.01, 0.5  # seconds of the host's lead over a batch
-GAPS = 0.05  # of a call's time: where the host leaves more of the GPU idle, it is what is timed
+LEAST_LEAD, MOST_LEAD = 0.001, 0.5  # seconds of the host's lead over a batch
+LEAST_CALLS = 5
+GAPS = 0.05  # of a call's time: where the GPU may be idle for more, no time is given
 MOST_CALLS = 500
 
 
@@ -72,19 +76,15 @@ def calls_of(function: Callable, inputs: Sequence[Tensor], pass_name: str) -> Ca
         return forward
     leaves = [x for x in inputs if x.requires_grad]
     if pass_name == "backward":
-        ys = _tuple(function(*inputs))
+        ys = as_tuple(function(*inputs))
         dys = [_gradient_for(y) for y in ys]
         return lambda: torch.autograd.grad(ys, leaves, dys, retain_graph=True)
-    dys = [_gradient_for(y) for y in _tuple(forward())]
-    return lambda: torch.autograd.grad(_tuple(function(*inputs)), leaves, dys)
+    dys = [_gradient_for(y) for y in as_tuple(forward())]
+    return lambda: torch.autograd.grad(as_tuple(function(*inputs)), leaves, dys)
 
 
 def _gradient_for(y: Tensor) -> Tensor:
     return torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y)
-
-
-def _tuple(ys) -> tuple[Tensor, ...]:
-    return ys if isinstance(ys, tuple) else (ys,)
 
 
 def time_calls(
@@ -137,46 +137,75 @@ class HostBoundError(RuntimeError):
 
 
 def _cuda_calls(call: Callable[[], None], n: int, clock: Callable[[], float]) -> list[float]:
-    """GPU seconds of `n` calls, none of which waited for the host."""
-    host = _host_seconds(call, clock)
-    batch = min(BATCH, max(int(MOST_LEAD / max(2 * host, 1e-9)), 1))
-    lead = min(max(2 * host * batch, LEAST_LEAD), MOST_LEAD)
-    taken, late = [], False
-    for done in range(0, n, batch):
-        seconds, ahead = _cuda_batch(call, min(batch, n - done), lead)
-        taken += seconds
-        late |= not ahead
-    # A late host that is the faster of the two leaves no gaps: the queue is full again at once.
-    if late and host > (1 - GAPS) * statistics.median(taken):
-        raise HostBoundError(f"the host takes {host * 1e6:.0f} us for a call")
-    return taken
+    """GPU seconds of up to `n` calls, none of which waited for the host."""
+    idle = _host_seconds(call, clock)
+    host = statistics.median(idle)
+    taken: list[float] = []
+    late: list[float] = []
+    while len(taken) + len(late) < n or (len(taken) < LEAST_CALLS and len(late) < 2 * n):
+        batch = min(BATCH, n, max(int(MOST_LEAD / max(2 * host, 1e-9)), 1))
+        lead = min(max(2 * host * batch, LEAST_LEAD), MOST_LEAD)
+        found = _cuda_batch(call, batch, lead, clock)
+        taken += [seconds for seconds, waited in found.calls if not waited]
+        late += [seconds for seconds, waited in found.calls if waited]
+        if any(waited for _, waited in found.calls):  # slower than measured, or it reads back
+            host = max(host, found.host / batch)
+    if len(taken) >= LEAST_CALLS:
+        return taken[:n]
+    if max(idle) <= GAPS * statistics.median(late) and _reads_back(call, max(idle), clock):
+        return late[:n]
+    raise HostBoundError(f"the host takes {host * 1e6:.0f} us for a call")
 
 
-def _host_seconds(call: Callable[[], None], clock: Callable[[], float], n: int = 5) -> float:
-    """Seconds that the host takes to launch a call: the median of `n` on an idle GPU."""
+def _host_seconds(call: Callable[[], None], clock: Callable[[], float]) -> list[float]:
+    """Seconds that the host takes to launch a call, several times on an idle GPU."""
     taken = []
-    for _ in range(n):
+    for _ in range(LEAST_CALLS):
         torch.cuda.synchronize()
         start = clock()
         call()
         taken.append(clock() - start)
     torch.cuda.synchronize()
-    return statistics.median(taken)
+    return taken
 
 
-def _cuda_batch(call: Callable[[], None], n: int, lead: float) -> tuple[list[float], bool]:
-    """GPU seconds of `n` calls, and whether all were launched while the GPU still slept."""
+def _reads_back(call: Callable[[], None], lead: float, clock: Callable[[], float]) -> bool:
+    """Whether the host waits in a call until the GPU is there: longer behind a longer sleep."""
+    behind = []
+    for seconds in (LEAST_LEAD + lead, 3 * (LEAST_LEAD + lead)):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(seconds * CYCLES))
+        start = clock()
+        call()
+        behind.append(clock() - start)
+    torch.cuda.synchronize()
+    return behind[1] - behind[0] > LEAST_LEAD + lead
+
+
+class Batch(NamedTuple):
+    """Calls in the GPU's queue together."""
+
+    calls: list[tuple[float, bool]]
+    """The GPU's seconds of each, and whether the GPU began before all of it was launched."""
+    host: float
+    """Seconds until all were launched."""
+
+
+def _cuda_batch(call: Callable[[], None], n: int, lead: float, clock: Callable[[], float]) -> Batch:
+    """Time `n` calls behind a kernel that sleeps for `lead` seconds."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
-    awake = torch.cuda.Event(enable_timing=True)
+    waited = []
     torch.cuda._sleep(int(lead * CYCLES))
-    awake.record()
+    begin = clock()
     for start, end in pairs:
         start.record()
         call()
         end.record()
-    ahead = not awake.query()
+        waited.append(start.query())
+    host = clock() - begin
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairs], ahead
+    seconds = [start.elapsed_time(end) / 1e3 for start, end in pairs]
+    return Batch(list(zip(seconds, waited, strict=True)), host)
 
 
 @dataclass(frozen=True)
@@ -229,43 +258,6 @@ def measured_device(device: torch.device, seconds: float) -> Device:
         matrix_32=fp32,
         arithmetic=fp32,
     )
-
-
-def outputs_of(function: Callable, inputs: Sequence[Tensor]) -> Outputs:
-    """Outputs of `function` in every pass, the incoming gradients always the same."""
-    leaves = [x for x in inputs if x.requires_grad]
-    ys = _tuple(function(*inputs))
-    generator = torch.Generator().manual_seed(0)
-    noise = [torch.randn(y.shape, generator=generator) if y.dim() else torch.ones(()) for y in ys]
-    # Rounded to bfloat16, so that every dtype has the same.
-    dys = [dy.bfloat16().to(y) for dy, y in zip(noise, ys, strict=True)]
-    forward = [y.detach().clone() for y in ys]
-    grads = list(torch.autograd.grad(ys, leaves, dys))
-    return {"forward": forward, "backward": grads, "both": forward + grads}
-
-
-def relative_rms(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest over the tensors of |x - exact| / |exact|, as root mean squares."""
-
-    def error(x: Tensor, e: Tensor) -> float:
-        return ((x.double() - e).norm() / e.norm().clamp_min(1e-300)).item()
-
-    return max(error(x, e) for x, e in zip(outputs, exact, strict=True))
-
-
-def errors(function: Callable, exact: Outputs, inputs: Sequence[Tensor]) -> dict[str, float]:
-    """The relative RMS error of every pass of `function` against `exact`."""
-    fresh = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-    actual = outputs_of(function, fresh)
-    return {name: relative_rms(actual[name], exact[name]) for name in actual}
-
-
-def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """`inputs` in float64, integers as they are."""
-    return [
-        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-        for x in inputs
-    ]
 
 
 def reason(problem: Exception) -> str:

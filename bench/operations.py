@@ -44,7 +44,7 @@ class Operation:
     axis: str
     """The dimension that `--sizes` sets, and the plot's."""
     smallest: Dims
-    """The shape of the error, and of `--quick`."""
+    """The shape of `--quick`."""
     inputs: Callable[..., tuple[Tensor, ...]]
     """From a Make and the dimensions by name."""
     tritium: dict[str, Loader]
@@ -52,6 +52,10 @@ class Operation:
     peers: dict[str, Loader] = field(default_factory=dict)
     truth: Loader | None = None
     """The reference, where eager's random numbers are others than Tritium's."""
+    shared: tuple[int, ...] = ()
+    """Positions of the inputs that all rows share; others have their rows in dimension 0."""
+    whole: bool = False
+    """Whether a row's output depends on its position, or on other rows."""
     gradient_in_forward: tuple[str, ...] = ()
     """Implementations that have nothing left to measure in the backward pass alone."""
     rows: tuple[str, int, int] | None = None
@@ -121,6 +125,7 @@ def _norm(
         lambda make, T, D: (*(make(T, D) for _ in range(tokens)),
                             *(make(D) for _ in range(vectors))),
         {"Tritium": load}, EAGER[name], peers, rows=TOKENS,
+        shared=tuple(range(tokens, tokens + vectors)),
     )  # fmt: skip
 
 
@@ -167,6 +172,7 @@ OPERATIONS: dict[str, Operation] = {
             "quack": quack("linear_cross_entropy", "chunked_linear_cross_entropy"),
             "cut-cross-entropy": implementations.cut_cross_entropy,
         },
+        shared=(1,),
         gradient_in_forward=("Tritium", "liger", "quack"),
         rows=("T", 8192, 64),
         cpu_shapes=1,
@@ -184,11 +190,12 @@ OPERATIONS: dict[str, Operation] = {
     "add_layer_norm": _norm("add_layer_norm", own("add_layer_norm", "layer_norm"), 2, 2, {}),
     "rope": Operation(
         HEADS, "H", {"T": 64, "H": 4, "K": 64}, _rope_inputs,
-        {"Tritium": own("rope")}, EAGER["rope"], rows=TOKENS,
+        {"Tritium": own("rope")}, EAGER["rope"], rows=TOKENS, shared=(1, 2),
     ),
     "qk_norm_rope": Operation(
         {"GPT-2 124M": {"H": 12, "G": 12, "K": 64}}, "K", {"T": 64, "H": 4, "G": 4, "K": 64},
         _qk_norm_rope_inputs, {"Tritium": own("qk_norm_rope")}, EAGER["qk_norm_rope"], rows=TOKENS,
+        shared=(1, 2, 3, 4),
     ),
     "swiglu": _activation("swiglu", 2, {"liger": liger("swiglu")}),
     "geglu": _activation("geglu", 2, {"liger": liger("geglu")}, approximate="tanh"),
@@ -196,12 +203,12 @@ OPERATIONS: dict[str, Operation] = {
     "dropout_add": Operation(
         WIDTHS, "D", {"T": 64, "D": 256}, lambda make, T, D: (make(T, D), make(T, D)),
         {"Tritium": own("dropout_add", seed=0)}, EAGER["dropout_add"],
-        truth=own("dropout_add_reference", "dropout_add", seed=0), rows=TOKENS,
+        truth=own("dropout_add_reference", "dropout_add", seed=0), rows=TOKENS, whole=True,
     ),
     "embedding": Operation(
         LAYERS, "D", {"T": 64, "D": 64, "V": 100},
         lambda make, T, D, V: (make.integers(V, T), make(V, D)),
-        {"Tritium": own("embedding")}, EAGER["embedding"], rows=TOKENS,
+        {"Tritium": own("embedding")}, EAGER["embedding"], rows=TOKENS, shared=(1,),
     ),
     "mse_loss": Operation(
         {f"{n} Mi elements": {"N": n * MIB} for n in (1, 16, 256)}, "N", {"N": 16384},
@@ -211,6 +218,6 @@ OPERATIONS: dict[str, Operation] = {
     "info_nce": Operation(
         PAIRS, "D", {"B": 64, "D": 64}, lambda make, B, D: (make(B, D), make(B, D)),
         {"Tritium": own("info_nce")}, EAGER["info_nce"], gradient_in_forward=("Tritium",),
-        rows=("B", 32768, 512),
+        whole=True, rows=("B", 32768, 512),
     ),
 }  # fmt: skip

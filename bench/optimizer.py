@@ -18,17 +18,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tritium.bench import harness, host_cost
-from tritium.bench.compare import (
-    Settings,
-    attempt,
-    command_line,
-    installed,
-    make_report,
-    percent_of_bound,
-    settings_here,
-    show,
-    watched,
-)
+from tritium.bench.case import Settings, attempt, installed, percent_of_bound
+from tritium.bench.compare import command_line, make_report, settings_here, show, watched
+from tritium.bench.errors import relative_rms
 from tritium.bench.implementations import Loader
 from tritium.bench.optimizer_implementations import Parameters, Stepper
 from tritium.bench.optimizer_shapes import CPU_MODELS, MODELS, SMALLEST, Shapes
@@ -50,27 +42,58 @@ def implementations_of(task: Task) -> dict[str, Loader]:
 
 def measure(models: dict[str, Shapes], tasks: dict[str, Task], settings: Settings) -> Iterator[Row]:
     """Measure every implementation of every task on every model; a failure is a row."""
-    errors: dict[tuple[str, str], float | str] = {}
+    errors: dict[tuple[str, str], float | None] = {}
     for model, shapes in models.items():
-        dims = {"N": sum(map(prod, shapes)), "tensors": len(shapes)}
         for name, task in tasks.items():
             for implementation, load in implementations_of(task).items():
-                row = Row(model, dims, implementation, name)
-                found = attempt(partial(_measured, row, task, load, shapes, settings))
-                if settings.device.type == "cuda":
-                    gc.collect()
-                    torch.cuda.empty_cache()
-                if isinstance(found, str):
-                    yield replace(row, problem=found)
-                    continue
                 case = name, implementation
-                if case not in errors:
-                    errors[case] = attempt(partial(error_of, load(), task, settings.device))
-                error = errors[case]
-                yield replace(found, error=None if isinstance(error, str) else error)
+                row = row_of(model, shapes, name, task, implementation, load, settings)
+                if row.problem is None and case not in errors:
+                    errors[case] = error_or_none(load, task, settings.device)
+                yield replace(row, error=errors.get(case)) if row.problem is None else row
 
 
-def _measured(row: Row, task: Task, load: Loader, shapes: Shapes, settings: Settings) -> Row:
+def row_of(
+    model: str,
+    shapes: Shapes,
+    name: str,
+    task: Task,
+    implementation: str,
+    load: Loader,
+    settings: Settings,
+    host: bool = True,
+) -> Row:
+    """Measure one implementation on one model: all except the error, or why there is nothing.
+
+    Args:
+        model: its name.
+        shapes: its parameters'.
+        name: of the task.
+        task: the step.
+        implementation: its name.
+        load: the implementation.
+        settings: of the run.
+        host: count launches and time the host, which takes a second.
+    """
+    row = Row(
+        model, {"N": sum(map(prod, shapes)), "tensors": len(shapes)}, implementation, name
+    )  # fmt: skip
+    found = attempt(partial(_measured, row, task, load, shapes, settings, host))
+    if settings.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    return replace(row, problem=found) if isinstance(found, str) else found
+
+
+def error_or_none(load: Loader, task: Task, device: torch.device) -> float | None:
+    """The error of a step, or nothing where it fails: then its row says why."""
+    found = attempt(lambda: error_of(load(), task, device))
+    return None if isinstance(found, str) else found
+
+
+def _measured(
+    row: Row, task: Task, load: Loader, shapes: Shapes, settings: Settings, host: bool
+) -> Row:
     """`row` with its numbers, except the error."""
     make, device, N = load(), settings.device, row.dims["N"]
     bound = task.bound(N, settings.rates)
@@ -79,7 +102,7 @@ def _measured(row: Row, task: Task, load: Loader, shapes: Shapes, settings: Sett
     calls = [stepper.step for stepper in steppers]
     timing = harness.summary(harness.time_calls(calls, device, settings.seconds))
     own = bound.bytes + task.extra.get(row.implementation, 0) * N
-    cost = _host_cost(row.implementation, task, make, calls[0], shapes, device)
+    cost = _host_cost(row.implementation, task, make, calls[0], shapes, device) if host else None
     return replace(
         row, milliseconds=timing.median, lower_quartile=timing.lower_quartile,
         upper_quartile=timing.upper_quartile, bytes=bound.bytes, flops=bound.flops,
@@ -125,7 +148,7 @@ def error_of(make: Make, task: Task, device: torch.device) -> float:
     exact = [nn.Parameter(p.detach().double()) for p in ps]
     gradients = [[torch.randn_like(p) for p in ps] for _ in range(STEPS)]
     moved = _outcome(make, ps, gradients)
-    return harness.relative_rms(moved, _outcome(task.truth(), exact, gradients))
+    return relative_rms(moved, _outcome(task.truth(), exact, gradients))
 
 
 def _outcome(make: Make, ps: Parameters, gradients: list[list[Tensor]]) -> list[Tensor]:

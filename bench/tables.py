@@ -53,7 +53,8 @@ class Row:
     peak_bytes: int | None = None
     """The most that one call holds at a time above what it was given. None on a CPU."""
     error: float | None = None
-    """Relative root mean square against float64, at the operation's smallest shape."""
+    """Relative root mean square against float64: on the inputs that were timed, or after an
+    optimizer's steps on a small model."""
     problem: str | None = None
     """The reason, where there are no numbers."""
 
@@ -171,6 +172,14 @@ def present(lines: Sequence[str], *tables: Table, width: int, write_to: Path | N
             console.print("", table, sep="\n")
     if write_to is not None:
         write(write_to, file.getvalue().encode())
+
+
+def markdown(table: Table, width: int = 110) -> str:
+    """A table in Markdown."""
+    table.box = box.MARKDOWN
+    file = io.StringIO()
+    Console(file=file, width=width).print(table)
+    return file.getvalue().strip()
 
 
 def write(path: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """Every test runs everywhere: on a GPU when there is one, in Triton's interpreter when not."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ GLOBALS = {
     "current folder": (os.getcwd, os.chdir),
 }
 
+# One cache of compiled kernels for all processes: where none is named, torch.compile moves Triton's
+# into a folder of its own, and what was compiled before is compiled once more.
+os.environ.setdefault(
+    "TRITON_CACHE_DIR", str(Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache")
+)
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, its own when it is imported: so before both.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -105,8 +111,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int:
-    """`pytest -n auto`: a process for each core, but one alone for a GPU."""
-    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 8)
+    """`pytest -n auto`: a process for each core; on a GPU as many as its memory has room for."""
+    cores = len(os.sched_getaffinity(0))
+    if not torch.cuda.is_available():
+        return min(cores, 8)
+    from shared_gpu import processes_on_a_gpu
+
+    return processes_on_a_gpu(cores, torch.cuda.get_device_properties(0).total_memory)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -156,6 +167,17 @@ OTHERS = {
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def gpu_is_shared(leaks_nothing):
+    """Hand the GPU's memory back after a test of large tensors: other processes have tests, too."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT:
+        torch.cuda.empty_cache()
+
+
+KEPT = 1 << 30  # bytes of the GPU that a process may keep from one test to the next
 
 
 @pytest.fixture

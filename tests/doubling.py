@@ -2,13 +2,13 @@
 
 import torch
 
-from tritium.bench import compare, tables
+from tritium.bench import case, compare, tables
 from tritium.bench.operations import Operation
 from tritium.kernels.roofline import Device
 
 CPU = torch.device("cpu")
 RATES = Device("a machine", "", copy=1e9, matrix_16=1e9, matrix_32=1e9, arithmetic=1e9)
-SETTINGS = compare.Settings(CPU, RATES, 0, torch.float32, quick=True, seconds=1e-6)
+SETTINGS = case.Settings(CPU, RATES, 0, torch.float32, quick=True, seconds=1e-6)
 ROWS = (
     tables.Row("a", {"M": 2, "N": 64}, "Tritium", "forward", 1.5, 1.25, 2.0, 3_000_000, 10,
                "memory",

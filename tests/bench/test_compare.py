@@ -6,7 +6,7 @@ import pytest
 import torch
 from doubling import CPU, SETTINGS, doubling, raising, report_of
 
-from tritium.bench import compare, harness
+from tritium.bench import case, compare, harness
 from tritium.bench.operations import OPERATIONS
 from tritium.kernels import runtime
 from tritium.kernels.roofline import Bound
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("references")
 
 def test_percent_of_bound():
     bound = Bound(bytes=1000, flops=0, microseconds=500.0, resource="memory")
-    assert compare.percent_of_bound(bound, 1.0) == 50
-    assert compare.percent_of_bound(bound, 0.5) == 100
+    assert case.percent_of_bound(bound, 1.0) == 50
+    assert case.percent_of_bound(bound, 0.5) == 100
 
 
 def test_rows_hold_what_was_measured():

@@ -1,13 +1,15 @@
 """Prove that times, peak memory and errors of single calls are true, on a GPU and on a CPU."""
 
 import itertools
-import math
+import os
 import statistics
 import weakref
 
 import pytest
 import torch
 from doubling import CPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tritium.bench import harness
 
@@ -51,10 +53,16 @@ def test_does_not_time_the_first_call():
 
 
 class FakeGPU:
-    """A GPU on the host's clock, in seconds, and a host that launches a call in `host` of them."""
+    """A GPU on the host's clock, in seconds, and a host that launches a call in `host` of them.
 
-    def __init__(self, monkeypatch, host: float, kernel: float) -> None:
-        self.host, self.kernel = host, kernel
+    `slower` is how many times as long a launch takes while the GPU has work. `reads` makes each
+    call wait for what the GPU has to do before it, as `.item()` does.
+    """
+
+    def __init__(
+        self, monkeypatch, host: float, kernel: float, slower: float = 1.0, reads: bool = False
+    ) -> None:
+        self.host, self.kernel, self.slower, self.reads = host, kernel, slower, reads
         self.now = self.free = 0.0  # where the host is, and when the GPU has done all it was given
         self.log: list[str] = []
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
@@ -66,8 +74,13 @@ class FakeGPU:
         self.free = max(self.free, self.now) + cycles / harness.CYCLES
 
     def call(self) -> None:
-        self.now += self.host
-        self.free = max(self.free, self.now) + self.kernel
+        if self.reads:
+            self.now = max(self.now, self.free)
+        busy = self.free > self.now
+        # Two kernels, of which the second is launched at the end of the host's part.
+        self.free = max(self.free, self.now) + self.kernel / 2
+        self.now += self.host * (self.slower if busy else 1.0)
+        self.free = max(self.free, self.now) + self.kernel / 2
 
     def synchronize(self) -> None:
         self.log.append("synchronize")
@@ -117,11 +130,36 @@ def test_says_host_bound_where_the_gpu_waits(monkeypatch):
     assert harness.reason(caught.value) == "host-bound: the host takes 1000000 us for a call"
 
 
-def test_a_late_host_that_is_faster_than_the_gpu_leaves_no_gaps(monkeypatch):
-    monkeypatch.setattr(harness, "MOST_LEAD", 0.0)
-    monkeypatch.setattr(harness, "LEAST_LEAD", 0.0)
-    gpu = FakeGPU(monkeypatch, host=1e-4, kernel=1e-3)
-    assert statistics.median(gpu.taken(0.1)) < 1.11e-3
+@given(
+    host=st.floats(1e-6, 1.0),
+    kernel=st.floats(1e-6, 0.1),
+    slower=st.floats(0.1, 100.0),
+    reads=st.booleans(),
+    seconds=st.floats(0.01, 0.2),
+)
+@settings(max_examples=int(os.environ.get("TRITIUM_EXAMPLES", "40")))
+def test_no_time_is_given_that_has_gaps(host, kernel, slower, reads, seconds):
+    # As on an H100 whose host was slow: 839 us for passes of 38 and 84.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        gpu = FakeGPU(monkeypatch, host, kernel, slower, reads)
+        try:
+            taken = gpu.taken(seconds)
+        except harness.HostBoundError:
+            assert reads or max(1.0, slower) * host > harness.MOST_LEAD / 2.5
+            return
+        assert len(taken) >= harness.LEAST_CALLS
+        gaps = 1 - kernel / statistics.median(taken)
+        assert gaps <= harness.GAPS + 1e-6
+
+
+@pytest.mark.parametrize("kernel", [3e-2, 3e-4])
+def test_a_call_that_reads_back_has_a_time_where_the_host_is_quick(kernel, monkeypatch):
+    gpu = FakeGPU(monkeypatch, host=1e-3, kernel=kernel, reads=True)
+    if kernel == 3e-2:
+        assert statistics.median(gpu.taken(1.0)) == pytest.approx(kernel, rel=0.05)
+    else:
+        with pytest.raises(harness.HostBoundError):
+            gpu.taken(1.0)
 
 
 def test_peak_memory_is_what_a_call_adds(monkeypatch):
@@ -192,12 +230,3 @@ def test_a_pass_computes_what_it_is_named_for(pass_name):
     expected = (x * x).sum() if pass_name == "forward" else 2 * x
     for result in results:
         torch.testing.assert_close(result if pass_name == "forward" else result[0], expected)
-
-
-def test_relative_error_is_that_of_the_worst_tensor():
-    exact = [torch.full((4,), 2.0).double(), torch.ones(9).double()]
-    off = [exact[0].clone(), exact[1] + 0.25]
-    assert harness.relative_rms(off, exact) == pytest.approx(0.25)
-    assert harness.relative_rms([exact[0] * 1.5, exact[1]], exact) == pytest.approx(0.5)
-    assert harness.relative_rms(exact, exact) == 0
-    assert math.isnan(harness.relative_rms([exact[0] * math.nan, exact[1]], exact))

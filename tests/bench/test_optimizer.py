@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritium.bench import compare, harness, optimizer, tables
+from tritium.bench import case, harness, optimizer, tables
 from tritium.bench.__main__ import main
 from tritium.bench.optimizer_implementations import Stepper, clipped, gradients
 from tritium.bench.optimizer_shapes import CPU_MODELS, MODELS, SMALLEST, gpt2, llama
@@ -20,7 +20,7 @@ from tritium.kernels.roofline import Device
 
 CPU = torch.device("cpu")
 RATES = Device("a machine", "", copy=1e9, matrix_16=1e9, matrix_32=1e9, arithmetic=1e12)
-SETTINGS = compare.Settings(CPU, RATES, 0, seconds=1e-6)
+SETTINGS = case.Settings(CPU, RATES, 0, seconds=1e-6)
 TINY = {"tiny": [(3, 5), (7,)]}
 N = 22
 
