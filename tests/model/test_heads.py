@@ -239,6 +239,7 @@ TOKENS = torch.zeros(2, 5, dtype=torch.long)
     [
         (lambda t: pad_sequences([]), "there must be at least one sequence, got none"),
         (lambda t: pad_sequences([[1], []]), r"one row of at least one id, got \[0\] .* number 1"),
+        (lambda t: pad_sequences([torch.zeros(0).long()]), r"got \[0\] in torch.int64"),
         (lambda t: pad_sequences([[0.5]]), r"got \[1\] in torch.float32 for number 0"),
         (lambda t: pad_sequences([torch.zeros(1, 2).long()]), r"got \[1, 2\] in torch.int64"),
         (lambda t: Classifier(t, 0), "Classifier: num_classes must be a whole number .*, got 0"),

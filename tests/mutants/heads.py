@@ -28,11 +28,6 @@ MUTANTS = [
         replacement="> length_B1\n",
     ),
     _mutant(
-        what="summed in the low precision",
-        original="h_BLD.masked_fill(padding_BL.unsqueeze(-1), 0).sum(1, dtype=wide)",
-        replacement="h_BLD.masked_fill(padding_BL.unsqueeze(-1), 0).cumsum(1)[:, -1]",
-    ),
-    _mutant(
         what="the last but one token pooled",
         original="h_BLD.gather(1, (length_B1 - 1)",
         replacement="h_BLD.gather(1, (length_B1 - 2).clamp(min=0)",
