@@ -88,7 +88,8 @@ def draw(end: Node, gradients: dict[str, float], out: Path) -> None:
             )  # fmt: skip
         leaf = not node.operands
         axes.text(
-            x, y, f"{node.name}\n{node.value:.3g}", ha="center", va="center", fontsize=9, linespacing=1.4,
+            x, y, f"{node.name}\n{node.value:.3g}", ha="center", va="center", fontsize=9,
+            linespacing=1.4,
             bbox=dict(boxstyle="circle", facecolor=ORANGE if leaf else "white", edgecolor="black"),
         )  # fmt: skip
         if leaf:
