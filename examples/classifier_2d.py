@@ -102,7 +102,7 @@ def main() -> None:
     curves.plot(accuracies, color=COLOURS[1], label="held-out accuracy (share)")
     curves.axhline(most, color="grey", linestyle="--", label="baseline accuracy (share)")
     curves.set(xlabel="step", ylim=(0, 1.05))
-    curves.legend(fontsize=8, loc=(0.22, 0.62))
+    curves.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.7))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(asked.out, dpi=110)
     print(f"picture: {asked.out}")

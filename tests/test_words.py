@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    "bench", "data", "docs", "kernels", "model", "tests", "training", "tritium", "train.py",
+    "bench", "data", "docs", "examples", "kernels", "model", "tests", "training", "tritium", "train.py",
     "README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci",
 )  # fmt: skip
 
