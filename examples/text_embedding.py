@@ -117,7 +117,7 @@ def main() -> None:
     found.set(xlabel="optimizer step", ylabel="share of docstrings", ylim=(0, 1))
     found.set_title(f"Code found among {n}, other files", fontsize=11)
     found.legend(fontsize=8, loc="upper left")
-    shades = matrix.imshow(s_BB[:40, :40], cmap="cividis")
+    shades = matrix.imshow(s_BB[:40, :40].numpy(), cmap="cividis")
     matrix.set(xlabel="code", ylabel="docstring", title="40 pairs, trained")
     figure.colorbar(shades, label="cosine")
     asked.out.parent.mkdir(parents=True, exist_ok=True)

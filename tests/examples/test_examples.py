@@ -17,11 +17,11 @@ EXAMPLES = {
     "computation_graph": ([], None, None),
     "regression": (["--steps", "12"], r"other sums: ([\d.]+)", r"baseline\): ([\d.]+)"),
     "text_embedding": (
-        ["--steps", "4", "--files", "40"],
-        r"random .*one of ten: +([\d.]+)%", r"trained, 4 .*one of ten: +([\d.]+)%",
+        ["--steps", "20", "--files", "60"],
+        r"not trained .*one of ten: +([\d.]+)%", r"trained, 20 .*one of ten: +([\d.]+)%",
     ),
     "fine_tuning": (
-        ["--steps", "10"], r"fine-tuned: +([\d.]+) bits", r"anew \(baseline\): +([\d.]+) bits",
+        ["--steps", "5"], r"fine-tuned: +([\d.]+) bits", r"anew \(baseline\): +([\d.]+) bits",
     ),
 }  # fmt: skip
 
