@@ -1,6 +1,7 @@
 """The architecture: a decoder-only transformer, composed by configuration."""
 
 from tritium.model.config import ModelConfig, RopeScaling
+from tritium.model.heads import Classifier, Embedder, Regressor, pad_sequences
 from tritium.model.modules import (
     GEGLU,
     LayerNorm,
@@ -13,12 +14,16 @@ from tritium.model.transformer import Transformer
 
 __all__ = [
     "GEGLU",
+    "Classifier",
+    "Embedder",
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "ModelConfig",
     "RMSNorm",
     "ReLUSquared",
+    "Regressor",
     "RopeScaling",
     "SwiGLU",
     "Transformer",
+    "pad_sequences",
 ]

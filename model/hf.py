@@ -43,7 +43,8 @@ def patch(
         rotary: `rope` for queries and keys. GPT-2 has learned positions.
         loss: where labels are given in training mode, `linear_cross_entropy` of the hidden states,
             in a model with a language model's head: the logits are never stored whole, and None is
-            returned for them.
+            returned for them. A head that is more than a linear layer, such as one with LoRA,
+            quantized or with hooks, computes its logits as it did.
 
     Raises:
         TypeError: it is a model of another kind, or has a loss of its own.
@@ -132,7 +133,8 @@ def _with_loss(forward):
         self, input_ids=None, *args, labels: Tensor | None = None, logits_to_keep=0, **kwargs
     ):
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if args or labels is None or not self.training or not keeps_all:
+        usual = args or labels is None or not self.training or not keeps_all
+        if usual or not _is_linear(self.lm_head):
             kwargs["logits_to_keep"] = logits_to_keep
             return forward(self, input_ids, *args, labels=labels, **kwargs)
         from transformers.modeling_outputs import (
@@ -153,6 +155,12 @@ def _with_loss(forward):
         return output.to_tuple() if told["return_dict"] is False else output
 
     return with_loss
+
+
+def _is_linear(head: nn.Module) -> bool:
+    """Whether the output of a layer is the product with its weight and no more."""
+    hooked = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
+    return type(head) is nn.Linear and not hooked
 
 
 def _shifted_loss(hidden_BLD: Tensor, head: nn.Linear, labels: Tensor, told: dict) -> Tensor:

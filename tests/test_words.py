@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    "bench", "data", "docs", "kernels", "model", "tests", "training", "tritium", "train.py",
-    "README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci",
+    "bench", "data", "docs", "examples", "kernels", "model", "tests", "training", "tritium",
+    "train.py", "README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci",
 )  # fmt: skip
 
 GLOSSARY = {

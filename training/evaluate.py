@@ -1,4 +1,7 @@
-"""Measure a trained model on a text: python -m tritium.training.evaluate RUN FILE [--stride N]."""
+"""Measure a trained model: python -m tritium.training.evaluate RUN FILE.
+
+FILE is a text, or with --multiple-choice one of questions; see `tritium.training.multiple_choice`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from tritium.data.decoding import NotTextError, detect
 from tritium.model.transformer import Transformer
 from tritium.training.device import choose_device
 from tritium.training.monitor.terminal import tolerant_output
+from tritium.training.multiple_choice import accuracy, read_questions
 from tritium.training.trained import read
 
 IGNORED = -100
@@ -82,6 +86,7 @@ def main(
     batch_size: int = 8,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     checkpoint: Literal["best", "newest"] = "best",
+    multiple_choice: bool = False,
 ) -> None:
     """Print the perplexity of a text, and its bits per byte, which tokenizers have in common.
 
@@ -89,10 +94,15 @@ def main(
         run: folder of a run, of one checkpoint, or in Hugging Face's layout.
         file: the text, one document.
         stride: tokens from one window of the context to the next. None: half the context.
-        batch_size: windows that are computed at once.
+        batch_size: windows, or endings, that are computed at once.
         device: device to compute on. auto: a GPU if there is one.
         checkpoint: the one of a run with the lowest validation loss, if it was kept, or the newest.
+        multiple_choice: the file is of questions, one JSON object a line with ctx, endings and
+            label, as HellaSwag's; print the accuracy.
     """
+    if multiple_choice and stride is not None:
+        raise ValueError("stride is of a text, and --multiple-choice of questions; leave one out")
+    questions = read_questions(file) if multiple_choice else []
     model, tokenizer = read(run, choose_device(device), checkpoint=checkpoint)
     context = model.config.max_seq_len
     stride = max(1, context // 2) if stride is None else stride
@@ -100,6 +110,19 @@ def main(
         raise ValueError(f"stride must be in [1, {context}], the model's context, got {stride}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if multiple_choice:
+        try:
+            found = accuracy(model, tokenizer, questions, batch_size)
+        except ValueError as error:
+            raise ValueError(f"{file}, {error}") from error
+        plain, normalised = (
+            f"{share:.1%} ± {found.error(share, found.questions):.1%}" for share in found[:2]
+        )
+        print(
+            f"{file}: {found.questions:,} questions, by chance {found.chance:.1%}\n"
+            f"accuracy {plain}, normalised by the bytes of an ending {normalised} (standard error)"
+        )
+        return
     text = _read(file)
     ids = tokenizer.encode(text)
     if not ids:

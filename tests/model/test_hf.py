@@ -2,8 +2,12 @@
 
 import copy
 
+import hypothesis
 import pytest
 import torch
+from families import few
+from hypothesis import strategies as st
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -94,6 +98,101 @@ def test_logits_loss_and_gradients_are_the_same(kind, switch):
         )
     assert torch.equal(found, expected)
     assert patched.state_dict().keys() == plain.state_dict().keys()
+
+
+@st.composite
+def models(draw):
+    """A random model of transformers, with its loss of one batch and the gradients."""
+    heads = draw(st.sampled_from([2, 4, 6]))
+    kind = draw(st.sampled_from(["llama", "qwen3", "gpt2"]))
+    layers, width = draw(st.integers(1, 2)), 2 * heads * draw(st.integers(2, 3))
+    common = dict(vocab_size=37, tie_word_embeddings=draw(st.booleans()), use_cache=False)
+    ends = dict(bos_token_id=None, eos_token_id=None)
+    if kind == "gpt2":
+        config = GPT2Config(
+            **common, **ends, n_positions=32, n_embd=width, n_layer=layers, n_head=heads,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+    else:
+        config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind](
+            **common, **ends, hidden_size=width, num_attention_heads=heads,
+            num_hidden_layers=layers, num_key_value_heads=draw(st.sampled_from([1, 2, heads])),
+            head_dim=draw(st.sampled_from([2, 4, 10])), intermediate_size=draw(st.integers(1, 20)),
+            hidden_act=draw(st.sampled_from(["silu", "gelu_pytorch_tanh", "relu"])),
+            attention_bias=draw(st.booleans()),
+        )  # fmt: skip
+    config._attn_implementation = draw(st.sampled_from(["eager", "sdpa"]))
+    torch.manual_seed(draw(st.integers(0, 9)))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.train()
+
+
+def loss_and_gradients(model, **given):
+    loss = model(**given).loss
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.double(), [x.double() for x in gradients]
+
+
+@hypothesis.given(models(), st.data())
+@few
+def test_every_combination_of_switches_computes_the_same(model, data):
+    switches = {name: data.draw(st.booleans()) for name in SWITCHES}
+    exact, patched = copy.deepcopy(model).double(), patch(copy.deepcopy(model), **switches)
+    tokens = torch.randint(37, (2, data.draw(st.integers(2, 9))))
+    labels = torch.where(torch.rand(tokens.shape) < 0.2, -100, tokens)
+    labels[:, -1] = 1
+    given = dict(input_ids=tokens, labels=labels)
+    if data.draw(st.booleans()):
+        for each in (model, patched):
+            each.gradient_checkpointing_enable()
+    precision = data.draw(st.sampled_from(["float32", "bfloat16", "autocast"]))
+    low = precision != "float32"
+    if precision == "bfloat16":
+        model.bfloat16(), patched.bfloat16()
+    with torch.autocast("cpu", enabled=precision == "autocast"):
+        theirs, found = (loss_and_gradients(each, **given) for each in (model, patched))
+    wanted = loss_and_gradients(exact, **given)
+    if low:  # all gradients as one: of a small one alone the rounding is luck
+        theirs, found, wanted = (
+            (loss, [torch.cat([x.flatten() for x in gradients])])
+            for loss, gradients in (theirs, found, wanted)
+        )
+    # As exact as the unpatched, twice its error; a loss of few tokens may have none by luck.
+    least = 2e-3 if low else 1e-5
+    for x, y, z in zip(
+        [found[0], *found[1]], [theirs[0], *theirs[1]], [wanted[0], *wanted[1]], strict=True
+    ):
+        error, usual = ((each - z).norm().item() for each in (x, y))
+        assert error <= 2 * usual + least * z.norm().item() + 2e-6, (error, usual)
+
+
+class Adapted(nn.Linear):
+    """A head with an adapter, whose weight is not all of it."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("how", ["class", "hook", "forward"])
+def test_a_head_that_is_more_than_linear_computes_its_logits(how):
+    plain, tokens = build("llama"), torch.randint(37, (2, 9))
+    patched = patch(copy.deepcopy(plain))
+    for model in (plain, patched):
+        head = model.lm_head
+        if how == "class":
+            model.lm_head = Adapted(24, 37, bias=False)
+            model.lm_head.load_state_dict(head.state_dict())
+        elif how == "hook":
+            head.register_forward_hook(lambda module, given, found: found * 2)
+        else:
+            head.forward = lambda x, w=head.weight: x @ w.mT * 2
+    expected = plain.train()(tokens, labels=tokens)
+    found = patched.train()(tokens, labels=tokens)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
 def recording(name, call, called):

@@ -1,5 +1,6 @@
 """Prove that perplexity and bits per byte are those of every token in the window that holds it."""
 
+import json
 import math
 import re
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tritium.data import Tokenizer
 from tritium.model import ModelConfig, Transformer
 from tritium.training.evaluate import main, nats_of
+from tritium.training.multiple_choice import accuracy, read_questions
 
 CONFIG = ModelConfig(vocab_size=23, n_layers=1, d_model=16, n_heads=2, max_seq_len=8)
 
@@ -67,6 +69,21 @@ def test_a_run_is_measured_on_a_file(run, tmp_path):
     (tmp_path / "utf16.txt").write_bytes(text.encode("utf-16"))
     main(tmp_path / "run", tmp_path / "utf16.txt", device="cpu", stride=16)
     assert f"{bits:.4f} bits per byte" in run.output()
+    questions = tmp_path / "questions.jsonl"
+    asked = [dict(ctx="def f(x):", endings=["return x", "{{{{ \u00e9"], label=0)] * 3
+    questions.write_text("\n".join(map(json.dumps, asked)))
+    main(tmp_path / "run", questions, device="cpu", multiple_choice=True)
+    found = accuracy(model, tokenizer, read_questions(questions))
+    printed = run.output()
+    assert f"{questions}: 3 questions, by chance 50.0%" in printed
+    assert f"accuracy {found.plain:.1%} ± 0.0%, normalised by the bytes" in printed
+    assert f"ending {found.normalised:.1%} ± 0.0%" in printed
+    too_long = dict(ctx="", endings=["x", "{\u00e9" * 99], label=0)
+    (tmp_path / "long.jsonl").write_text("\n" + json.dumps(too_long))
+    with pytest.raises(ValueError, match=r"long\.jsonl, line 2: an ending must have at most 64"):
+        main(tmp_path / "run", tmp_path / "long.jsonl", device="cpu", multiple_choice=True)
+    with pytest.raises(ValueError, match="stride is of a text, and --multiple-choice of quest"):
+        main(tmp_path / "run", questions, stride=3, multiple_choice=True)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.txt").write_bytes(b"ab\xff" * 9)
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4" + bytes(range(256)))
