@@ -18,12 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tritium.model.transformer import Transformer
@@ -35,6 +33,9 @@ from tritium.training.precision import Arithmetic
 from tritium.training.run.ranks import SINGLE, Ranks, joined, launched, restarted
 from tritium.training.settings import TrainConfig
 from tritium.training.validation import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 COMMAND = "torchrun --standalone --nproc-per-node 2 train.py"
 
@@ -80,7 +81,7 @@ class Parallel:
     def micro_batch(self, model: Transformer, *, last: bool) -> Iterator[Callable[..., Tensor]]:
         """Yield what computes a loss; only in the block of the last one gradients are reduced."""
         if self.mode == "fsdp":
-            cast(FSDPModule, model).set_requires_gradient_sync(last)
+            cast("FSDPModule", model).set_requires_gradient_sync(last)
         if self._wrapped is None:
             yield model
             return
@@ -109,7 +110,7 @@ class Parallel:
     def reshard(self, model: Transformer) -> None:
         """Free what passes without a backward pass have gathered of a sharded model."""
         if self.mode == "fsdp":
-            cast(FSDPModule, model).reshard()
+            cast("FSDPModule", model).reshard()
 
     def observing(self, config: TrainConfig) -> ObserveConfig:
         """Return the settings of this rank's monitor: ranks other than the first show nothing.
@@ -134,6 +135,9 @@ def shard(model: Transformer, products: torch.dtype) -> None:
         products: dtype of the matrix products, in which blocks are gathered; gradients are summed
             in float32.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     device = model.device.type
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     # What enters a block is cast by autocast where it is: the residual stream may be float32.

@@ -42,8 +42,8 @@ MUTANTS = [
     ),
     _parallel(
         what="a restart that finds no run",
-        original='"TORCHELASTIC_MAX_RESTARTS", "0")) and not config.out',
-        replacement='"TORCHELASTIC_MAX_RESTARTS", "0")) and False',
+        original="if not config.out:",
+        replacement="if False:",
     ),
     _parallel(
         what="a restart that begins anew",
