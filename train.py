@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import tritium
@@ -52,12 +53,14 @@ from tritium.training.monitor.prompts import beginnings
 from tritium.training.monitor.terminal import tolerant_output
 from tritium.training.monitor.throughput import Meter, matrix_rate
 from tritium.training.optim import set_rate
+from tritium.training.parallel import ALONE, Parallel, arguments, opened
 from tritium.training.recovery import Recovery, UnrecoverableError
 from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
 from tritium.training.run.json_text import to_json
 from tritium.training.run.random_state import seed
-from tritium.training.run.run_folder import RunFolderError, RunLog, lock_folder
+from tritium.training.run.ranks import LostRankError, recorded, speaker
+from tritium.training.run.run_folder import RunFolderError, RunLog
 from tritium.training.run.run_state import RunState
 from tritium.training.run.saver import SaveError, Saver
 from tritium.training.self_check import check
@@ -72,13 +75,18 @@ gc.enable()
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
-def train(config: TrainConfig, preset: str, run: Path) -> bool:
+def train(
+    config: TrainConfig, preset: str, run: Path, files: Path, parallel: Parallel = ALONE
+) -> bool:
     """Run a training from start, or from its last checkpoint, to its end.
 
     Args:
         config: the settings.
         preset: name of their preset, to be shown.
         run: the run folder, which nobody else uses.
+        files: where this process writes: the run folder, or on other ranks than the first a
+            temporary one.
+        parallel: how the processes of the run share it.
 
     Returns:
         Whether it came to its end: False after a signal, which is saved and can be resumed.
@@ -89,8 +97,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     """
     # Where it runs, and from which checkpoint.
     started = time.perf_counter()
-    device = choose_device(config.device)
-    saver = Saver(run / "checkpoints", config.saving, log=console.print)
+    device, ranks = choose_device(config.device), parallel.ranks
+    saver = Saver(run / "checkpoints", config.saving, log=console.print, ranks=ranks)
     resume_from = saver.to_resume()
     if config.resume and resume_from is None:
         console.print(f"No checkpoint in {run} yet: starting from the beginning.")
@@ -102,9 +110,10 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     # Data, and the length that fits it.
     seed(config.seed)
     vocab_size = config.model.vocab_size
-    folder = prepare(
-        config.data, vocab_size=vocab_size, tokenizer=config.tokenizer, field=config.text_field
-    )
+    with ranks.first_before_others():
+        folder = prepare(
+            config.data, vocab_size=vocab_size, tokenizer=config.tokenizer, field=config.text_field
+        )
     verification = Verification(folder)
     tokenizer = Tokenizer.load(folder)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
@@ -112,7 +121,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     if config.init_from is None:  # else the model's vocabulary may be larger than the tokenizer's
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
-    if preset == "gpu" and device.type == "cuda" and not config.resume:
+    if preset == "gpu" and device.type == "cuda" and ranks.size == 1 and not config.resume:
         text = open_prepared(folder).manifest.splits["train"]
         rate = matrix_rate(device, config.compute.product_dtype(device))
         card = Card(rate, memory=free_memory(device))
@@ -120,16 +129,12 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         config, fitted = fit_to_card(config, PRESETS[preset], card, tokens)
         console.print(fitted)
         shape = config.model
-    memory_plan = MemoryRetry(make_planner(config, device), state.plan, console.print)
-    loader, validation = (
-        LOADERS[config.packing](
-            folder, split, batch_size=size, length=shape.max_seq_len, seed=config.seed
-        )
-        for split, size in (
-            ("train", config.batch_size),
-            ("val", memory_plan.first.micro_batch_size),
-        )
+    memory_plan = MemoryRetry(make_planner(config, device, ranks.size), state.plan, console.print)
+    make_loader = partial(
+        LOADERS[config.packing], length=shape.max_seq_len, seed=config.seed, **ranks.place
     )
+    loader = make_loader(folder, "train", batch_size=config.batch_size // ranks.size)
+    validation = make_loader(folder, "val", batch_size=memory_plan.first.micro_batch_size)
     epoch = loader.n_windows / config.batch_size
     config = fit_to_data(config, preset, loader.n_tokens, epoch, console.print)
     tokens_per_step = config.batch_size * shape.max_seq_len
@@ -139,18 +144,19 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     model = make_model(config, shape)
     if config.init_from is not None and resume_from is None:
         console.print(copy_weights(config.init_from, model))
-    arithmetic = config.compute.apply(model, device)
+    arithmetic = config.compute.apply(model, device, plain=not parallel.alone)
     cast = arithmetic.cast
+    if config.compute.self_check:
+        check(
+            model, config.optimizer.make(model), config.optimizer,
+            batch=memory_plan.now.micro_batch_size, arithmetic=arithmetic,
+            samples=config.observing.sample_tokens > 0, log=console.print,
+        )  # fmt: skip
+    parallel.wrap(model, arithmetic)
     optimizer = config.optimizer.make(
         model, learning_rate=config.schedule.learning_rate,
         record_norms=config.observing.records_norms,
     )  # fmt: skip
-    if config.compute.self_check:
-        check(
-            model, optimizer, config.optimizer, batch=memory_plan.now.micro_batch_size,
-            arithmetic=arithmetic, samples=config.observing.sample_tokens > 0,
-            log=console.print,
-        )  # fmt: skip
     recovery = Recovery(config.recovery, model, config.batch_size, console.print)
 
     # Resume: the same data, settings, code and machine, or a refusal.
@@ -179,43 +185,48 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
         "preset": preset, "vocab_size": vocab_size, "config": asdict(config),
         "fingerprint": fingerprint,
     }  # fmt: skip
-    atomic.write(run / "config.json", f"{to_json(record, indent=2)}\n")
-    tokenizer.save(run / "tokenizer.json")
+    atomic.write(files / "config.json", f"{to_json(record, indent=2)}\n")
+    tokenizer.save(files / "tokenizer.json")
     n_rollbacks = len(recovery.went_back)
-    log = RunLog(run / "log.jsonl", step, console.print, n_rollbacks)
+    log = RunLog(files / "log.jsonl", step, console.print, n_rollbacks)
     prompts = config.observing.sample_prompt
     if config.observing.sample_tokens and not prompts:
         prompts = beginnings(validation.fixed_batches(config.eval_tokens), tokenizer)
     observer = Observer(
-        run, config.observing, model, tokenizer, prompts, step, record, console.print, n_rollbacks
-    )
+        files, parallel.observing(config), model, tokenizer, prompts, step, record, console.print,
+        n_rollbacks,
+    )  # fmt: skip
     saver.on_failure = observer.save_failed
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
-    meter = Meter(shape, tokens_per_step, device, arithmetic.dtype)
+    if not parallel.alone:
+        console.print(parallel)
+    meter = Meter(shape, tokens_per_step, device, arithmetic.dtype, ranks.size)
     console.print(meter)
 
     # One step.
     def gradients(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         def of_batch(micro_batch: int) -> torch.Tensor:
-            return accumulate_gradients(model, batch, micro_batch, cast)
+            return accumulate_gradients(model, batch, micro_batch, cast, parallel)
 
-        return recovery.mark_spike(memory_plan.attempt(model, of_batch))
+        ranks.seed_step(config.seed, step)
+        return recovery.mark_spike(parallel.attempt(memory_plan, model, of_batch))
 
     redraws = config.dropout > 0 and config.memory.activation_checkpointing != "none"
     take_step = training_step(
         gradients, optimizer, graph=config.compute.cuda_graph and device.type == "cuda",
-        redraws=redraws, log=console.print,
+        redraws=redraws, shared=not parallel.alone, log=console.print,
     )  # fmt: skip
     unread: list[dict] = []  # steps whose loss is still on the device
     used_before = state.seconds
 
     def seconds() -> float:
-        return used_before + time.perf_counter() - started
+        own = used_before + time.perf_counter() - started
+        return own if budget.seconds is None else ranks.most(own)
 
     # The loop.
-    picture = LossPicture(run / "loss.png", f"{run.name}: {count(model)}", console.print)
+    picture = LossPicture(files / "loss.png", f"{run.name}: {count(model)}", console.print)
     display = Display(budget, step, seconds(), run.name, log.entries)
-    with saver, observer, StopRequest() as stop, display, collected_on_request() as collect:
+    with saver, observer, StopRequest(ranks) as stop, display, collected_on_request() as collect:
         meter.start()
         final, stopping = budget.spent(step, seconds()), False
         while not final and not stopping:
@@ -230,7 +241,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                  "loss": loss, "lr": lr, "grad_norm": grad_norm}
             )  # fmt: skip
             # Decided once: a signal that comes from here on stops after the next step.
-            final, stopping = budget.spent(step, seconds()), stop.name is not None
+            final, stopping = budget.spent(step, seconds()), stop.requested()
             evaluates = final or step % config.eval_every == 0
             saves = final or stopping or step % config.saving.save_every == 0
             samples = observer.samples(step) and not final
@@ -243,7 +254,8 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
             meter.read(entries)
             if evaluates:
                 batches = validation.fixed_batches(config.eval_tokens)
-                entries[-1] |= evaluate(model, batches, byte_lengths, cast)
+                entries[-1] |= evaluate(model, batches, byte_lengths, cast, ranks.sum)
+                parallel.reshard(model)
                 val_loss = entries[-1]["val_loss"]
                 best = state.best
                 if math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
@@ -265,8 +277,9 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
                     loader, recovery, memory_plan, optimizer, device, seconds=seconds(),
                     budget=budget, fingerprint=fingerprint, threads=threads,
                 )  # fmt: skip
+                healthy = parallel.healthy(recovery.healthy(model, optimizer))
                 saver.save(
-                    step, model, optimizer, captured, healthy=recovery.healthy(model, optimizer),
+                    step, model, optimizer, captured, healthy=healthy,
                     best_step=state.best["step"] if state.best else None,
                 )  # fmt: skip
             verification.check()
@@ -304,35 +317,39 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     )  # fmt: skip
 
 
-def make_planner(config: TrainConfig, device: torch.device) -> Planner:
-    """Make the planner of the memory of a step."""
+def make_planner(config: TrainConfig, device: torch.device, n_ranks: int = 1) -> Planner:
+    """Make the planner of the memory of a step, on one of so many ranks."""
     memory = Memory(
         lambda shape: config.compute.convert(make_model(config, shape)), config.model,
-        config.optimizer, device, config.compute.product_dtype(device), config.batch_size,
+        config.optimizer, device, config.compute.product_dtype(device),
+        config.batch_size // n_ranks,
     )  # fmt: skip
     return Planner(memory, config.memory)
 
 
 def accumulate_gradients(
     model: Transformer, batch: tuple[torch.Tensor, ...], micro_batch: int,
-    cast: AbstractContextManager,
+    cast: AbstractContextManager, parallel: Parallel = ALONE,
 ) -> torch.Tensor:  # fmt: skip
     """Add the gradient of one batch; return its mean loss in nats per token, on the device.
 
     Each micro-batch is weighted by its share of the targets, so the result is the mean over the
-    batch, however it is divided. Autocast converts each weight once, for all.
+    batch, however it is divided, over ranks too. Autocast converts each weight once, for all.
     """
     device = model.embedding.weight.device
-    n_targets = (batch[1] >= 0).sum().clamp(min=1)  # on the host, except in a CUDA graph
+    n_targets = (batch[1] >= 0).sum()  # on the host, except in a CUDA graph
+    n_targets = parallel.ranks.sum(n_targets).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=device)
+    micro_batches = [*zip(*(x.split(micro_batch) for x in batch), strict=True)]
     with cast:
-        for inputs in zip(*(x.split(micro_batch) for x in batch), strict=True):
+        for i, inputs in enumerate(micro_batches, 1):
             share = (inputs[1] >= 0).sum() / n_targets
-            loss = model(*(x.to(device, non_blocking=True) for x in inputs)) * share
-            with torch.autocast(device.type, enabled=False):
-                loss.backward()
+            with parallel.micro_batch(model, last=i == len(micro_batches)) as forward:
+                loss = forward(*(x.to(device, non_blocking=True) for x in inputs)) * share
+                with torch.autocast(device.type, enabled=False):
+                    parallel.backward(loss)
             total += loss.detach()
-    return total
+    return parallel.ranks.sum(total)
 
 
 def read_losses(unread: list[dict]) -> list[dict]:
@@ -356,38 +373,41 @@ def show_plan(config: TrainConfig) -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit status: 0 after the last step; 2 for a wrong input, with nothing changed; 70 if training
-    diverged and every recovery step was tried; 74 if the run folder could not be written;
-    75 after a signal, with the step saved, to be resumed; that of the signal if it killed the
-    process, before the first step or as the second one.
+    Exit status: 0 after the last step; 2 for a wrong input, with nothing changed; 69 if another
+    rank is gone; 70 if training diverged and every recovery step was tried; 74 if the run folder
+    could not be written; 75 after a signal, with the step saved, to be resumed; that of the signal
+    if it killed the process, before the first step or as the second one.
     """
     run = Path()
     try:
-        config, preset, run = parse(sys.argv[1:])
+        config, preset, run = parse(arguments(sys.argv[1:]))
         config = shaped(config)
         if config.memory.plan:
             show_plan(config)
             return
         precision = config.compute.matmul_precision(choose_device(config.device))
-        with lock_folder(run, resume=config.resume), ThreadWaiting(console.print), precision:
-            finished = train(config, preset, run)
+        with opened(config, run) as opening, ThreadWaiting(console.print), precision:
+            run, files, parallel = opening
+            finished = train(config, preset, run, files, parallel)
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{speaker()}: {error}", file=sys.stderr)
         sys.exit(2)
     except UnrecoverableError as report:
-        print(f"train.py: {report}", file=sys.stderr)
+        print(f"{speaker()}: {report}", file=sys.stderr)
         sys.exit(70)
     except (SaveError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
-        print(f"train.py: {error}; make room, then: {resume_command(run)}", file=sys.stderr)
+        print(f"{speaker()}: {error}; make room, then: {resume_command(run)}", file=sys.stderr)
         sys.exit(74)
+    except LostRankError:
+        sys.exit(69)
     except KeyboardInterrupt:
-        print(f"\ntrain.py: stopped; to resume: {resume_command(run)}", file=sys.stderr)
+        print(f"\n{speaker()}: stopped; to resume: {resume_command(run)}", file=sys.stderr)
         sys.exit(130)
     if not finished:
         sys.exit(75)
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)()

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000060` with `model.safetensors`, `optimizer.safetensors` and
 `state.json`, which holds the sizes and SHA-256 of the other two and of itself; a run keeps them in
-its folder `checkpoints`. `tritium.training.run.checkpoint` writes them.
+its folder `checkpoints`. `tritium.training.run.checkpoint` writes them. In place of the tensors, a
+run whose model is sharded over ranks writes `shards`, by torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import hashlib
 import json
 import mmap
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from tritium.model.config import ModelConfig
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 RECORD = "state.json"
+SHARDS = "shards"
 FORMAT = 2
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -115,14 +119,11 @@ def read_record(checkpoint: Path) -> dict:
 
 def read_tensors(checkpoint: Path, name: str, record: dict) -> dict[str, Tensor]:
     """Return the tensors of one of `FILES`, or raise CheckpointError."""
+    if name not in record["files"]:
+        check_files(checkpoint, record)
+        return read_shards(checkpoint, name)
     path = checkpoint / name
-    expected = record["files"][name]
-    if not path.exists():
-        raise damaged(path, "is missing")
-    if path.stat().st_size != expected["bytes"]:
-        raise damaged(path, f"has {path.stat().st_size} bytes instead of {expected['bytes']}")
-    if file_digest(path) != expected:
-        raise damaged(path, "has another checksum than when it was written")
+    _check_file(path, record["files"][name])
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -130,6 +131,60 @@ def read_tensors(checkpoint: Path, name: str, record: dict) -> dict[str, Tensor]
         return load_file(path)
     except SafetensorError as error:
         raise damaged(path, f"cannot be read ({error})") from None
+
+
+def read_shards(
+    checkpoint: Path,
+    name: str,
+    like: Callable[[str, torch.Size, torch.dtype], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the tensors of one of `FILES` from a checkpoint of shards.
+
+    Args:
+        checkpoint: its folder, whose files have been checked.
+        name: one of `FILES`.
+        like: makes the tensor to read into, of a name, shape and dtype; distributed ones get their
+            parts, and every rank calls this. None: in this process alone, all of each.
+
+    Raises:
+        CheckpointError: torch cannot read them.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    begin, reader = prefix_of(name), dcp.FileSystemReader(checkpoint / SHARDS)
+    make = like or (lambda _key, size, dtype: torch.empty(size, dtype=dtype))
+    tensors: dict[str, Any] = {
+        key: make(key.removeprefix(begin), x.size, x.properties.dtype)
+        for key, x in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith(begin) and isinstance(x, dcp.metadata.TensorStorageMetadata)
+    }
+    try:
+        with warnings.catch_warnings():  # that no other process takes part is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, storage_reader=reader, no_dist=like is None)
+    except dcp.api.CheckpointException as error:
+        raise damaged(checkpoint / SHARDS, f"cannot be read ({error})") from None
+    return {key.removeprefix(begin): x for key, x in tensors.items()}
+
+
+def prefix_of(name: str) -> str:
+    """Return how the names of tensors begin in shards, for one of `FILES`: "model."."""
+    return name.removesuffix("safetensors")
+
+
+def check_files(checkpoint: Path, record: dict) -> None:
+    """Raise CheckpointError unless the files of a checkpoint are as they were written."""
+    for name, expected in record["files"].items():
+        _check_file(checkpoint / name, expected)
+
+
+def _check_file(path: Path, expected: dict) -> None:
+    if not path.exists():
+        raise damaged(path, "is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise damaged(path, f"has {path.stat().st_size} bytes instead of {expected['bytes']}")
+    if file_digest(path) != expected:
+        raise damaged(path, "has another checksum than when it was written")
 
 
 def check_tensors(checkpoint: Path, tensors: dict[str, Tensor], parameters: dict) -> None:
@@ -153,8 +208,9 @@ def check_tensors(checkpoint: Path, tensors: dict[str, Tensor], parameters: dict
 
 def damaged(path: Path, what: str) -> CheckpointError:
     """Return the error of a file that is not as it was written."""
+    folder = path.parent.parent if path.parent.name == SHARDS else path.parent
     return CheckpointError(
-        f"{path} {what}: the checkpoint is damaged; move the folder {path.parent.name} elsewhere "
+        f"{path} {what}: the checkpoint is damaged; move the folder {folder.name} elsewhere "
         "to resume from the one before, if there is one"
     )
 

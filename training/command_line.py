@@ -24,6 +24,7 @@ import tyro
 
 from tritium.training.help import show_help
 from tritium.training.run import checkpoint
+from tritium.training.run.ranks import launcher
 from tritium.training.schedule import Length
 from tritium.training.settings import PRESETS, TrainConfig
 from tritium.training.validation import ConfigError, Setting, check, settings
@@ -123,7 +124,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
 def resume_command(run: Path) -> str:
     """Return the line that resumes a run."""
     program = sys.argv[0] if sys.argv[0].endswith(".py") else "train.py"
-    return f"python {shlex.quote(program)} --resume {shlex.quote(str(run))}"
+    return f"{launcher()} {shlex.quote(program)} --resume {shlex.quote(str(run))}"
 
 
 def _given(arguments: list[str]) -> dict[str, list[str]]:

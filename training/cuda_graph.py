@@ -23,6 +23,7 @@ def training_step(
     *,
     graph: bool,
     redraws: bool = False,
+    shared: bool = False,
     log: Callable[[str], object],
 ) -> Step:
     """Make the step of a run: from a batch to its loss and gradient norm, on the device.
@@ -35,6 +36,7 @@ def training_step(
             is none.
         redraws: whether activations are recomputed with the random numbers of before, which a graph
             cannot draw twice: then there is none either.
+        shared: whether gradients come from other ranks too: then there is none either.
         log: called with a line that says whether the graph is used, or why not.
     """
 
@@ -48,18 +50,20 @@ def training_step(
 
     if not graph:
         return take
-    if reason := _obstacle(redraws):
+    if reason := _obstacle(redraws, shared):
         log(f"No CUDA graph is captured: {reason}")
         return take
     log(f"The whole step is captured in a CUDA graph after {WARM_UP} steps")
     return GraphedStep(take, optimizer)
 
 
-def _obstacle(redraws: bool) -> str:
+def _obstacle(redraws: bool, shared: bool) -> str:
     """Return why no graph can be captured, or nothing."""
     fallen = "every operation" if runtime.REFERENCE else ", ".join(sorted(fallen_back()))
     if fallen:
         return f"{fallen} runs on the reference"
+    if shared:
+        return "gradients are reduced over several processes"
     return "dropout is recomputed with --activation-checkpointing" if redraws else ""
 
 

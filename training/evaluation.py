@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,6 +19,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, ...]],
     byte_lengths: Tensor,
     cast: AbstractContextManager,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[str, float]:
     """Measure the mean loss over all targets, without label smoothing, z-loss and dropout.
 
@@ -31,6 +32,7 @@ def evaluate(
             positions, each `[B, L]` on the host.
         byte_lengths: `[V]`, bytes of each token id, on the host.
         cast: around every forward pass.
+        total: adds a tensor over the ranks that share the batches.
 
     Returns:
         val_loss in nats per token, and val_bits_per_byte.
@@ -48,5 +50,6 @@ def evaluate(
             n_tokens += counted.numel()
             n_bytes += int(byte_lengths[counted].sum())
     model.train()
-    loss = nats.item() / n_tokens
+    n_tokens, n_bytes = total(torch.tensor([n_tokens, n_bytes])).tolist()
+    loss = total(nats).item() / n_tokens
     return {"val_loss": loss, "val_bits_per_byte": loss * n_tokens / n_bytes / math.log(2)}

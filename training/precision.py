@@ -66,11 +66,19 @@ class ComputeConfig:
             model.bfloat16()
         return model
 
-    def apply(self, model: Transformer, device: torch.device) -> Arithmetic:
-        """Move a model to where and into what it is trained in."""
+    def apply(self, model: Transformer, device: torch.device, *, plain: bool = False) -> Arithmetic:
+        """Move a model to where and into what it is trained in.
+
+        Args:
+            model: the model.
+            device: where it goes.
+            plain: take autocast as it is, with the same sums, where others wait for each gradient.
+        """
         dtype = self.product_dtype(device)
         self.convert(model).to(device)
         if dtype == torch.bfloat16 and self.precision != "bfloat16-true":
+            if plain:
+                return Arithmetic(dtype, torch.autocast(device.type, torch.bfloat16))
             return Arithmetic(dtype, MixedPrecision(model))
         return Arithmetic(dtype, nullcontext())
 

@@ -31,6 +31,7 @@ from tritium.model.transformer import Transformer
 from tritium.training.run import checkpoint, random_state
 from tritium.training.run.run_folder import RunLog
 from tritium.training.run.saver import Saver
+from tritium.training.run.sharded import local
 
 SMALLEST_DEVIATION = 0.02  # nats; a model that knows its data by heart has hardly any
 NO_LIMIT = torch.finfo(torch.float32).max  # which an infinite loss exceeds
@@ -99,7 +100,7 @@ class Recovery:
         """
         if self._config.recovery and self._marked.grad is not None:
             usual = loss <= self._limit_on_device  # False for NaN
-            self._marked.grad.masked_fill_(usual.logical_not(), math.nan)
+            local(self._marked.grad).masked_fill_(usual.logical_not(), math.nan)
         return loss
 
     def detect_bad_steps(self, entries: list[dict], position: int) -> None:
@@ -263,9 +264,10 @@ def restore(
 
 
 def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether every weight and every moment is finite; waits for the device."""
+    """Whether every weight and every moment on this rank is finite; waits for the device."""
     moments = [x for state in optimizer.state.values() for x in state.values()]
     tensors = [x.detach() for x in (*model.parameters(), *moments) if torch.is_floating_point(x)]
+    tensors = [*map(local, tensors)]
     return math.isfinite(get_total_norm(tensors, norm_type=math.inf).item())
 
 

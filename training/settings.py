@@ -67,6 +67,9 @@ class TrainConfig:
     """Device to train on. auto: a GPU if there is one."""
     threads: int = 0
     """CPU threads. 0: all that this process may use."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Sharing of each batch by the processes of torchrun. ddp: every one has the whole model.
+    fsdp: every one has a part of each weight. auto: ddp under torchrun."""
     packing: Literal["contiguous", "documents"] = "contiguous"
     """Packing of sequences: contiguous text, or complete documents, each attending to itself."""
     length: Annotated[Length, UNPREFIXED] = field(
@@ -102,7 +105,7 @@ class TrainConfig:
 
 FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
-    "log_every", "compute", "device", "threads", "observing", "memory", "length",
+    "log_every", "compute", "device", "threads", "parallel", "observing", "memory", "length",
 }  # fmt: skip
 
 PRESETS = {

@@ -8,6 +8,8 @@ import signal
 import sys
 from contextlib import suppress
 
+from tritium.training.run.ranks import SINGLE, Ranks
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -17,12 +19,16 @@ class StopRequest:
     The second meets the system's default handler, so it works even while Python runs no code, and
     the process ends with the status of that signal.
 
+    Args:
+        ranks: the processes of the run, all of which stop if one of them is to.
+
     Attributes:
         name: name of the signal received, such as "SIGTERM"; None before.
     """
 
-    def __init__(self):
+    def __init__(self, ranks: Ranks = SINGLE):
         self.name: str | None = None
+        self._number, self._ranks = 0, ranks
         self._before = {}
 
     def __enter__(self) -> StopRequest:
@@ -33,8 +39,15 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def requested(self) -> bool:
+        """Whether a signal has come, to any of the ranks, which must all ask."""
+        number = int(self._ranks.most(self._number))
+        if number:
+            self.name = signal.Signals(number).name
+        return number > 0
+
     def _note(self, number: int, _) -> None:
-        self.name = signal.Signals(number).name
+        self._number, self.name = number, signal.Signals(number).name
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if os.isatty(2):
@@ -42,7 +55,8 @@ class StopRequest:
                 os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
         # From a thread, because here print might interrupt itself; print, because a panel that is
         # shown makes room for it. Not a Thread: starting one waits for a lock.
-        _thread.start_new_thread(self._say, ())
+        if self._ranks.first:
+            _thread.start_new_thread(self._say, ())
 
     def _say(self) -> None:
         with suppress(Exception):

@@ -31,13 +31,15 @@ class Meter:
         tokens_per_step: tokens of a step, over all micro-batches.
         device: device of the run.
         dtype: dtype of the matrix products.
+        devices: number of devices like it that share a step.
     """
 
     def __init__(
-        self, config: ModelConfig, tokens_per_step: int, device: torch.device, dtype: torch.dtype
-    ):
+        self, config: ModelConfig, tokens_per_step: int, device: torch.device, dtype: torch.dtype,
+        devices: int = 1,
+    ):  # fmt: skip
         self._flops, self._tokens_per_step = flops_per_token(config), tokens_per_step
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._devices = device, dtype, devices
         self._measured, self._datasheet = matrix_rate(device, dtype), datasheet_rate(device, dtype)
         self._tokens, self._started = 0, time.perf_counter()
         self._resumed = self._started
@@ -80,7 +82,7 @@ class Meter:
             entry |= added
 
     def _share(self, tokens_per_s: float, rate: float) -> float:
-        return round(tokens_per_s * self._flops / rate, 4)
+        return round(tokens_per_s * self._flops / (rate * self._devices), 4)
 
     def resume(self) -> None:
         """Restart the clock of the steps, after validation and saving."""

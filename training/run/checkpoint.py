@@ -8,8 +8,11 @@ A checkpoint is a folder `step-00000060` of three files:
                            (`run_state`: position in the data, random numbers, recovery, time), and
                            the sizes and SHA-256 of the other two and of itself
 
+A model that is sharded over ranks is written by `tritium.training.run.sharded` instead: a folder
+`shards` in place of the two files of tensors.
+
 It is written under a temporary name, synced, and renamed: a process killed at any moment leaves the
-last one valid. No pickle is written or read.
+last one valid. Of a whole model no pickle is written or read.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ from tritium.model.saved import (
     step_of,
 )
 from tritium.model.transformer import ModelConfig, Transformer
+from tritium.training.run import sharded
 from tritium.training.run.fingerprint import differences
+from tritium.training.run.ranks import SINGLE, Ranks
 
 __all__ = [
     "FILES",
@@ -71,6 +76,8 @@ class Snapshot(NamedTuple):
     """Tensors by file and name."""
     record: dict
     """Entries of state.json, without the checksums."""
+    sharded: bool = False
+    """Whether each rank has a part of the tensors."""
 
 
 def snapshot(
@@ -94,11 +101,12 @@ def snapshot(
             they are written.
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    parts = sharded.is_sharded(model)
     both = weights, _optimizer_tensors(model, optimizer)
     tensors: dict[str, dict[str, Tensor]] = dict(zip(FILES, both, strict=True))
     if copy:
         tensors = {
-            file: {name: x.to("cpu", copy=True) for name, x in named.items()}
+            file: {name: sharded.on_host(x) for name, x in named.items()}
             for file, named in tensors.items()
         }
     # Through JSON, because what `state` refers to may change before it is written.
@@ -107,30 +115,47 @@ def snapshot(
         "format": FORMAT, "step": step, "healthy": healthy, "model": asdict(model.config),
         "dtype": dtype, "state": state,
     }  # fmt: skip
-    return Snapshot(step, tensors, json.loads(json.dumps(record)))
+    return Snapshot(step, tensors, json.loads(json.dumps(record)), parts)
 
 
-def write(folder: Path, snapshot: Snapshot) -> Path:
+def write(folder: Path, snapshot: Snapshot, ranks: Ranks = SINGLE) -> Path:
     """Write a checkpoint into `folder`, which is made if absent; return the checkpoint's folder.
+
+    Args:
+        folder: folder of the checkpoints.
+        snapshot: its content.
+        ranks: of a sharded one, all the ranks, each of which calls this.
 
     Raises:
         OSError: it could not be written, and nothing of it stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{snapshot.step:08d}"
     draft = folder / f".{final.name}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        for name, tensors in snapshot.tensors.items():
-            _write_tensors(draft / name, tensors)
-        files = {name: file_digest(draft / name) for name in snapshot.tensors}
+
+    def finish() -> None:
+        written = sorted(x for x in draft.rglob("*") if x.is_file())
+        files = {x.relative_to(draft).as_posix(): file_digest(x) for x in written}
         record = snapshot.record | {"files": files}
         content = json.dumps(record | {"sha256": record_digest(record)}, indent=1)
         write_durably(draft / RECORD, content.encode())
         _publish(draft, final)
+
+    try:
+        ranks.on_first(begin)
+        if snapshot.sharded:
+            sharded.write(draft, snapshot.tensors, ranks.group)
+        else:
+            for name, tensors in snapshot.tensors.items():
+                _write_tensors(draft / name, tensors)
+        ranks.on_first(finish)
     except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(draft, ignore_errors=True)
         raise
     return final
 
@@ -182,8 +207,11 @@ def load(
     record = read_record(checkpoint)
     if same_model:
         _check_config(checkpoint, record["model"], model.config)
-    weights, moments = (read_tensors(checkpoint, name, record) for name in FILES)
     parameters = dict(model.named_parameters())
+    if sharded.is_sharded(model):
+        weights, moments = (sharded.read(checkpoint, x, record, parameters) for x in FILES)
+    else:
+        weights, moments = (read_tensors(checkpoint, name, record) for name in FILES)
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: x.shape for name, x in weights.items()} != shapes:
         _check_config(checkpoint, record["model"], model.config)

@@ -11,8 +11,9 @@ from typing import Self
 import torch
 
 from tritium.model.transformer import Transformer
-from tritium.training.run import checkpoint
+from tritium.training.run import checkpoint, sharded
 from tritium.training.run.checkpoint import CheckpointError, Snapshot
+from tritium.training.run.ranks import SINGLE, Ranks
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Saver:
             may write there.
         config: its settings.
         log: called with a one-line message for each failed save.
+        ranks: the processes of the run, which see the same folder. The first one writes, and if the
+            model is sharded all of them; all load what the first one finds.
 
     Attributes:
         on_failure: called, in addition to `log`, with the step and the message of each failed save,
@@ -56,13 +59,19 @@ class Saver:
             None if there is none.
     """
 
-    def __init__(self, folder: Path, config: SaveConfig, *, log: Callable[[str], None]):
-        self._folder, self._config, self._log = folder, config, log
+    def __init__(
+        self, folder: Path, config: SaveConfig, *, log: Callable[[str], None],
+        ranks: Ranks = SINGLE,
+    ):  # fmt: skip
+        self._folder, self._config, self._log, self._ranks = folder, config, log, ranks
         self.on_failure: Callable[[int, str], None] = lambda step, text: None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.save_async else None
         self._writing: Future[None] | None = None
-        checkpoint.tidy(folder)
-        last = self.last_healthy() or self.newest()
+        self._writers: Ranks | None = None  # of a sharded model
+        if ranks.first:
+            checkpoint.tidy(folder)
+        ranks.wait()
+        last = self._last_healthy() or self.newest()
         self.last_step = None if last is None else checkpoint.step_of(last)
 
     def __enter__(self) -> Self:
@@ -82,10 +91,13 @@ class Saver:
         Raises:
             CheckpointError: the newest is damaged.
         """
+        return self._ranks.from_first(self._to_resume())
+
+    def _to_resume(self) -> Path | None:
         newest = self.newest()
         if newest is None or checkpoint.is_healthy(newest):
             return newest
-        last = self.last_healthy() or newest
+        last = self._last_healthy() or newest
         steps = f"step {checkpoint.step_of(newest):,}", f"step {checkpoint.step_of(last):,}"
         self._log(f"The checkpoint of {steps[0]} is not healthy: resuming from {steps[1]}.")
         return last
@@ -96,12 +108,17 @@ class Saver:
         Args:
             before: a step; those that are older come first.
         """
+        return self._ranks.from_first(self._last_healthy(before))
+
+    def _last_healthy(self, before: int | None = None) -> Path | None:
         healthy = [*filter(_is_healthy, checkpoint.checkpoints(self._folder))]
         older = [p for p in healthy if before is not None and checkpoint.step_of(p) < before]
         return (older or healthy or [None])[-1]
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, after a rollback."""
+        if not self._ranks.first:
+            return
         for undone in checkpoint.checkpoints(self._folder):
             if checkpoint.step_of(undone) > step:
                 checkpoint.remove(undone)
@@ -125,8 +142,13 @@ class Saver:
             best_step: the step whose checkpoint `keep_best` keeps.
         """
         self.wait()
+        parts = sharded.is_sharded(model)
+        if not self._ranks.first and not parts:
+            return
         asynchronous = self._thread is not None
         taken = checkpoint.snapshot(step, model, optimizer, state, healthy, copy=asynchronous)
+        if parts and self._writers is None:  # the thread must not meet what the run communicates
+            self._writers = self._ranks.another()
         if self._thread is None:
             self._write(taken, best_step)
         else:
@@ -141,17 +163,21 @@ class Saver:
     def finish(self, step: int) -> None:
         """Wait, and raise SaveError unless the newest checkpoint is that of `step`."""
         self.wait()
+        self.last_step = self._ranks.from_first(self.last_step)
         if self.last_step != step:
             last = "none" if self.last_step is None else f"that of step {self.last_step:,}"
             raise SaveError(f"step {step:,} could not be saved; the last checkpoint is {last}")
 
     def _write(self, taken: Snapshot, best_step: int | None) -> None:
         try:
-            checkpoint.write(self._folder, taken)
+            checkpoint.write(self._folder, taken, self._writers or SINGLE)
             self.last_step = taken.step
-            self._prune(taken.step, best_step)
+            if self._ranks.first:
+                self._prune(taken.step, best_step)
         except OSError as error:
             last = "none yet" if self.last_step is None else f"that of step {self.last_step:,}"
+            if not self._ranks.first:
+                return
             failure = (
                 f"Could not save step {taken.step:,}: {error}. The last checkpoint is {last}; "
                 "make room, the next save tries again."
@@ -162,7 +188,7 @@ class Saver:
     def _prune(self, written: int, best_step: int | None) -> None:
         keep = self._config
         self.forget_after(written)
-        healthy = self.last_healthy()
+        healthy = self._last_healthy()
         for old in checkpoint.checkpoints(self._folder)[: -keep.keep_last]:
             step = checkpoint.step_of(old)
             best = keep.keep_best and step == best_step

@@ -1,0 +1,124 @@
+"""Faults of runs on several ranks: their shares, sums, seeds, signals and checkpoints."""
+
+from functools import partial
+
+from tests.mutants import Mutant
+
+_parallel = partial(Mutant, file="training/parallel.py")
+_ranks = partial(Mutant, file="training/run/ranks.py")
+_saver = partial(Mutant, file="training/run/saver.py")
+_train = partial(Mutant, file="train.py")
+
+MUTANTS = [
+    _parallel(
+        what="gradients averaged over ranks instead of added",
+        original="(loss if self.ranks.size == 1 else loss * self.ranks.size).backward()",
+        replacement="loss.backward()",
+    ),
+    _parallel(
+        what="ddp reduces every micro-batch",
+        original="with nullcontext() if last else self._wrapped.no_sync():",
+        replacement="with nullcontext():",
+    ),
+    _parallel(
+        what="ddp reduces no micro-batch",
+        original="with nullcontext() if last else self._wrapped.no_sync():",
+        replacement="with self._wrapped.no_sync():",
+    ),
+    _parallel(
+        what="fsdp reduces every micro-batch",
+        original=".set_requires_gradient_sync(last)",
+        replacement=".set_requires_gradient_sync(True)",
+    ),
+    _parallel(
+        what="a batch that the ranks do not divide",
+        original="if config.batch_size % size:",
+        replacement="if False:",
+    ),
+    _parallel(
+        what="Muon on parts of matrices",
+        original='mode == "fsdp" and config.optimizer.name == "muon"',
+        replacement="False",
+    ),
+    _parallel(
+        what="a restart that finds no run",
+        original="if not config.out:",
+        replacement="if False:",
+    ),
+    _parallel(
+        what="a restart that begins anew",
+        original='return [*given, "--resume"]',
+        replacement="return given",
+    ),
+    _parallel(
+        what="every rank tracks",
+        original="config.observing.track if self.ranks.first else ()",
+        replacement="config.observing.track",
+    ),
+    _ranks(
+        what="sums of one rank",
+        original="dist.all_reduce(x, group=self.group)",
+        replacement="pass",
+    ),
+    _ranks(
+        what="a signal that one rank notes",
+        original="dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)",
+        replacement="pass",
+    ),
+    _ranks(
+        what="the same random numbers on every rank",
+        original="(seed, step, self.rank)",
+        replacement="(seed, step, 0)",
+    ),
+    _ranks(
+        what="the same random numbers in every step",
+        original="(seed, step, self.rank)",
+        replacement="(seed, 0, self.rank)",
+    ),
+    _ranks(
+        what="every rank prints",
+        original="console.quiet = rank > 0",
+        replacement="console.quiet = False",
+    ),
+    _ranks(
+        what="errors without the rank",
+        original="f\"train.py: rank {os.environ['RANK']}\"",
+        replacement='"train.py"',
+    ),
+    _ranks(
+        what="a temporary folder left",
+        original='with TemporaryDirectory(prefix="tritium-rank-") as own:',
+        replacement='for own in [__import__("tempfile").mkdtemp(prefix="tritium-rank-")]:',
+    ),
+    _saver(
+        what="of a sharded model only the first part saved",
+        original="if not self._ranks.first and not parts:",
+        replacement="if not self._ranks.first:",
+    ),
+    _train(
+        what="the same share of the batch on every rank",
+        original="seed=config.seed, **ranks.place",
+        replacement="seed=config.seed, **ranks.place | {'rank': 0}",
+    ),
+    _train(
+        what="the mean of a rank's own targets",
+        original="n_targets = parallel.ranks.sum(n_targets).clamp(min=1)",
+        replacement="n_targets = (n_targets * parallel.ranks.size).clamp(min=1)",
+    ),
+    _train(
+        what="the loss of one rank",
+        original="return parallel.ranks.sum(total)",
+        replacement="return total * parallel.ranks.size",
+    ),
+    _train(
+        what="no seed for a step",
+        original="        ranks.seed_step(config.seed, step)\n",
+        replacement="",
+    ),
+    Mutant(
+        what="validation of one rank",
+        file="training/evaluation.py",
+        original="loss = total(nats).item() / n_tokens",
+        replacement="loss = nats.item() / n_tokens * 2",
+    ),
+]

@@ -1,0 +1,292 @@
+"""Prove that a run on several ranks is the run of one process, and that it resumes exactly.
+
+Two processes on gloo take one run after another; the test's own process takes the same runs alone.
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_runs import RankRuns
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from train_runs import log, losses
+
+import train
+from tritium.model import Transformer
+from tritium.model.saved import FILES, read_record, read_tensors
+from tritium.training.parallel import Parallel, arguments, mode_of
+from tritium.training.precision import Arithmetic
+from tritium.training.run import checkpoint
+from tritium.training.run.ranks import SINGLE, Ranks
+from tritium.training.settings import PRESETS
+from tritium.training.validation import ConfigError
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+BASE = (
+    "--max-steps",
+    str(STEPS),
+    "--save-every",
+    "2",
+    "--eval-every",
+    "4",
+    "--packing",
+    "documents",
+)
+DROPOUT = (*BASE, "--dropout", "0.2")
+ALONE = ("--parallel", "auto", "--micro-batch-size", "4", "--activation-checkpointing", "none")
+NARROW = ("--max-steps", "4", "--precision", "bfloat16")
+KINDS = {
+    "ddp": ("--micro-batch-size", "1"),
+    "fsdp": ("--parallel", "fsdp", "--micro-batch-size", "1", "--activation-checkpointing", "full"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder, corpus, home):
+    """Exit status and output of every rank, by name of the run."""
+    runs = RankRuns(folder, corpus, home)
+    for kind, flags in KINDS.items():
+        runs.add(kind, *BASE, *flags)
+        runs.add(f"{kind} bfloat16", *NARROW, *flags)
+        asynchronous = (*DROPOUT, *flags, *["--save-async"] * (kind == "fsdp"))
+        runs.add(f"{kind} whole", *DROPOUT, *flags)
+        runs.add(f"{kind} crash", *asynchronous, out=f"{kind} cut", crash=5)
+        runs.add(f"{kind} signal", *asynchronous, "--resume", out=f"{kind} cut", signal=[1, 1])
+        runs.add(f"{kind} end", *DROPOUT, *flags, "--resume", out=f"{kind} cut")
+    runs.add("odd", "--batch-size", "3")
+    return runs()
+
+
+def tensors(run):
+    """All tensors of the last checkpoint of a run, by file and name."""
+    last = checkpoint.checkpoints(run / "checkpoints")[-1]
+    record = read_record(last)
+    return {(file, k): x for file in FILES for k, x in read_tensors(last, file, record).items()}
+
+
+def assert_near(run, alone):
+    """Assert that losses and weights are those of a run in one process, except for rounding."""
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
+    val, expected = ([x["val_loss"] for x in log(r) if "val_loss" in x] for r in (run, alone))
+    assert val == pytest.approx(expected, abs=1e-5)
+    got, wanted = tensors(run), tensors(alone)
+    assert got.keys() == wanted.keys()
+    for name, x in wanted.items():
+        if name[0] == FILES[0]:
+            assert (got[name] - x).norm() <= 1e-4 * x.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--parallel", "fsdp", "--optimizer", "muon"), "muon needs whole matrices"),
+        (("--parallel", "fsdp", "--state-dtype", "uint8"), "could not be resharded"),
+        (("--micro-batch-size", "auto"), "auto plans the memory of one process"),
+        (("--activation-checkpointing", "auto"), "auto plans the memory of one process"),
+    ],
+)
+def test_what_does_not_combine_is_refused_at_the_start(flags, message, run, tmp_path, monkeypatch):
+    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "-"}
+    for name, value in (environment | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert run(tmp_path / "run", *flags) == 2
+    output = run.output()
+    assert output.startswith("train.py: rank 1: ")
+    assert message in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_restart_needs_a_folder_and_resumes_the_run_in_it(monkeypatch):
+    assert arguments(["--out", "a"]) == ["--out", "a"]
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "-"}
+    for name, value in (environment | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ConfigError, match="must know; add --out DIR"):
+        mode_of(PRESETS["tiny"])
+    named = replace(PRESETS["tiny"], out="a")
+    assert mode_of(named) == "ddp"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert mode_of(named) == "ddp"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ConfigError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        mode_of(named)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert arguments(["--out", "a"]) == ["--out", "a", "--resume"]
+    assert arguments(["--resume=a"]) == ["--resume=a"]
+
+
+def test_one_process_needs_torchrun_to_be_several(run, tmp_path):
+    assert run(tmp_path / "run", "--parallel", "fsdp") == 2
+    assert "--parallel fsdp needs torchrun: torchrun" in run.output()
+
+
+def test_ranks_draw_by_step_and_number():
+    drawn = set()
+    for rank in range(3):
+        for step in range(3):
+            Ranks(rank, 3).seed_step(1, step)
+            drawn.add(torch.rand(()).item())
+    assert len(drawn) == 9
+    state = torch.get_rng_state()
+    SINGLE.seed_step(1, 0)  # whose checkpoints hold the state
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_are_reduced_once_per_batch(mode, monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        config = PRESETS["tiny"].model
+        model, parallel = Transformer(config), Parallel(SINGLE, mode)
+        parallel.wrap(model, Arithmetic(torch.float32, nullcontext()))
+        reduced, batch = [], torch.randint(config.vocab_size, (2, 4, 8))
+        if mode == "ddp":
+            mean = allreduce_hook
+            parallel._wrapped.register_comm_hook(
+                None, lambda _, bucket: reduced.append(bucket.index()) or mean(None, bucket)
+            )
+        else:
+            monkeypatch.setattr(
+                FSDPModule, "set_requires_gradient_sync", lambda _, syncs: reduced.append(syncs)
+            )
+        loss = train.accumulate_gradients(model, tuple(batch), 1, nullcontext(), parallel)
+        assert loss.isfinite()
+        assert reduced == ([0] if mode == "ddp" else [False, False, False, True])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_as_one_process(kind, results, folder, run, tmp_path):
+    assert [x["status"] for x in results[kind]] == [0, 0], results[kind]
+    assert run(tmp_path / "alone", *BASE) == 0
+    assert_near(folder / kind, tmp_path / "alone")
+    # What two ranks saved, one process resumes.
+    for undone in (6, 8):
+        checkpoint.remove(folder / kind / "checkpoints" / f"step-{undone:08d}")
+    assert run(folder / kind, *BASE, *ALONE, "--resume", "--resume-anyway") == 0
+    assert [entry["step"] for entry in log(folder / kind)] == [*range(1, STEPS + 1)]
+    assert_near(folder / kind, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_communicates_no_more_than_it_must(kind, results):
+    # The number of targets, the loss, a signal; of parts, one sum of squares for the clip. Each of
+    # two micro-batches gathers the root and two blocks, and in its backward pass the blocks again.
+    wanted = {
+        "ddp": {"reduce": 3},  # torch reduces the gradients in C++
+        "fsdp": {"reduce": 4, "gather": 2 * (3 + 2), "scatter": 3},
+    }
+    assert [x["calls"] for x in results[kind]] == [wanted[kind]] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_two_ranks_train_as_one_process(kind, results, folder, run, tmp_path):
+    assert [x["status"] for x in results[f"{kind} bfloat16"]] == [0, 0]
+    assert run(tmp_path / "alone", *NARROW) == 0
+    narrow = losses(folder / f"{kind} bfloat16")
+    assert narrow == pytest.approx(losses(tmp_path / "alone"), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_cut_by_a_crash_and_a_signal_ends_in_the_same_bits(kind, results, folder):
+    statuses = {
+        x: [r["status"] for r in results[f"{kind} {x}"]] for x in ("crash", "signal", "end")
+    }
+    assert statuses == {"crash": [-9, -9], "signal": [75, 75], "end": [0, 0]}
+    first, second = results[f"{kind} signal"]
+    assert "Stopped by SIGTERM after step 5, which is saved" in first["out"]
+    assert "torchrun --nproc-per-node 2 train.py --resume" in first["out"]
+    assert second["out"] == ""
+    cut, whole = tensors(folder / f"{kind} cut"), tensors(folder / f"{kind} whole")
+    assert cut.keys() == whole.keys()
+    assert all(torch.equal(cut[name], x) for name, x in whole.items())
+    assert losses(folder / f"{kind} cut") == losses(folder / f"{kind} whole")
+
+
+def test_both_kinds_draw_the_same_dropout(results, folder):
+    assert losses(folder / "ddp whole") == pytest.approx(losses(folder / "fsdp whole"), abs=1e-5)
+    assert losses(folder / "ddp whole") != pytest.approx(losses(folder / "ddp"), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_first_rank_prints_and_writes(kind, results, folder):
+    first, second = results[kind]
+    assert first["out"].count(f"step {STEPS}/{STEPS}") == 1
+    assert f"Parallel: {kind} on 2 ranks" in first["out"]
+    assert (second["out"], second["err"]) == ("", "")
+    assert not list(folder.glob("tritium-rank-*"))
+
+
+def test_the_ranks_that_refuse_say_who_they_are(results):
+    for rank, result in enumerate(results["odd"]):
+        assert result["status"] == 2
+        assert result["err"] == (
+            f"train.py: rank {rank}: batch_size must be divisible by the 2 processes, got 3; "
+            "change --batch-size or torchrun's --nproc-per-node\n"
+        )
+
+
+# Train; in the second step rank 0 asks torchrun to stop, or rank 1 dies, once.
+SECOND = """
+import itertools, os, signal, time, train
+steps, accumulate = itertools.count(1), train.accumulate_gradients
+rank, restarted = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+def second(*arguments):
+    step = next(steps)
+    if EVENT == "stop" and step >= 2:
+        if step == 2 and rank == "0":
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(1)  # for torchrun to hear it before the run is at its end
+    if EVENT == "kill" and step == 2 and rank == "1" and not restarted:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return accumulate(*arguments)
+train.accumulate_gradients = second
+train.main()
+"""
+
+
+def torchrun(script, *arguments, home, restarts=0):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITIUM_HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    return subprocess.Popen(
+        [sys.executable, *launcher, "--max-restarts", str(restarts), str(script), *arguments],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_torchrun_stops_a_run_by_a_signal_and_restarts_it_after_a_kill(
+    results, folder, corpus, home, tmp_path
+):
+    cut = tmp_path / "cut"
+    stop, kill = tmp_path / "stop.py", tmp_path / "kill.py"
+    for script in (stop, kill):
+        script.write_text(f"EVENT = {script.stem!r}\n{SECOND}")
+    flags = ("tiny", "--data", str(corpus), "--out", str(cut), "--sample-tokens", "0")
+    flags = (*flags, *DROPOUT, *KINDS["ddp"])
+    out, _ = torchrun(stop, *flags, home=home).communicate(timeout=300)
+    stopped = checkpoint.step_of(checkpoint.checkpoints(cut / "checkpoints")[-1])
+    assert f"Stopped by SIGTERM after step {stopped}, which is saved" in out
+    assert 2 <= stopped < STEPS
+    process = torchrun(kill, *flags, "--resume", home=home, restarts=1)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "failed (exitcode: -9) local_rank: 1" in errors
+    whole, ended = tensors(folder / "ddp whole"), tensors(cut)
+    assert all(torch.equal(ended[name], x) for name, x in whole.items())
+    assert losses(cut) == losses(folder / "ddp whole")
