@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,18 +54,18 @@ def attend(
         softcap: bounds the scores, softcap · tanh(q · kᵀ / √K / softcap), before the softmax.
         by: "sdpa", or "softmax" for all weights made by `tritium.kernels.softmax`.
     """
-    k_BGSK, v_BGSK = k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype)
     device = q_BHLK.device.type
-    with ExitStack() as stack:
-        if device != "meta" and torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        if mask is not None and not isinstance(mask, Tensor):
-            return _blockwise(q_BHLK, k_BGSK, v_BGSK, mask, softcap)
-        if softcap is None and by == "sdpa":
-            return _fused(q_BHLK, k_BGSK, v_BGSK, mask)
-        p_BHLS = attention_weights(q_BHLK, k_BGSK, mask, softcap)
-        B, G, S, _ = v_BGSK.shape  # heads that share keys are rows of one product
-        return (p_BHLS.reshape(B, G, -1, S) @ v_BGSK).view(*p_BHLS.shape[:3], -1)
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return attend(q_BHLK, k_BGSK, v_BGSK, mask, softcap=softcap, by=by)
+    k_BGSK, v_BGSK = k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype)
+    if mask is not None and not isinstance(mask, Tensor):
+        return _blockwise(q_BHLK, k_BGSK, v_BGSK, mask, softcap)
+    if softcap is None and by == "sdpa":
+        return _fused(q_BHLK, k_BGSK, v_BGSK, mask)
+    p_BHLS = attention_weights(q_BHLK, k_BGSK, mask, softcap)
+    B, G, S, _ = v_BGSK.shape  # heads that share keys are rows of one product
+    return (p_BHLS.reshape(B, G, -1, S) @ v_BGSK).view(*p_BHLS.shape[:3], -1)
 
 
 def attention_weights(
@@ -91,9 +91,8 @@ def _fused(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | N
         causal = False
         if mask_BHLS is None and L > 1:
             mask_BHLS = torch.ones(L, S, dtype=torch.bool, device=q_BHLK.device).tril(S - L)
-    with ExitStack() as stack:
-        if sees_through():  # fused attention is batched in a loop, and has one derivative
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    # In a transform fused attention is batched in a loop, and has one derivative.
+    with sdpa_kernel(SDPBackend.MATH) if sees_through() else nullcontext():
         return F.scaled_dot_product_attention(
             q_BHLK, k_BGSK, v_BGSK, mask_BHLS, is_causal=causal,
             enable_gqa=q_BHLK.shape[1] != k_BGSK.shape[1],

@@ -97,7 +97,7 @@ class Attention(nn.Module):
                 q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
-        return tuple(rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
+        return q_BLHK.transpose(1, 2), k_BLGK.transpose(1, 2), v_BLGK.transpose(1, 2)
 
 
 class FeedForward(nn.Module):

@@ -19,7 +19,11 @@ from tritium.model.modules import GEGLU, LayerNorm, LinearCrossEntropyLoss, RMSN
 from tritium.model.rotary import rotary_tables
 from tritium.model.shapes import SHAPES, flops_per_token, main, num_parameters
 
-NAMED = ("gpt2", "qwen3-0.6b")  # Llama is Qwen3 without two norms
+WINDOWS = dict(window=5, full_every=2, n_layers=2)
+NAMED = (  # Llama is Qwen3 without two norms
+    ("gpt2", {}), ("qwen3-0.6b", {}), ("qwen3-0.6b", WINDOWS | dict(attention="softmax")),
+    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel=True)),
+)  # fmt: skip
 
 
 def build(config, seed=1):
@@ -163,13 +167,13 @@ def test_scaled_angles_are_those_of_transformers(scaling, pairs, theta):
     torch.testing.assert_close(sin, angles.sin() * scale, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_every_family_compiles_in_one_graph_and_is_exported(name):
+@pytest.mark.parametrize(("name", "changes"), NAMED)
+def test_every_family_compiles_in_one_graph_and_is_exported(name, changes):
     small = dict(
         n_layers=1, d_model=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=16, vocab_size=23,
         max_seq_len=16,
     )  # fmt: skip
-    model = Transformer(ModelConfig(**SHAPES[name] | small))
+    model = Transformer(ModelConfig(**SHAPES[name] | small | changes))
     tokens, targets = ids(model.config, 3, 9), ids(model.config, 3, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = [call(tokens, targets) for call in (compiled, model)]
