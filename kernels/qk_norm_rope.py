@@ -73,16 +73,15 @@ def qk_norm_rope_reference(
 ) -> Packed:
     """Compute `qk_norm_rope` in plain PyTorch, in float32 (float64 for float64 `qkv`)."""
 
-    def turned(x: Tensor, weight: Tensor | None) -> Tensor:
-        x = widen(x)
-        z = x if weight is None else rms_norm_reference(x, weight.shape, weight, eps)
-        z, rest = z.tensor_split([2 * cos.shape[1]], dim=-1)
-        y = rope_reference(z, cos, sin, offset=offset, interleaved=interleaved)
-        return torch.cat([y, rest], -1).to(qkv.dtype)
-
     G = _kv_heads(qkv, kv_heads)
-    q, k, v = qkv.split([qkv.shape[-2] - 2 * G, G, G], dim=-2)
-    return turned(q, q_weight), turned(k, k_weight), v
+    H, J, v = qkv.shape[-2] - 2 * G, cos.shape[1], qkv[..., -G:, :]
+    z = widen(qkv[..., :-G, :])
+    if q_weight is not None and k_weight is not None:
+        parts = (z[..., :H, :], q_weight), (z[..., H:, :], k_weight)
+        z = torch.cat([rms_norm_reference(x, w.shape, w, eps) for x, w in parts], -2)
+    y = rope_reference(z[..., : 2 * J], cos, sin, offset=offset, interleaved=interleaved)
+    y = torch.cat([y, z[..., 2 * J :]], -1) if z.shape[-1] > 2 * J else y
+    return *y.to(qkv.dtype).split([H, G], -2), v
 
 
 def _kv_heads(qkv: Tensor, kv_heads: int | None) -> int:

@@ -1,15 +1,24 @@
-"""PyTorch's attention, and the masks of causality and documents."""
+"""Softmax attention: by PyTorch's fused operators, by FlexAttention, or with all weights made."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritium.kernels import softmax
 from tritium.model.cpu_linear import sees_through
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from tritium.model.masks import Mask
 
 
 def float32_on_cpu(x: Tensor) -> Tensor:
@@ -28,52 +37,89 @@ def as_multiplied(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def attend(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | None) -> Tensor:
-    """Return softmax(q · kᵀ / √K) · v, `[B, H, L, K]`, over the keys where the mask is True.
+def attend(
+    q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, *,
+    softcap: float | None = None, by: str = "sdpa",
+) -> Tensor:  # fmt: skip
+    """Return softmax(q · kᵀ / √K) · v, `[B, H, L, K]`, over the keys that the mask shows.
 
-    Without a mask it is causal, the L queries being those of the last L keys. It is computed in the
-    dtype of `q_BHLK`, also under autocast.
+    It is computed in the dtype of `q_BHLK`, also under autocast.
+
+    Args:
+        q_BHLK: queries, those of the last L of S tokens.
+        k_BGSK: keys; each of the G heads serves H / G heads of queries.
+        v_BGSK: values.
+        mask: of `masks.make_masks`; a Tensor is True where a query sees a key, and broadcasts to
+            `[B, H, L, S]`. None: causal, each query sees the keys up to its own.
+        softcap: bounds the scores, softcap · tanh(q · kᵀ / √K / softcap), before the softmax.
+        by: "sdpa", or "softmax" for all weights made by `tritium.kernels.softmax`.
     """
+    device = q_BHLK.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return attend(q_BHLK, k_BGSK, v_BGSK, mask, softcap=softcap, by=by)
+    k_BGSK, v_BGSK = k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype)
+    if mask is not None and not isinstance(mask, Tensor):
+        return _blockwise(q_BHLK, k_BGSK, v_BGSK, mask, softcap)
+    if softcap is None and by == "sdpa":
+        return _fused(q_BHLK, k_BGSK, v_BGSK, mask)
+    p_BHLS = attention_weights(q_BHLK, k_BGSK, mask, softcap)
+    B, G, S, _ = v_BGSK.shape  # heads that share keys are rows of one product
+    return (p_BHLS.reshape(B, G, -1, S) @ v_BGSK).view(*p_BHLS.shape[:3], -1)
+
+
+def attention_weights(
+    q_BHLK: Tensor, k_BGSK: Tensor, mask_BHLS: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """Return the weights with which `attend` sums values, `[B, H, L, S]`; each row's sum is 1."""
+    B, G, S, K = k_BGSK.shape
+    scale = K**-0.5
+    scores = q_BHLK.reshape(B, G, -1, K) @ k_BGSK.mT
+    scores_BHLS = scores.view(*q_BHLK.shape[:3], S)
+    if softcap is not None:
+        scores_BHLS, scale = softcap * (scores_BHLS * (scale / softcap)).tanh(), 1.0
+    if mask_BHLS is not None:
+        scores_BHLS = scores_BHLS.masked_fill(~mask_BHLS, -torch.inf)
+    return softmax(scores_BHLS, -1, scale=scale, causal=True)
+
+
+def _fused(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | None) -> Tensor:
     L, S = q_BHLK.shape[2], k_BGSK.shape[2]
     if L == S:
         causal = mask_BHLS is None
     else:  # PyTorch's own causal mask puts the first query at the first key
         causal = False
         if mask_BHLS is None and L > 1:
-            mask_BHLS = _not_later(L, S, q_BHLK.device)
-    device = q_BHLK.device.type
-    with ExitStack() as stack:
-        if device != "meta" and torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        if sees_through():  # fused attention is batched in a loop, and has one derivative
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            mask_BHLS = torch.ones(L, S, dtype=torch.bool, device=q_BHLK.device).tril(S - L)
+    # In a transform fused attention is batched in a loop, and has one derivative.
+    with sdpa_kernel(SDPBackend.MATH) if sees_through() else nullcontext():
         return F.scaled_dot_product_attention(
-            q_BHLK, k_BGSK.to(q_BHLK.dtype), v_BGSK.to(q_BHLK.dtype), mask_BHLS, is_causal=causal,
+            q_BHLK, k_BGSK, v_BGSK, mask_BHLS, is_causal=causal,
             enable_gqa=q_BHLK.shape[1] != k_BGSK.shape[1],
         )  # fmt: skip
 
 
-def document_numbers(positions_BL: Tensor) -> Tensor:
-    """Return the number of each token's document in its row.
-
-    Args:
-        positions_BL: position of each token in its document, 0 where one begins.
-    """
-    return (positions_BL == 0).cumsum(-1)
-
-
-def document_mask(document_BS: Tensor, L: int) -> Tensor:
-    """Return the earlier tokens of its document for each of the last L tokens, `[B, 1, L, S]`.
-
-    Args:
-        document_BS: number of each token's document.
-        L: at most S.
-    """
-    S = document_BS.shape[-1]
-    same_BLS = document_BS[:, S - L :].unsqueeze(-1) == document_BS.unsqueeze(-2)
-    return (same_BLS & _not_later(L, S, document_BS.device)).unsqueeze(1)
+def _blockwise(
+    q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: BlockMask, softcap: float | None
+) -> Tensor:
+    run = _flex_attention(torch.compiler.is_compiling())
+    return run(
+        q_BHLK, k_BGSK, v_BGSK, score_mod=None if softcap is None else _capped(softcap),
+        block_mask=mask, enable_gqa=q_BHLK.shape[1] != k_BGSK.shape[1],
+    )  # fmt: skip
 
 
-def _not_later(L: int, S: int, device: torch.device) -> Tensor:
-    """Causal mask of the last L of S tokens, `[L, S]`."""
-    return torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
+@functools.cache
+def _flex_attention(is_compiling: bool) -> Callable:
+    """Return FlexAttention; alone it makes all scores, so it is compiled where nothing else is."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if is_compiling else torch.compile(flex_attention)
+
+
+@functools.cache
+def _capped(softcap: float) -> Callable:
+    def capped(score: Tensor, _b, _h, _i, _j) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped

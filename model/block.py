@@ -21,14 +21,20 @@ from tritium.model.modules import LayerNorm, RMSNorm
 
 
 class Block(nn.Module):
-    """One residual block; the addition of its input is fused with its normalisation."""
+    """One residual block; the addition of its input is fused with its normalisation.
 
-    def __init__(self, config: ModelConfig, residual_dtype: torch.dtype | None = None):
+    With `parallel` attention and feed-forward layer read the same norm, and are added at once
+    (Wang & Komatsuzaki, GPT-J-6B, 2021).
+    """
+
+    def __init__(
+        self, config: ModelConfig, residual_dtype: torch.dtype | None = None, layer: int = 0
+    ):
         super().__init__()
         self.residual_dtype = residual_dtype
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
-        self.feed_forward_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = None if config.parallel else make_norm(config)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BLD, residual_BLD, places, cache=None):
@@ -37,6 +43,8 @@ class Block(nn.Module):
         h_BLD, residual_BLD = self.attention_norm.add(x_BLD, residual_BLD)
         if begins and self.residual_dtype is not None:
             residual_BLD = residual_BLD.to(self.residual_dtype)
+        if self.feed_forward_norm is None:
+            return self.attention(h_BLD, places, cache) + self.feed_forward(h_BLD), residual_BLD
         h_BLD = self.attention(h_BLD, places, cache)
         h_BLD, residual_BLD = self.feed_forward_norm.add(h_BLD, residual_BLD)
         return self.feed_forward(h_BLD), residual_BLD
@@ -45,7 +53,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads, and rotary positions if wanted."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
         self.query_key_value = Linear(D, (H + 2 * G) * K, config.bias)
@@ -55,10 +63,22 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.head_width, self.kv_heads, self.norm_eps = K, G, config.norm_eps
         self.rotates = config.positions == "rope"
+        self.windowed = config.window_of(layer) is not None
+        self.softcap, self.by = config.attention_softcap, config.attention
 
     def forward(self, x_BLD, places, cache=None):
-        """Return the attention's output `[B, L, D]`; `places` are cos, sin and `attend`'s mask."""
-        cos_LK, sin_LK, mask = places
+        """Return the attention's output `[B, L, D]`; `places` are cos, sin and `Masks`."""
+        q, k, v = self.heads(x_BLD, places, cache)
+        y = attend(q, k, v, self.mask(places), softcap=self.softcap, by=self.by)
+        return self.output(rearrange(y, "B H L K -> B L (H K)").to(x_BLD.dtype))
+
+    def mask(self, places):
+        """Return the mask of this layer, out of the `places` of `forward`."""
+        return places[2].windowed if self.windowed else places[2].full
+
+    def heads(self, x_BLD, places, cache=None):
+        """Return queries `[B, H, L, K]`, keys and values `[B, G, S, K]`, the cache's included."""
+        cos_LK, sin_LK, _ = places
         packed_BLNK = rearrange(
             float32_on_cpu(self.query_key_value(x_BLD)), "B L (N K) -> B L N K", K=self.head_width
         )
@@ -77,9 +97,7 @@ class Attention(nn.Module):
                 q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
-        q, k, v = (rearrange(x, "B L N K -> B N L K") for x in (q_BLHK, k_BLGK, v_BLGK))
-        y_BLD = rearrange(attend(q, k, v, mask), "B H L K -> B L (H K)")
-        return self.output(y_BLD.to(x_BLD.dtype))
+        return q_BLHK.transpose(1, 2), k_BLGK.transpose(1, 2), v_BLGK.transpose(1, 2)
 
 
 class FeedForward(nn.Module):

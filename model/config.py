@@ -8,11 +8,18 @@ from numbers import Real
 from operator import index
 from typing import Literal, Self, get_args
 
-Scaling = Literal["none", "linear", "llama3", "yarn"]
+Scaling = Literal["none", "linear", "ntk", "llama3", "yarn"]
 Positions = Literal["rope", "learned"]
 Norm = Literal["rms", "layer"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu_squared"]
+AttentionBy = Literal["sdpa", "softmax"]
+Initialisation = Literal["near_identity", "gpt2", "small", "zero"]
 GATED = "swiglu", "geglu"
+CHOICES = {
+    "positions": Positions, "norm": Norm, "activation": Activation, "attention": AttentionBy,
+    "initialisation": Initialisation,
+}  # fmt: skip
+"""Fields of a model's shape that are one of several words."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class RopeScaling:
     """The way in which rotary positions are stretched to a longer context; see `model.rotary`."""
 
     kind: Scaling = "none"
-    """Rule by which the frequencies are lowered: none, linear, llama3 or yarn."""
+    """Rule by which the frequencies are lowered: none, linear, ntk, llama3 or yarn."""
     factor: float = 1.0
     """Factor by which the context becomes longer."""
     original_length: int | None = None
@@ -89,6 +96,20 @@ class ModelConfig:
     """Use the embedding as output layer too."""
     softcap: float | None = None
     """Bound of the logits, softcap · tanh(logits / softcap). None: unbounded."""
+    window: int | None = None
+    """Tokens that a token attends to, itself and those just before it. None: all before it."""
+    full_every: int | None = None
+    """With a window: every so many layers one attends without it, as the second, fourth, ... for
+    2. None: no layer does."""
+    attention_softcap: float | None = None
+    """Bound of attention's scores, in the form of softcap. None: unbounded."""
+    parallel: bool = False
+    """Add attention and feed-forward layer of one norm, not one after the other of two."""
+    attention: AttentionBy = "sdpa"
+    """Attention by PyTorch's fused operators (sdpa), or by the softmax kernel of Tritium, with all
+    weights in memory (softmax)."""
+    initialisation: Initialisation = "near_identity"
+    """First weights: near_identity, gpt2, small or zero; see `model.initialisation`."""
 
     @classmethod
     def named(cls, name: str) -> Self:
@@ -108,18 +129,23 @@ class ModelConfig:
             raise ValueError(f"rope_scaling must be a RopeScaling, got {self.rope_scaling!r}")
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"):
             _set_whole(self, name)
-        for name in ("n_kv_heads", "d_head", "d_ff"):
+        for name in ("n_kv_heads", "d_head", "d_ff", "window", "full_every"):
             if getattr(self, name) is not None:
                 _set_whole(self, name, ", or None")
-        for name, choices in (("positions", Positions), ("norm", Norm), ("activation", Activation)):
+        for name, choices in CHOICES.items():
             _set_choice(self, name, choices)
-        for name in ("bias", "qk_norm", "tie_embeddings"):
+        for name in ("bias", "qk_norm", "tie_embeddings", "parallel"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _set_number(self, "rope_theta", "above 0; 10000 is usual")
         _set_number(self, "norm_eps", "at least 0; 1e-6 is usual", least=0)
-        if self.softcap is not None:
-            _set_number(self, "softcap", "above 0, or None for no cap")
+        for name in ("softcap", "attention_softcap"):
+            if getattr(self, name) is not None:
+                _set_number(self, name, "above 0, or None for no cap")
+        if self.full_every is not None and self.window is None:
+            raise ValueError(
+                f"full_every must be None without a window, got {self.full_every}; set window too"
+            )
         self._check_heads()
 
     def _check_heads(self):
@@ -135,6 +161,11 @@ class ModelConfig:
             raise ValueError(
                 f"n_kv_heads must divide n_heads, got {self.kv_heads} for {self.n_heads} heads"
             )
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the window of a layer, counted from 0; None if it attends to all before."""
+        full = self.full_every is not None and (layer + 1) % self.full_every == 0
+        return None if full else self.window
 
     @property
     def head_width(self) -> int:

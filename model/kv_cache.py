@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class _Held(NamedTuple):
+    """Keys and values of one layer, `[B, S, G, K]`, of the tokens from number `first` on."""
+
+    first: int
+    keys: Tensor
+    values: Tensor
 
 
 class Cache:
@@ -11,19 +22,22 @@ class Cache:
 
     `Transformer.hidden` with a cache gives the same for the parts of a sequence, however divided,
     as for all of it. The first tokens allocate the memory, and decide its number of rows and
-    dtype.
+    dtype. A layer with a window forgets what no token sees any more: it holds at most two windows,
+    or what one call has read.
 
     Args:
         n_layers: layers of the model.
         max_length: the most tokens of a row.
+        windows: the window of each layer, None for those that have none. None: no layer has one.
 
     Attributes:
         length: tokens of each row so far.
     """
 
-    def __init__(self, n_layers: int, max_length: int):
+    def __init__(self, n_layers: int, max_length: int, windows: Sequence[int | None] | None = None):
         self.n_layers, self.max_length, self.length = n_layers, max_length, 0
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+        self._windows = [None] * n_layers if windows is None else [*windows]
+        self._layers: list[_Held | None] = [None] * n_layers
         self._position_BS: Tensor | None = None
 
     def layer(self, i: int) -> LayerCache:
@@ -33,12 +47,29 @@ class Cache:
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens of each row.
 
+        The tokens of the last call can always be forgotten, and all of them; with a window not
+        always others, as what was before them may be gone.
+
         Raises:
-            ValueError: there are not so many.
+            ValueError: there are not so many, or a window reaches to what is gone.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"truncate: length must be in [0, {self.length}], got {length}")
+        for i, held in enumerate(self._layers):
+            if held is not None and length == 0:
+                self._layers[i] = held._replace(first=0)
+            elif held is not None and self._oldest(i, length) < held.first:
+                least = held.first + (self._windows[i] or 1) - 1
+                raise ValueError(
+                    f"truncate: length must be 0, or at least {least}, as a layer with a window "
+                    f"has forgotten the tokens before {held.first}, got {length}; read the row anew"
+                )
         self.length = length
+
+    def _oldest(self, i: int, length: int) -> int:
+        """Number of the first token that one behind `length` others sees in layer `i`."""
+        window = self._windows[i]
+        return 0 if window is None else max(0, length - window + 1)
 
     def positions(self, tokens_BL: Tensor, positions_BL: Tensor | None) -> Tensor | None:
         """Return the positions of all tokens, `[B, S]`, those about to be read at the end.
@@ -73,20 +104,32 @@ class Cache:
         return position_BS[:, : start + L]
 
     def append(self, i: int, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values of layer `i` behind its others; return them all."""
-        kept = self._layers[i]
-        if kept is None:
-            shape = (k_BLGK.shape[0], self.max_length, *k_BLGK.shape[2:])
-            kept = self._layers[i] = k_BLGK.new_empty(shape), v_BLGK.new_empty(shape)
-        k_BSGK, v_BSGK = kept
-        end = self.length + k_BLGK.shape[1]
-        k_BSGK[:, self.length : end] = k_BLGK
-        v_BSGK[:, self.length : end] = v_BLGK
-        return k_BSGK[:, :end], v_BSGK[:, :end]
+        """Store keys and values of layer `i` behind its others; return all that the first sees."""
+        held, begin, end = self._layers[i], self.length, self.length + k_BLGK.shape[1]
+        oldest = self._oldest(i, begin)
+        if held is None or end - held.first > held.keys.shape[1]:
+            held = self._layers[i] = self._with_room(i, held, k_BLGK, v_BLGK)
+        first, *kept = held
+        for x_BSGK, x_BLGK in zip(kept, (k_BLGK, v_BLGK), strict=True):
+            x_BSGK[:, begin - first : end - first] = x_BLGK
+        k_BSGK, v_BSGK = (x_BSGK[:, oldest - first : end - first] for x_BSGK in kept)
+        return k_BSGK, v_BSGK
+
+    def _with_room(self, i: int, held: _Held | None, k_BLGK: Tensor, v_BLGK: Tensor) -> _Held:
+        """Return new memory of layer `i`, with what the next tokens see."""
+        oldest, window = self._oldest(i, self.length), self._windows[i]
+        room = self.max_length
+        if window is not None:
+            room = min(room, max(2 * window, self.length + k_BLGK.shape[1] - oldest))
+        k_BSGK, v_BSGK = (x.new_empty(x.shape[0], room, *x.shape[2:]) for x in (k_BLGK, v_BLGK))
+        if held is not None:
+            seen, n = slice(oldest - held.first, self.length - held.first), self.length - oldest
+            k_BSGK[:, :n], v_BSGK[:, :n] = held.keys[:, seen], held.values[:, seen]
+        return _Held(oldest, k_BSGK, v_BSGK)
 
     @property
     def _rows(self) -> int | None:
-        return None if self._layers[0] is None else self._layers[0][0].shape[0]
+        return None if self._layers[0] is None else self._layers[0].keys.shape[0]
 
 
 class LayerCache:
@@ -96,5 +139,5 @@ class LayerCache:
         self._cache, self._i = cache, i
 
     def append(self, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values of new tokens; return those of all tokens."""
+        """Store keys and values of new tokens; return those that the first of them sees."""
         return self._cache.append(self._i, k_BLGK, v_BLGK)

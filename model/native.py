@@ -2,7 +2,9 @@
 
     GPT2LMHeadModel    learned positions, LayerNorm, GELU, biases
     LlamaForCausalLM   rotary positions, RMSNorm, SwiGLU or GEGLU, grouped queries, biases or none
-    Qwen3ForCausalLM   the same with normalised queries and keys, without biases
+    MistralForCausalLM the same with a sliding window in every layer, without biases
+    Qwen3ForCausalLM   the same with normalised queries and keys, without biases; a window in all
+                       layers, in all except every n-th, or in none
 
 A config of another kind is refused in both directions, with the reason.
 """
@@ -15,14 +17,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tritium.model.config import Activation, ModelConfig, RopeScaling
+from tritium.model.rotary import ntk_theta
 
 GATES: dict[str, Activation] = {
     "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
 }  # fmt: skip
 GELUS = "gelu_new", "gelu_pytorch_tanh"
 ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"
 IGNORED = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 """Tensors of old files that are no weights."""
 
@@ -43,13 +48,23 @@ class Part(NamedTuple):
 
 
 def model_type(config: ModelConfig) -> str:
-    """Return the native architecture that holds a config: gpt2, llama or qwen3.
+    """Return the native architecture that holds a config: gpt2, llama, mistral or qwen3.
 
     Raises:
         FormatError: there is none; the message names each field that is in the way.
     """
+    windows = _windows(config)
     kind = "gpt2" if config.positions == "learned" else "qwen3" if config.qk_norm else "llama"
-    wanted = {"softcap": None, "norm": "layer" if kind == "gpt2" else "rms"}
+    if kind == "llama" and any(windows):
+        kind = "mistral"
+    wanted = {
+        "softcap": None, "attention_softcap": None, "parallel": False,
+        "norm": "layer" if kind == "gpt2" else "rms",
+    }  # fmt: skip
+    if kind == "gpt2" and any(windows):
+        wanted["window"] = None
+    if kind == "mistral" and not all(windows):
+        wanted["full_every"] = None
     if kind == "gpt2":
         wanted |= {
             "activation": "gelu", "bias": True, "qk_norm": False, "kv_heads": config.n_heads,
@@ -57,7 +72,7 @@ def model_type(config: ModelConfig) -> str:
         }  # fmt: skip
         if config.d_model % config.n_heads:
             wanted["n_heads"] = math.gcd(config.d_model, config.n_heads)
-    elif kind == "qwen3":
+    elif kind != "llama":
         wanted |= {"bias": False}
     fields = {"kv_heads": "n_kv_heads", "head_width": "d_head"}  # what a user sets
     wrong = [
@@ -75,6 +90,11 @@ def model_type(config: ModelConfig) -> str:
             f"nearest, except for {', '.join(wrong)}"
         )
     return kind
+
+
+def _windows(config: ModelConfig) -> list[bool]:
+    """Return whether each layer has a window."""
+    return [config.window_of(i) is not None for i in range(config.n_layers)]
 
 
 def config_to_native(config: ModelConfig, dtype: str = "float32", eot: int | None = None) -> dict:
@@ -103,21 +123,32 @@ def config_to_native(config: ModelConfig, dtype: str = "float32", eot: int | Non
             "resid_pdrop": 0.0,
         }  # fmt: skip
     gates = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
-    biases = {"attention_bias": config.bias}
-    if kind == "llama":
-        biases["mlp_bias"] = config.bias
-    return common | biases | {
+    return common | _own_to_native(config, kind) | {
         "max_position_embeddings": config.max_seq_len, "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.kv_heads, "head_dim": config.head_width,
         "intermediate_size": config.feed_forward_width, "hidden_act": gates[config.activation],
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": ntk_theta(config.rope_theta, config.head_width, config.rope_scaling),
         "rope_scaling": _scaling_to_native(config.rope_scaling), "attention_dropout": 0.0,
     }  # fmt: skip
 
 
+def _own_to_native(config: ModelConfig, kind: str) -> dict:
+    """Return the entries in which Llama, Mistral and Qwen3 differ."""
+    if kind == "mistral":
+        return {"sliding_window": config.window}
+    if kind == "llama":
+        return {"attention_bias": config.bias, "mlp_bias": config.bias}
+    windows = _windows(config)
+    types = {"layer_types": [SLIDING if windowed else FULL for windowed in windows]}
+    return {"attention_bias": False, "use_sliding_window": any(windows)} | (
+        {"sliding_window": config.window} | types if any(windows) else {}
+    )
+
+
 def _scaling_to_native(scaling: RopeScaling) -> dict | None:
-    if scaling.kind == "none":
+    if scaling.kind in ("none", "ntk"):  # ntk is another theta
         return None
     given = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "linear":
@@ -157,6 +188,10 @@ class _Given:
             return default[0]
         return value
 
+    def is_null(self, name: str) -> bool:
+        """Whether an entry is there and null."""
+        return name in self._given and self._given[name] is None
+
     def must_be(self, name: str, *legal: object) -> None:
         """Refuse a value that this model cannot have; an absent one is the first."""
         value = self(name, legal[0])
@@ -188,21 +223,42 @@ def _llama(given: _Given, kind: str) -> ModelConfig:
             raise FormatError(f"attention_bias and mlp_bias must be alike, got {bias}, {not bias}")
     else:
         given.must_be("attention_bias", False)
-        given.must_be("use_sliding_window", False)
-    layers = given("layer_types", [])
-    if {*layers} - {"full_attention"}:
-        raise FormatError(f"layer_types must all be 'full_attention', got {sorted({*layers})}")
+    window, full_every = _window_from_native(given, kind)
     heads, default = given("num_attention_heads"), 128 if kind == "qwen3" else None
+    groups, length = (8, 4096 * 32) if kind == "mistral" else (heads, 2048)
     theta, scaling = _scaling_from_native(given)
     return ModelConfig(
         vocab_size=given("vocab_size"), n_layers=given("num_hidden_layers"),
         d_model=given("hidden_size"), n_heads=heads,
-        n_kv_heads=given("num_key_value_heads", heads), d_head=given("head_dim", default),
-        d_ff=given("intermediate_size"), max_seq_len=given("max_position_embeddings", 2048),
+        n_kv_heads=given("num_key_value_heads", groups), d_head=given("head_dim", default),
+        d_ff=given("intermediate_size"), max_seq_len=given("max_position_embeddings", length),
         rope_theta=theta, rope_scaling=scaling, norm_eps=given("rms_norm_eps", 1e-6),
         activation=GATES[given("hidden_act", "silu")], bias=bias, qk_norm=kind == "qwen3",
-        tie_embeddings=given("tie_word_embeddings", False),
+        tie_embeddings=given("tie_word_embeddings", False), window=window, full_every=full_every,
     )  # fmt: skip
+
+
+def _window_from_native(given: _Given, kind: str) -> tuple[int | None, int | None]:
+    """Return the window, and every how many layers one has none."""
+    n, size = given("num_hidden_layers"), given("sliding_window", 4096)
+    if kind == "mistral":  # its null is no window, and absent is not
+        types = [FULL if given.is_null("sliding_window") else SLIDING] * n
+    elif kind == "qwen3" and given("use_sliding_window", False):
+        first = given("max_window_layers", 28)
+        types = [SLIDING if i >= first else FULL for i in range(n)]
+    else:
+        types = [FULL] * n
+    types = [*given("layer_types", types)]
+    if SLIDING not in types and {*types} <= {FULL}:
+        return None, None
+    every = types.index(FULL) + 1 if FULL in types else n + 1
+    pattern = [SLIDING if (i + 1) % every else FULL for i in range(n)]
+    if kind != "llama" and types == pattern:
+        return size, None if every > n else every
+    raise FormatError(
+        f"layer_types must be {SLIDING!r}, with {FULL!r} every so many layers, or all {FULL!r}, "
+        f"got {types}"
+    )
 
 
 def _scaling_from_native(given: _Given) -> tuple[float, RopeScaling]:
@@ -221,11 +277,15 @@ def _scaling_from_native(given: _Given) -> tuple[float, RopeScaling]:
     elif kind == "yarn":
         names |= {x: x.replace("beta_", "") for x in ("beta_slow", "beta_fast")}
         names["attention_factor"] = "attention_factor"
-    elif kind != "linear":
-        raise FormatError(f"rope_type must be default, linear, llama3 or yarn, got {kind!r}")
+    elif kind not in ("linear", "dynamic"):
+        raise FormatError(
+            f"rope_type must be default, linear, dynamic, llama3 or yarn, got {kind!r}"
+        )
     odd = [x for x in rope if x not in names and rope[x] is not None]
     if odd:
         raise FormatError(f"rope_type {kind} with {odd[0]}={rope[odd[0]]!r} is not supported")
+    if kind == "dynamic":  # it changes angles only beyond max_position_embeddings
+        return theta, RopeScaling()
     found = {names[x]: value for x, value in rope.items() if x in names and value is not None}
     if kind != "linear":
         found.setdefault("original_length", given("max_position_embeddings", 2048))

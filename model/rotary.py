@@ -5,6 +5,7 @@
 
     none     f' = f
     linear   f' = f / factor
+    ntk      f' = f of theta · factor^(K / (K - 2)): the slowest pair as in linear, the first as is
     llama3   f' = f · m + (f / factor) · (1 - m)
     yarn     as llama3, and cos and sin times `attention_factor`
 
@@ -12,10 +13,13 @@ m is 1 for fast pairs and 0 for slow ones, by the turns n_k = original_length ·
 makes in the original context: in llama3 m grows linearly with n from `slow` to `fast`; in yarn
 linearly with k between the pairs, rounded outward, that make `fast` and `slow` turns.
 
+The form of ntk that is called dynamic raises `factor` as a sequence grows beyond its first context:
+keys that are kept would have other angles than those of one pass, so there is none here.
+
 Su et al., "RoFormer", 2021. https://arxiv.org/abs/2104.09864
 Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023.
 https://arxiv.org/abs/2306.15595
-Peng et al., "YaRN", 2023. https://arxiv.org/abs/2309.00071
+Peng et al., "YaRN", 2023. https://arxiv.org/abs/2309.00071; its section 3.1 has ntk, by bloc97
 Grattafiori et al., "The Llama 3 Herd of Models", 2024; the rule is in the code of Llama 3.1.
 https://arxiv.org/abs/2407.21783
 """
@@ -43,6 +47,8 @@ def rotary_tables(
     with torch.inference_mode(False):
         exponent_K = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width
         place_L = torch.arange(length, dtype=torch.float64, device="cpu")
+        if scaling is not None:
+            theta = ntk_theta(theta, head_width, scaling)
         frequency_K, scale = theta**-exponent_K, 1.0
         if scaling is not None and scaling.kind != "none":
             frequency_K, scale = _stretched(frequency_K, theta, scaling), attention_factor(scaling)
@@ -65,7 +71,16 @@ def attention_factor(scaling: RopeScaling) -> float:
     return 1 + 0.1 * math.log(scaling.factor) if given is None else given
 
 
+def ntk_theta(theta: float, head_width: int, scaling: RopeScaling) -> float:
+    """Return the base of the wavelengths, `theta` except in ntk; one pair alone has none."""
+    if scaling.kind != "ntk" or head_width <= 2:
+        return theta
+    return theta * scaling.factor ** (head_width / (head_width - 2))
+
+
 def _stretched(frequency_K: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    if scaling.kind == "ntk":
+        return frequency_K
     if scaling.kind == "linear":
         return frequency_K / scaling.factor
     assert scaling.original_length is not None

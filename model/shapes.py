@@ -5,9 +5,9 @@
 N counts the weights that multiply a token: those of every linear layer, the output layer included,
 tied to the embedding or not; looking an embedding up is no product, and norms are left out. 2 · N
 for the forward pass, 4 · N for both gradients. The second term is attention's two products, each
-over all L positions: that causal attention needs half of them is not deducted, nor is what
-activation checkpointing recomputes added, as is the custom (PaLM, appendix B; nanoGPT), so
-that figures can be compared.
+over all L positions: that causal attention needs half of them, and a window fewer, is not deducted,
+nor is what activation checkpointing recomputes added, as is the custom (PaLM, appendix B; nanoGPT),
+so that figures can be compared.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2).
 Grattafiori et al., "The Llama 3 Herd of Models", 2024. https://arxiv.org/abs/2407.21783

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from tritium.kernels import linear_cross_entropy
 from tritium.model import activation_checkpointing as checkpointing
-from tritium.model import pretrained, sampling
-from tritium.model.attention import as_multiplied, document_mask, document_numbers
+from tritium.model import inspect, pretrained, sampling
+from tritium.model.attention import as_multiplied
 from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
+from tritium.model.initialisation import initialise
 from tritium.model.kv_cache import Cache
-from tritium.model.modules import AddedNorm, LayerNorm, RMSNorm
+from tritium.model.masks import make_masks
+from tritium.model.modules import AddedNorm
 from tritium.model.old_weights import pack_projections
 from tritium.model.rotary import rotary_tables
 from tritium.model.saved import best, newest, read_model
@@ -70,7 +72,9 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
         self.residual_dtype = residual_dtype
-        self.blocks = nn.ModuleList(Block(config, residual_dtype) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, residual_dtype, i) for i in range(config.n_layers)
+        )
         self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -106,7 +110,7 @@ class Transformer(nn.Module):
         cls, dir_or_name: str | os.PathLike[str], *, device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None, **options: Any,
     ) -> Self:  # fmt: skip
-        """Read a GPT-2, Llama or Qwen3 model in Hugging Face's layout, ready to be evaluated.
+        """Read a GPT-2, Llama, Mistral or Qwen3 model in Hugging Face's layout, to be evaluated.
 
         Args:
             dir_or_name: a folder with config.json and safetensors, in one file or several; or a
@@ -127,8 +131,9 @@ class Transformer(nn.Module):
     ) -> None:  # fmt: skip
         """Write a new folder in Hugging Face's layout, all of it or nothing.
 
-        It is that of GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM of transformers, whose
-        logits are the same. GEGLU and biases are read by transformers, perhaps not by others.
+        It is that of GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM or Qwen3ForCausalLM of
+        transformers, whose logits are the same. GEGLU and biases are read by transformers, perhaps
+        not by others.
 
         Args:
             folder: does not exist yet, or is empty.
@@ -212,29 +217,9 @@ class Transformer(nn.Module):
         self._keep_tables()
         return self
 
-    @torch.no_grad()
     def initialise(self) -> None:
-        """Draw the weights afresh: normal, and far smaller where a block adds its output.
-
-        Output projections are scaled by 1 / (10 √(2·n_layers)), so each block starts close to the
-        identity. Zeros instead of the depth rule alone gave 2.11 against 2.16 bits per byte in 45 s
-        of training on two cores (4 layers, one seed); a tenth was chosen to keep the rule, not
-        compared alone.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (RMSNorm, LayerNorm)):
-                module.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, Block):
-                for layer in (module.attention.output, module.feed_forward.down):
-                    layer.weight.div_(10 * (2 * self.config.n_layers) ** 0.5)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        if self.position_embedding is not None:
-            nn.init.normal_(self.position_embedding.weight, std=0.02)
+        """Draw the weights afresh, as the config's `initialisation` says."""
+        initialise(self, self.config)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
@@ -294,10 +279,8 @@ class Transformer(nn.Module):
                     f"{self.config.n_layers}; take one of its new_cache()"
                 )
             positions = cache.positions(tokens, positions)
-        mask = None
-        if positions is not None:
-            mask = document_mask(document_numbers(positions), tokens.shape[1])
         x_BLD, residual_BLD = self.embedding(tokens), None
+        masks = make_masks(self.config, tokens.shape[1], end, positions, x_BLD)
         if self.position_embedding is not None:
             if positions is None:
                 positions = torch.arange(start, end, device=tokens.device)
@@ -306,7 +289,7 @@ class Transformer(nn.Module):
             x_BLD = as_multiplied(x_BLD)
         # Angles run on through a row's documents: attention sees their differences alone.
         cos_LK, sin_LK = self._tables(x_BLD.device)
-        places = cos_LK[start:end], sin_LK[start:end], mask
+        places = cos_LK[start:end], sin_LK[start:end], masks
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             x_BLD, residual_BLD = checkpointing.run_block(
@@ -322,7 +305,8 @@ class Transformer(nn.Module):
 
         None: for as many as the context holds.
         """
-        return Cache(self.config.n_layers, max_length or self.config.max_seq_len)
+        windows = [self.config.window_of(i) for i in range(self.config.n_layers)]
+        return Cache(len(windows), max_length or self.config.max_seq_len, windows)
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Return the logits `[..., V]` of hidden states `[..., D]`."""
@@ -331,6 +315,7 @@ class Transformer(nn.Module):
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     generate = sampling.generate
+    attention_weights = inspect.attention_weights
 
 
 def _keep_tables(model: Transformer, *_) -> None:

@@ -84,6 +84,7 @@ RANGES = {
     "n_heads": _whole(1, 2**20), "n_kv_heads": _whole(1, 2**20), "d_ff": _whole(1, 2**24),
     "max_seq_len": _whole(1, 2**24), "rope_theta": Range("be at least 1", 1, LARGEST),
     "norm_eps": AT_LEAST_0, "softcap": ABOVE_0, "d_head": _whole(1, 2**16),
+    "window": _whole(1, 2**24), "full_every": _whole(1, 10_000), "attention_softcap": ABOVE_0,
     # RopeScaling
     "factor": Range("be at least 1", 1, LARGEST), "original_length": _whole(1, 2**24),
     "slow": ABOVE_0, "fast": ABOVE_0, "attention_factor": ABOVE_0,

@@ -14,11 +14,11 @@ few = settings(max_examples=int(os.environ.get("TRITIUM_EXAMPLES") or 60))
 
 @st.composite
 def scalings(draw, longest=LENGTH - 1):
-    kind = draw(st.sampled_from(["none", "linear", "llama3", "yarn"]))
+    kind = draw(st.sampled_from(["none", "linear", "ntk", "llama3", "yarn"]))
     if kind == "none":
         return RopeScaling()
     factor = draw(st.sampled_from([1.0, 2.0, 8.0, 3.7]))
-    if kind == "linear":
+    if kind in ("linear", "ntk"):
         return RopeScaling(kind, factor)
     slow = draw(st.sampled_from([0.5, 1.0, 2.0]))
     given = draw(st.sampled_from([None, 0.8])) if kind == "yarn" else None
@@ -46,12 +46,15 @@ def llamas(draw, qwen=False):
     width = 2 * heads * draw(st.integers(1, 4))
     if qwen and d_head is not None:
         width += draw(st.integers(0, 3))
+    bias = False if qwen else draw(st.booleans())
+    window = None if bias else draw(st.sampled_from([None, 1, 3, 8]))
+    every = draw(st.sampled_from([None, 1, 2, 3])) if qwen and window else None
     return ModelConfig(
         vocab_size=draw(st.integers(5, 40)), n_layers=draw(st.integers(1, 3)), d_model=width,
         n_heads=heads, n_kv_heads=draw(st.sampled_from([kv_heads, None])), d_head=d_head,
         d_ff=draw(st.integers(1, 20)), max_seq_len=LENGTH, qk_norm=qwen,
         rope_theta=draw(st.sampled_from([100.0, 10000.0, 5e5])), rope_scaling=draw(scalings()),
-        norm_eps=draw(st.sampled_from([1e-6, 1e-3])), bias=False if qwen else draw(st.booleans()),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-3])), bias=bias, window=window, full_every=every,
         activation=draw(st.sampled_from(["swiglu", "geglu"])), tie_embeddings=draw(st.booleans()),
     )  # fmt: skip
 
@@ -63,11 +66,14 @@ def qwens():
 @st.composite
 def others(draw):
     """Combinations that no published family has."""
-    base = draw(gpt2s() | llamas() | qwens())
+    base, window = draw(gpt2s() | llamas() | qwens()), draw(st.sampled_from([None, 1, 2, 3, 5, 20]))
     changes = dict(
         norm=draw(st.sampled_from(["rms", "layer"])), bias=draw(st.booleans()),
         activation=draw(st.sampled_from(["swiglu", "geglu", "gelu", "relu_squared"])),
         qk_norm=draw(st.booleans()), softcap=draw(st.sampled_from([None, 5.0])),
+        parallel=draw(st.booleans()), attention=draw(st.sampled_from(["sdpa", "softmax"])),
+        attention_softcap=draw(st.sampled_from([None, 0.7])), window=window,
+        full_every=None if window is None else draw(st.sampled_from([None, 1, 2, 3])),
     )  # fmt: skip
     return ModelConfig(**{**vars(base), **changes})
 

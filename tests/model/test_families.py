@@ -1,5 +1,6 @@
 """Prove that every family computes what its config says, cached, packed, compiled and counted."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,7 +19,11 @@ from tritium.model.modules import GEGLU, LayerNorm, LinearCrossEntropyLoss, RMSN
 from tritium.model.rotary import rotary_tables
 from tritium.model.shapes import SHAPES, flops_per_token, main, num_parameters
 
-NAMED = ("gpt2", "qwen3-0.6b")  # Llama is Qwen3 without two norms
+WINDOWS = dict(window=5, full_every=2, n_layers=2)
+NAMED = (  # Llama is Qwen3 without two norms
+    ("gpt2", {}), ("qwen3-0.6b", {}), ("qwen3-0.6b", WINDOWS | dict(attention="softmax")),
+    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel=True)),
+)  # fmt: skip
 
 
 def build(config, seed=1):
@@ -57,8 +62,9 @@ def plain(model, tokens):
     x = w["embedding.weight"][tokens]
     if config.positions == "learned":
         x = x + w["position_embedding.weight"][:L]
-    causal = torch.ones(L, L, dtype=torch.bool).tril()
+    ago = torch.arange(L)[:, None] - torch.arange(L)
     for i in range(config.n_layers):
+        window = config.window_of(i) or L
         name = f"blocks.{i}.attention"
         heads = linear(norm(x, f"{name}_norm"), f"{name}.query_key_value").unflatten(-1, (-1, K))
         q, k, v = heads.split([H, G, G], 2)
@@ -68,11 +74,14 @@ def plain(model, tokens):
             q, k = turned(q), turned(k)
         k, v = (t.repeat_interleave(H // G, 2) for t in (k, v))
         scores = torch.einsum("blhk,bshk->bhls", q, k) / K**0.5
-        p = scores.masked_fill(~causal, -torch.inf).softmax(-1)
-        y = torch.einsum("bhls,bshk->blhk", p, v).flatten(2)
-        x = x + linear(y, f"{name}.output")
-        name = f"blocks.{i}.feed_forward"
-        h = norm(x, f"{name}_norm")
+        if (cap := config.attention_softcap) is not None:
+            scores = cap * (scores / cap).tanh()
+        p = scores.masked_fill((ago < 0) | (ago >= window), -torch.inf).softmax(-1)
+        y = linear(torch.einsum("bhls,bshk->blhk", p, v).flatten(2), f"{name}.output")
+        if not config.parallel:
+            x, y = x + y, 0
+        h = norm(x, f"blocks.{i}.{'attention' if config.parallel else 'feed_forward'}_norm")
+        x, name = x + y, f"blocks.{i}.feed_forward"
         gelu = partial(F.gelu, approximate="tanh")
         if config.gated:
             gate, up = linear(h, f"{name}.gate_up").chunk(2, -1)
@@ -144,20 +153,27 @@ def test_scaled_angles_are_those_of_transformers(scaling, pairs, theta):
     else:
         config = LlamaConfig(head_dim=2 * pairs, max_position_embeddings=64)
         config.rope_parameters = parameters
-        frequency, scale = ROPE_INIT_FUNCTIONS[scaling.kind](config)
+        if scaling.kind == "ntk":  # dynamic's, at the length that it makes of this factor
+            if pairs == 1:
+                return
+            length, parameters["factor"] = round(64 * scaling.factor), 1.0
+            scaling = replace(scaling, factor=length / 64)
+            frequency, scale = ROPE_INIT_FUNCTIONS["dynamic"](config, seq_len=length)
+        else:
+            frequency, scale = ROPE_INIT_FUNCTIONS[scaling.kind](config)
     angles = torch.outer(torch.arange(20.0), frequency)
     cos, sin = rotary_tables(20, 2 * pairs, theta, scaling=scaling)
     torch.testing.assert_close(cos, angles.cos() * scale, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sin, angles.sin() * scale, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_every_family_compiles_in_one_graph_and_is_exported(name):
+@pytest.mark.parametrize(("name", "changes"), NAMED)
+def test_every_family_compiles_in_one_graph_and_is_exported(name, changes):
     small = dict(
         n_layers=1, d_model=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=16, vocab_size=23,
         max_seq_len=16,
     )  # fmt: skip
-    model = Transformer(ModelConfig(**SHAPES[name] | small))
+    model = Transformer(ModelConfig(**SHAPES[name] | small | changes))
     tokens, targets = ids(model.config, 3, 9), ids(model.config, 3, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = [call(tokens, targets) for call in (compiled, model)]
@@ -198,7 +214,7 @@ def test_named_shapes_have_the_published_sizes(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(kind="ntk"), "kind must be one of none, linear, llama3, yarn, got 'ntk'"),
+        (dict(kind="dynamic"), "kind must be one of none, linear, ntk, llama3, yarn, got 'dynamic"),
         (dict(factor=0.5), "factor must be at least 1, got 0.5"),
         (dict(kind="yarn"), "original_length must be given for yarn"),
         (dict(slow=4.0, fast=4.0), "slow must be below fast"),

@@ -17,9 +17,16 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.06}
 
 
 @cache
-def model_of(kv_heads: int, dtype: torch.dtype, device: str) -> Transformer:
+def model_of(
+    kv_heads: int, dtype: torch.dtype, device: str, window=None, full_every=None, softcap=None,
+    attention="sdpa",
+) -> Transformer:  # fmt: skip
     torch.manual_seed(1)
-    model = Transformer(replace(CONFIG, n_kv_heads=kv_heads)).to(device, dtype)
+    config = replace(
+        CONFIG, n_kv_heads=kv_heads, window=window, full_every=full_every,
+        attention_softcap=softcap, attention=attention,
+    )  # fmt: skip
+    model = Transformer(config).to(device, dtype)
     with torch.no_grad():  # as after training: blocks that matter
         for block in model.blocks:
             block.attention.output.weight.mul_(20)
@@ -44,15 +51,25 @@ def readings(draw):
         draw(st.sampled_from([1, 2, 4])),
         draw(st.sampled_from(sorted(TOLERANCE, key=str))),
         draw(st.lists(st.integers(0, 4), min_size=length, max_size=length)),
+        draw(attentions()),
     )
+
+
+def attentions():
+    """Window, layers without it, softcap, and the way to attend."""
+    windows = st.tuples(st.sampled_from([1, 2, 3, 5, 20]), st.sampled_from([None, 2]))
+    return st.tuples(
+        st.just((None, None)) | windows, st.sampled_from([None, 0.5]),
+        st.sampled_from(["sdpa", "softmax"]),
+    ).map(lambda x: (*x[0], *x[1:]))  # fmt: skip
 
 
 @given(readings())
 @torch.no_grad()
 def test_every_way_of_cutting_equals_one_pass(reading):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuts, positions, packed, kv_heads, dtype, wrong = reading
-    model = model_of(kv_heads, dtype, device)
+    cuts, positions, packed, kv_heads, dtype, wrong, options = reading
+    model = model_of(kv_heads, dtype, device, *options)
     positions = torch.tensor(positions, device=device)
     tokens = torch.randint(CONFIG.vocab_size, positions.shape, device=device)
     expected = model(tokens, positions=positions if packed else None)
@@ -102,6 +119,26 @@ def test_keys_are_kept_as_wide_as_one_pass_has_them():
     model.hidden(tokens, held)
     keys, _ = held.append(0, *(torch.zeros(1, 1, 4, 4),) * 2)
     assert keys.dtype == torch.float32  # as attention is computed on a CPU
+
+
+@torch.no_grad()
+def test_a_window_forgets_what_no_token_sees(device):
+    model = model_of(2, torch.float64, device, window=2, full_every=2)
+    tokens = torch.randint(CONFIG.vocab_size, (1, LENGTH), device=device)
+    held, one = model.new_cache(), model.new_cache()
+    model.hidden(tokens[:, :7], held)
+    for begin in range(LENGTH):
+        model.hidden(tokens[:, begin : begin + 1], one)
+    assert [layer.keys.shape[1] for layer in held._layers] == [7, LENGTH]  # what one call read
+    assert [layer.keys.shape[1] for layer in one._layers] == [4, LENGTH]
+    held.truncate(3)  # the tokens of the last call
+    torch.testing.assert_close(model.hidden(tokens[:, 3:], held), model.hidden(tokens)[:, 3:])
+    with pytest.raises(ValueError, match=r"length must be 0, or at least 10, .* before 9, got 9"):
+        one.truncate(9)
+    one.truncate(10)
+    torch.testing.assert_close(model.hidden(tokens[:, 10:], one), model.hidden(tokens)[:, 10:])
+    one.truncate(0)
+    torch.testing.assert_close(model.hidden(tokens, one), model.hidden(tokens))
 
 
 def test_refuses_what_would_be_read_wrongly(device):

@@ -13,7 +13,14 @@ from families import LENGTH, few, gpt2s, llamas, others, qwens
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from tritium.data import Tokenizer
 from tritium.model import ModelConfig, RopeScaling, Transformer
@@ -72,7 +79,7 @@ def assert_equal_models(own, theirs, length=LENGTH):
 @given(gpt2s() | llamas() | qwens(), st.integers(1, LENGTH))
 @few
 def test_transformers_computes_the_same_from_what_is_written(config, length):
-    if not config.qk_norm and config.d_model % config.n_heads:
+    if not config.qk_norm and not config.window and config.d_model % config.n_heads:
         return
     model = build(config)
     with TemporaryDirectory() as parent:
@@ -112,7 +119,17 @@ def foreign_configs():
         dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8, rope_theta=1e4),
     ):  # fmt: skip
         yield LlamaConfig(**small, **heads, rope_parameters=rope)
+    dynamic = dict(rope_type="dynamic", factor=4.0, rope_theta=100.0)
+    yield MistralConfig(**small, **heads, num_key_value_heads=2, sliding_window=3)
+    yield MistralConfig(
+        **small, **heads, num_key_value_heads=1, head_dim=10, sliding_window=None,
+        rope_parameters=dynamic,
+    )  # fmt: skip
     yield Qwen3Config(**small, **heads, head_dim=6, num_key_value_heads=2, tie_word_embeddings=True)
+    windows = dict(use_sliding_window=True, sliding_window=4, num_key_value_heads=4)
+    yield Qwen3Config(**small, **heads, **windows, max_window_layers=0)
+    types = ["sliding_attention", "full_attention"]
+    yield Qwen3Config(**small, **heads, **windows, layer_types=types)
 
 
 @pytest.mark.parametrize("config", [*foreign_configs()], ids=lambda c: c.model_type)
@@ -200,6 +217,11 @@ def test_what_no_architecture_holds_is_refused_before_anything_is_written(config
     ("changes", "reason"),
     [
         (dict(softcap=30.0), "Qwen3ForCausalLM comes nearest, except for softcap=30.0"),
+        (dict(attention_softcap=50.0), r"attention_softcap=50.0 \(it has None\)"),
+        (dict(parallel=True), r"Qwen3ForCausalLM comes nearest, except for parallel=True"),
+        (dict(window=4, full_every=2, qk_norm=False), "Mistral.* nearest, except for full_every=2"),
+        (dict(window=4, bias=True, qk_norm=False), "Mistral.* nearest, except for bias=True"),
+        (dict(positions="learned", window=4), r"window=4 \(it has None\)"),
         (dict(norm="layer"), "norm='layer' .it has 'rms'"),
         (dict(activation="relu_squared"), "activation='relu_squared'"),
         (dict(bias=True), "bias=True .it has False"),
@@ -240,18 +262,21 @@ DAMAGES = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), "must hold an object, got a list"),
     "other": (
         lambda f: rewritten(f, model_type="mamba"),
-        "config.json: model_type must be one of gpt2, llama, qwen3, got 'mamba'",
+        "config.json: model_type must be one of gpt2, llama, mistral, qwen3, got 'mamba'",
     ),
     "no width": (lambda f: rewritten(f, hidden_size="absent"), "it has no hidden_size"),
     "a wrong size": (lambda f: rewritten(f, hidden_size="16"), "d_model must be a whole number"),
     "untied unless it says so": (
         lambda f: rewritten(f, tie_word_embeddings="absent"), "lacks lm_head.weight, and 0 others"
     ),
-    "window": (lambda f: rewritten(f, use_sliding_window=True), "use_sliding_window must be False"),
+    "windows": (
+        lambda f: rewritten(f, layer_types=["full_attention", "sliding_attention"]),
+        "layer_types must be 'sliding_attention', with 'full_attention' every so many layers, or",
+    ),
     "activation": (lambda f: rewritten(f, hidden_act="relu"), "hidden_act must be 'silu' or"),
     "rope": (
         lambda f: rewritten(f, rope_scaling={"rope_type": "longrope"}),
-        "rope_type must be default, linear, llama3 or yarn, got 'longrope'",
+        "rope_type must be default, linear, dynamic, llama3 or yarn, got 'longrope'",
     ),
     "rope's options": (
         lambda f: rewritten(f, rope_scaling={"type": "yarn", "factor": 2.0, "mscale": 0.7}),

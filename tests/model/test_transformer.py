@@ -161,6 +161,7 @@ def test_checkpointed_blocks_give_the_same_gradients(device, dropout):
         (dict(n_layers=0), "n_layers must be at least 1, got 0"),
         (dict(d_ff=0), "d_ff must be at least 1, got 0"),
         (dict(softcap=-1.0), "softcap must be above 0"),
+        (dict(full_every=2), "full_every must be None without a window, got 2; set window too"),
     ],
 )
 def test_refuses_sizes_that_do_not_fit(changes, message):
@@ -183,14 +184,17 @@ NO_NUMBERS = [
 ]
 WHOLE = (
     "vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "max_seq_len",
+    "window", "full_every",
 )  # fmt: skip
-REAL = "rope_theta", "norm_eps", "softcap"
-WORDS = "positions", "norm", "activation"
+REAL = "rope_theta", "norm_eps", "softcap", "attention_softcap"
+WORDS = "positions", "norm", "activation", "attention", "initialisation"
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
 def test_refuses_settings_that_are_none_of_their_kind(name):
-    nothing_wrong = {"n_kv_heads", "d_head", "d_ff", "softcap"}
+    nothing_wrong = {
+        "n_kv_heads", "d_head", "d_ff", "softcap", "window", "full_every", "attention_softcap"
+    }  # fmt: skip
     if name in WHOLE:
         wrong = [*NO_NUMBERS, 4.0, 0.5, -4, 0, "", b"4"]
     elif name in REAL:
