@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
-from tritium.bench.harness import device_name, relative_rms
+from tritium.bench.errors import relative_rms
+from tritium.bench.harness import device_name
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
 
 RESULTS = "chunk_error.md"  # in the folder of results
