@@ -94,9 +94,9 @@ class _BackwardPlan(NamedTuple):
     P: int
     rows: Plan
     columns: Plan | None
-    """Of the sums over T, where `rows` does not make them on its way."""
+    """Plan of the sums over T, where `rows` does not compute them too."""
     partials: Plan
-    """Of the sums over P."""
+    """Plan of the sums over P."""
 
 
 @planned

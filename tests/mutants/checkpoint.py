@@ -48,10 +48,11 @@ MUTANTS = [
         original='f"{checkpoint} is of another precision: weights in',
         replacement='f"{checkpoint} is damaged: weights in',
     ),
-    _write(
+    Mutant(
         what="a copy that follows training",
-        original='x.to("cpu", copy=True)',
-        replacement='x.to("cpu")',
+        file="training/run/sharded.py",
+        original='        return x.to("cpu", copy=True)',
+        replacement='        return x.to("cpu")',
     ),
     _write(
         what="a state that follows training",
