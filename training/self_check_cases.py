@@ -123,7 +123,7 @@ def cases(
         wide = tensor((2 if config.gated else 1) * config.feed_forward_width)
         yield Case(config.activation, ACTIVATIONS[config.activation], (wide,), (0,))
     T = max(1, min(batch * L, room // (BYTES * V)))
-    layer = random((T, D), products), random((V, D), weights) * D**-0.5, random.ids(V, T)
+    layer = random((T, D), stream), random((V, D), weights) * D**-0.5, random.ids(V, T)
     training = loss(model.label_smoothing, model.z_loss)
     yield Case("linear_cross_entropy", training, layer, (0, 1))
     yield Case("linear_cross_entropy", loss(0.0, 0.0), layer)

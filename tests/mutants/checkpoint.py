@@ -56,8 +56,8 @@ MUTANTS = [
     ),
     _write(
         what="a state that follows training",
-        original="return Snapshot(step, tensors, json.loads(json.dumps(record)))",
-        replacement="return Snapshot(step, tensors, record)",
+        original="return Snapshot(step, tensors, json.loads(json.dumps(record)), parts)",
+        replacement="return Snapshot(step, tensors, record, parts)",
     ),
     _write(
         what="a draft left where the disk was full",
