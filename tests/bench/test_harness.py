@@ -152,6 +152,12 @@ def test_no_time_is_given_that_has_gaps(host, kernel, slower, reads, seconds):
         assert gaps <= harness.GAPS + 1e-6
 
 
+def test_a_host_that_slows_down_gets_a_longer_lead(monkeypatch):
+    gpu = FakeGPU(monkeypatch, host=1e-3, kernel=2e-5, slower=10.0)
+    # Of the first 50 calls about 10 count; of the others, behind a longer sleep, nearly 30.
+    assert len(gpu.taken(0.1)) >= 30
+
+
 @pytest.mark.parametrize("kernel", [3e-2, 3e-4])
 def test_a_call_that_reads_back_has_a_time_where_the_host_is_quick(kernel, monkeypatch):
     gpu = FakeGPU(monkeypatch, host=1e-3, kernel=kernel, reads=True)
