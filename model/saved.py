@@ -149,20 +149,23 @@ def read_shards(
     Raises:
         CheckpointError: torch cannot read them.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    begin, reader = prefix_of(name), dcp.FileSystemReader(checkpoint / SHARDS)
+    begin, reader = prefix_of(name), FileSystemReader(checkpoint / SHARDS)
     make = like or (lambda _key, size, dtype: torch.empty(size, dtype=dtype))
     tensors: dict[str, Any] = {
         key: make(key.removeprefix(begin), x.size, x.properties.dtype)
         for key, x in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith(begin) and isinstance(x, dcp.metadata.TensorStorageMetadata)
+        if key.startswith(begin) and isinstance(x, TensorStorageMetadata)
     }
     try:
         with warnings.catch_warnings():  # that no other process takes part is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(tensors, storage_reader=reader, no_dist=like is None)
-    except dcp.api.CheckpointException as error:
+            load(tensors, storage_reader=reader, no_dist=like is None)
+    except CheckpointException as error:
         raise damaged(checkpoint / SHARDS, f"cannot be read ({error})") from None
     return {key.removeprefix(begin): x for key, x in tensors.items()}
 

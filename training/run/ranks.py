@@ -34,6 +34,9 @@ LOST = re.compile(
 )
 
 
+_c10d: Any = dist  # not all of it is exported
+
+
 class LostRankError(RuntimeError):
     """Another rank is gone."""
 
@@ -56,7 +59,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None):
         self.rank, self.size, self.group = rank, size, group
-        self._patient: dist.ProcessGroup | None = None
+        self._patient: Any = None
 
     @property
     def first(self) -> bool:
@@ -120,7 +123,7 @@ class Ranks:
         """Return the same ranks with a process group of their own, for use in another thread."""
         if self.size == 1:
             return self
-        return Ranks(self.rank, self.size, dist.new_group(backend="gloo"))
+        return Ranks(self.rank, self.size, _c10d.new_group(backend="gloo"))
 
     def seed_step(self, seed: int, step: int) -> None:
         """Seed PyTorch's generators for a step, by the run's seed, the step and the rank.
@@ -213,7 +216,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     console.quiet = rank > 0
     store, *_ = next(iter(rendezvous("env://")))
     # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = _c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:

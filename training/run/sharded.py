@@ -55,13 +55,15 @@ def write(draft: Path, tensors: dict[str, dict[str, Tensor]], group: Any) -> Non
     Raises:
         OSError: some rank could not write its part.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     flat = {f"{prefix_of(file)}{k}": x for file, named in tensors.items() for k, x in named.items()}
-    writer = dcp.FileSystemWriter(draft / SHARDS, sync_files=True)
+    writer = FileSystemWriter(draft / SHARDS, sync_files=True)
     try:
-        dcp.save(flat, storage_writer=writer, process_group=group)
-    except dcp.api.CheckpointException as error:
+        save(flat, storage_writer=writer, process_group=group)
+    except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
         raise OSError(f"{draft}: {causes}") from None
 
