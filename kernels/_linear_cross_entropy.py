@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tritium.kernels import runtime
+from tritium.kernels._cross_entropy_launch import empty_results
+from tritium.kernels._cross_entropy_launch import rows as loss_rows
 from tritium.kernels._cross_entropy_options import (
     SCHEMA,
     LossOptions,
@@ -28,8 +30,6 @@ from tritium.kernels._cross_entropy_options import (
     token_stats,
     token_weights,
 )
-from tritium.kernels._cross_entropy_launch import empty_results
-from tritium.kernels._cross_entropy_launch import rows as loss_rows
 from tritium.kernels._scale_gradient import scaled
 from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import once_differentiable, operator, sees_through

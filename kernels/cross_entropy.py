@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tritium.kernels._cross_entropy_launch import empty_results, launch_rows, rows
 from tritium.kernels._cross_entropy_options import (
     SCHEMA,
     LossOptions,
@@ -50,7 +51,6 @@ from tritium.kernels._cross_entropy_options import (
     token_stats,
     token_weights,
 )
-from tritium.kernels._cross_entropy_launch import empty_results, launch_rows, rows
 from tritium.kernels._scale_gradient import scale_gradient_
 from tritium.kernels.runtime import (
     once_differentiable,

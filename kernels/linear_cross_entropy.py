@@ -96,10 +96,10 @@ def linear_cross_entropy(
     a call of `torch.nn.functional.linear_cross_entropy` means the same here, but about
     `chunk_bytes` of logits exist at a time. The products run in the dtype of `input`, or of
     autocast where that is on; the gradients of weight and bias are summed in float32 over all
-    chunks. Between forward and backward it keeps those gradients, not the logits. Deterministic. The
-    last backward pass of a graph hands them over as they are where the incoming gradient is 1. An
-    input that requires no gradient costs no product. The loss, the statistics and the gradient of
-    `input` do not depend on the number of chunks, except where the library of products sums in
+    chunks. Between forward and backward it keeps those gradients, not the logits. Deterministic.
+    The last backward pass of a graph hands them over as they are where the incoming gradient is 1.
+    An input that requires no gradient costs no product. The loss, the statistics and the gradient
+    of `input` do not depend on the number of chunks, except where the library of products sums in
     another order for another number of rows; the gradients of weight and bias are sums over chunks
     and differ by the rounding of float32.
     Targets outside [0, V) are treated as `cross_entropy` treats them. Inside torch.func, where

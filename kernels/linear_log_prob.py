@@ -136,7 +136,7 @@ def _log_prob_backward_kernel(
                 x_ptr + full, offs_V, V - full, W - full, m, log_s, entropy, dlog_prob, dentropy,
                 logit_scale, softcap, True, ENTROPY, SCALE, SOFTCAP, ACC,
             )  # fmt: skip
-        # The target's element, in float32: 1 - p in bfloat16 would lose all of it where p is near 1.
+        # The target's element, in float32: 1 - p in bfloat16 would lose it where p is near 1.
         tl.debug_barrier()
         z_t = _capped(x_t, logit_scale, softcap, SCALE, SOFTCAP, ACC)
         log_p_t = (z_t - m) - log_s
