@@ -27,7 +27,7 @@ import torch
 
 from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
 from tritium.data.verification import Verification
-from tritium.model import ModelConfig, Transformer
+from tritium.model import ModelConfig, Transformer, lora
 from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
 from tritium.training.device import choose_device, describe, keep_freed_memory, set_threads
@@ -175,7 +175,7 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
     )
     saver.on_failure = observer.save_failed
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
-    meter = Meter(shape, tokens_per_step, device, arithmetic.dtype)
+    meter = Meter(shape, tokens_per_step, device, arithmetic.dtype, lora.flops_added(model))
     console.print(meter)
 
     # One step.
@@ -280,12 +280,15 @@ def train(config: TrainConfig, preset: str, run: Path) -> bool:
 
 
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
-    """Make the model of a shape, on the host."""
-    return Transformer(
+    """Make the model of a shape, with the adapters that are trained, on the host."""
+    model = Transformer(
         shape, dropout=config.dropout, label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         residual_dtype=torch.float32 if config.compute.residual == "float32" else None,
     )  # fmt: skip
+    if config.lora_rank is not None:
+        lora.adapt(model, config.lora_rank, config.lora_alpha, config.lora_layers)
+    return model
 
 
 def make_planner(config: TrainConfig, device: torch.device) -> Planner:

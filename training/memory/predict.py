@@ -88,7 +88,8 @@ class Memory:
         with _without_memory(self.device):
             model = self._make(self.config)
         weights = sum(p.nbytes for p in model.parameters())
-        return weights, weights, self._optimizer.state_bytes(model)
+        gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        return weights, gradients, self._optimizer.state_bytes(model)
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
@@ -142,8 +143,9 @@ class Memory:
         with _without_memory(self.device):
             model = self._make(replace(self.config, n_layers=n_layers))
             model.activation_checkpointing = policy
-            gradients = [torch.zeros_like(p) for p in model.parameters()]
-            for p, gradient in zip(model.parameters(), gradients, strict=True):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            gradients = [torch.zeros_like(p) for p in trained]
+            for p, gradient in zip(trained, gradients, strict=True):
                 p.grad = gradient
             tokens = torch.zeros(micro_batch, self.config.max_seq_len, dtype=torch.long)
             tables = model.cos_LK, model.sin_LK

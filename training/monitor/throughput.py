@@ -31,12 +31,15 @@ class Meter:
         tokens_per_step: tokens of a step, over all micro-batches.
         device: device of the run.
         dtype: dtype of the matrix products.
+        flops_added: to those that a token takes, such as `lora.flops_added` of the model.
     """
 
     def __init__(
-        self, config: ModelConfig, tokens_per_step: int, device: torch.device, dtype: torch.dtype
-    ):
-        self._flops, self._tokens_per_step = flops_per_token(config), tokens_per_step
+        self, config: ModelConfig, tokens_per_step: int, device: torch.device, dtype: torch.dtype,
+        flops_added: int = 0,
+    ):  # fmt: skip
+        self._flops = flops_per_token(config) + flops_added
+        self._tokens_per_step = tokens_per_step
         self._device, self._dtype = device, dtype
         self._measured, self._datasheet = matrix_rate(device, dtype), datasheet_rate(device, dtype)
         self._tokens, self._started = 0, time.perf_counter()
