@@ -89,6 +89,9 @@ class ModelConfig:
     """Use the embedding as output layer too."""
     softcap: float | None = None
     """Bound of the logits, softcap · tanh(logits / softcap). None: unbounded."""
+    reversible: bool = False
+    """Two residual streams, from which the backward pass recomputes every activation: memory does
+    not grow with depth; see `model.reversible`."""
 
     @classmethod
     def named(cls, name: str) -> Self:
@@ -113,7 +116,7 @@ class ModelConfig:
                 _set_whole(self, name, ", or None")
         for name, choices in (("positions", Positions), ("norm", Norm), ("activation", Activation)):
             _set_choice(self, name, choices)
-        for name in ("bias", "qk_norm", "tie_embeddings"):
+        for name in ("bias", "qk_norm", "tie_embeddings", "reversible"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _set_number(self, "rope_theta", "above 0; 10000 is usual")

@@ -50,6 +50,7 @@ def model_type(config: ModelConfig) -> str:
     """
     kind = "gpt2" if config.positions == "learned" else "qwen3" if config.qk_norm else "llama"
     wanted = {"softcap": None, "norm": "layer" if kind == "gpt2" else "rms"}
+    wanted |= {"reversible": False}
     if kind == "gpt2":
         wanted |= {
             "activation": "gelu", "bias": True, "qk_norm": False, "kv_heads": config.n_heads,

@@ -165,7 +165,7 @@ def check(config: TrainConfig, usual: TrainConfig) -> None:
             raise setting.wrong(problem, value, setting.of(usual))
     try:
         config.length.check()
-        config.memory.check(config.model.n_layers)
+        config.memory.check(config.model)
         config.optimizer.check()
         trackers.require(config.observing.track)
         choose_device(config.device)
