@@ -16,7 +16,7 @@ Kitaev et al., "Reformer", 2020, section 3. https://arxiv.org/abs/2001.04451
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -81,7 +81,7 @@ def residual_stack(
         cache: of keys and values, or None.
         dropout: probability with which an element of what is added is left out.
     """
-    halves = list(_halves(blocks, x_BLD, places, cache, dropout))
+    halves = list(half_blocks(blocks, x_BLD, places, cache, dropout))
     recomputes = (
         torch.is_grad_enabled() and not torch.compiler.is_compiling() and not sees_through()
     )
@@ -96,9 +96,10 @@ def residual_stack(
     return a_BLD + b_BLD
 
 
-def _halves(
+def half_blocks(
     blocks: Iterable[Any], x_BLD: Tensor, places: tuple, cache: Cache | None, dropout: float
-) -> Iterable[HalfBlock]:
+) -> Iterator[HalfBlock]:
+    """Yield F and G of each block, in their order; arguments as `residual_stack`."""
     for i, block in enumerate(blocks):
         seeds = (None, None)
         if dropout:  # on the device, where a CUDA graph draws others at each replay
