@@ -29,7 +29,7 @@ import torch
 from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
 from tritium.data.shards import open_prepared
 from tritium.data.verification import Verification
-from tritium.model import ModelConfig, Transformer
+from tritium.model import ModelConfig, Transformer, lora
 from tritium.training.card import Card, fit_to_card
 from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
@@ -200,7 +200,8 @@ def train(
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
     if not parallel.alone:
         console.print(parallel)
-    meter = Meter(shape, tokens_per_step, device, arithmetic.dtype, ranks.size)
+    meter = Meter(shape, tokens_per_step, device, arithmetic.dtype, ranks.size,
+                  lora.flops_added(model))  # fmt: skip
     console.print(meter)
 
     # One step.
@@ -309,12 +310,15 @@ def train(
 
 
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
-    """Make the model of a shape, on the host."""
-    return Transformer(
+    """Make the model of a shape, with the adapters that are trained, on the host."""
+    model = Transformer(
         shape, dropout=config.dropout, label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         residual_dtype=torch.float32 if config.compute.residual == "float32" else None,
     )  # fmt: skip
+    if config.lora_rank is not None:
+        lora.adapt(model, config.lora_rank, config.lora_alpha, config.lora_layers)
+    return model
 
 
 def make_planner(config: TrainConfig, device: torch.device, n_ranks: int = 1) -> Planner:

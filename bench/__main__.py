@@ -32,6 +32,10 @@ VERBS = {
         "runs.activations",
         "bytes that a step keeps for its backward pass, predicted and counted",
     ),
+    "reversible": (
+        "runs.reversible",
+        "reversible models: rounding of what is reconstructed, by depth, and loss of trained ones",
+    ),
     "report": ("runs.report", "one HTML page that compares runs"),
     "pictures": ("runs.pictures", "pictures of a run, for the README"),
     "data": ("runs.data", "speed of preparing text and of loading batches"),

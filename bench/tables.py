@@ -249,5 +249,21 @@ def plot(report: Report, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_lines(
+    lines: dict[str, Sequence[float]], sizes: Sequence[int], path: Path, xlabel: str, ylabel: str
+) -> None:
+    """Draw a labelled line for each name over `sizes`."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for i, (name, values) in enumerate(lines.items()):
+        axes.plot(sizes, values, f"C{i}o-", markersize=4, label=name)
+    axes.set_xticks(sizes)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _tick(size: int) -> str:
     return str(size) if size < 1e6 else quantity(size, "").strip()

@@ -45,13 +45,21 @@ KEPT = {
 """Operators whose outputs `selective` keeps."""
 
 
-def check_policy(policy: str, n_layers: int | None = None) -> None:
-    """Raise ValueError unless `policy` is one, and checkpoints a block of `n_layers`, if given."""
+def check_policy(policy: str, n_layers: int | None = None, reversible: bool = False) -> None:
+    """Raise ValueError unless `policy` is one, and checkpoints a block of `n_layers`, if given.
+
+    A reversible model, which keeps the activations of no block, has "none" alone.
+    """
     form = r"none|selective|full|every-[1-9]\d*"
     if not isinstance(policy, str) or not re.fullmatch(form, policy):
         raise ValueError(
             "activation_checkpointing must be none, selective, full or every-N, such as every-2, "
             f"got {policy!r}"
+        )
+    if reversible and policy != "none":
+        raise ValueError(
+            "activation_checkpointing must be none for a reversible model, which recomputes every "
+            f"block, got {policy!r}; leave it out"
         )
     if n_layers is not None and policy != "none" and not checkpointed(policy, n_layers):
         raise ValueError(

@@ -110,6 +110,9 @@ class ModelConfig:
     weights in memory (softmax)."""
     initialisation: Initialisation = "near_identity"
     """First weights: near_identity, gpt2, small or zero; see `model.initialisation`."""
+    reversible: bool = False
+    """Two residual streams, from which the backward pass recomputes every activation: memory does
+    not grow with depth; see `model.reversible`."""
 
     @classmethod
     def named(cls, name: str) -> Self:
@@ -134,7 +137,7 @@ class ModelConfig:
                 _set_whole(self, name, ", or None")
         for name, choices in CHOICES.items():
             _set_choice(self, name, choices)
-        for name in ("bias", "qk_norm", "tie_embeddings", "parallel"):
+        for name in ("bias", "qk_norm", "tie_embeddings", "parallel", "reversible"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _set_number(self, "rope_theta", "above 0; 10000 is usual")

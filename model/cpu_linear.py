@@ -34,8 +34,11 @@ class Linear(nn.Linear):
     narrow: Tensor | None = None
     splits: tuple[int, ...] | None = None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` · weightᵀ, and the bias added if there is one, `[..., out_features]`."""

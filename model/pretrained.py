@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tritium.model.config import ModelConfig
+from tritium.model.lora import merged_parameters
 from tritium.model.native import (
     IGNORED,
     FormatError,
@@ -129,8 +130,11 @@ def _write_weights(
 
 
 def native_weights(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of native files, by their names there: views of the parameters."""
-    own = dict(model.named_parameters())
+    """Yield the tensors of native files, by their names there: views of the parameters.
+
+    Adapters (`model.lora`) are merged, into tensors of their own.
+    """
+    own = dict(merged_parameters(model))
     for name, part in layout(config):
         x = own[name].detach()
         x = x.T if part.transposed else x

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tritium.model import lora
 from tritium.model.config import ModelConfig
 
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -69,19 +70,22 @@ def best(folder: Path) -> Path:
 
 
 def read_model(checkpoint: Path, kind: type[Model]) -> Model:
-    """Make the model that a checkpoint holds.
+    """Make the model that a checkpoint holds; adapters (`model.lora`) are merged.
 
     Raises:
         CheckpointError: files are missing or damaged.
     """
     record = read_record(checkpoint)
     model = kind(ModelConfig(**record["model"]))
+    if "lora" in record:
+        lora.adapt(model, **record["lora"])
     model.to(getattr(torch, record.get("dtype", "float32")))
     weights = read_tensors(checkpoint, FILES[0], record)
     check_tensors(checkpoint, weights, dict(model.named_parameters()))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
+    lora.merge(model)
     return model
 
 

@@ -29,6 +29,7 @@ from tritium.model.kv_cache import Cache
 from tritium.model.masks import make_masks
 from tritium.model.modules import AddedNorm
 from tritium.model.old_weights import pack_projections
+from tritium.model.reversible import residual_stack
 from tritium.model.rotary import rotary_tables
 from tritium.model.saved import best, newest, read_model
 
@@ -47,7 +48,8 @@ class Transformer(nn.Module):
             the loss of training mode.
         z_loss: weight of the squared logarithm of the softmax's denominator in that loss.
         residual_dtype: of the residual stream. None: that of the matrix products on a GPU, where
-            each norm moves half the bytes in bfloat16; that of the weights on a CPU.
+            each norm moves half the bytes in bfloat16; that of the weights on a CPU, and of the two
+            streams of a reversible model, which would reconstruct them from rounded ones.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class Transformer(nn.Module):
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, policy: str) -> None:
-        checkpointing.check_policy(policy, self.config.n_layers)
+        checkpointing.check_policy(policy, self.config.n_layers, self.config.reversible)
         self._activation_checkpointing = policy
 
     @property
@@ -285,11 +287,19 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(start, end, device=tokens.device)
             x_BLD = x_BLD + self.position_embedding(positions[..., -tokens.shape[1] :])
-        if self.residual_dtype is None:
+        if self.config.reversible:  # in the dtype of the weights, unless another is asked for
+            x_BLD = x_BLD.to(self.residual_dtype or x_BLD.dtype)
+        elif self.residual_dtype is None:
             x_BLD = as_multiplied(x_BLD)
         # Angles run on through a row's documents: attention sees their differences alone.
         cos_LK, sin_LK = self._tables(x_BLD.device)
         places = cos_LK[start:end], sin_LK[start:end], masks
+        if self.config.reversible:
+            dropout = self.dropout if self.training else 0.0
+            x_BLD = residual_stack(self.blocks, x_BLD, places, cache, dropout)
+            if cache is not None:
+                cache.length = end
+            return self.norm(x_BLD)
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             x_BLD, residual_BLD = checkpointing.run_block(

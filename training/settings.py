@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tritium.data.corpus import INSTALLED
+from tritium.model.lora import Projection
 from tritium.model.transformer import ModelConfig
 from tritium.training.memory.plan import MemoryConfig
 from tritium.training.monitor.observer import ObserveConfig
@@ -41,6 +42,13 @@ class TrainConfig:
     """Path of a tokenizer.json. None: train one of model.vocab-size tokens on the data."""
     init_from: str | None = None
     """Begin with weights, shape and tokenizer of a run or of a folder in Hugging Face's layout."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of that rank beside the weights of --init-from, which stay as they
+    are. None: train all weights."""
+    lora_alpha: float | None = None
+    """Factor of the adapters' output, times lora-rank. None: lora-rank, for a factor of 1."""
+    lora_layers: tuple[Projection, ...] = ()
+    """Projections of each block that get an adapter. None given: all that the model has."""
     out: str | None = None
     """Run folder to make. None: runs/PRESET-DATE-TIME."""
     resume: bool = False
@@ -100,7 +108,10 @@ class TrainConfig:
         is the length, which may be changed at a resume.
         """
         kept = {name: value for name, value in asdict(self).items() if name not in FREE}
-        return kept | {"micro_batch_size": self.memory.micro_batch_size}
+        return kept | {
+            "micro_batch_size": self.memory.micro_batch_size,
+            "lora_layers": list(self.lora_layers),  # as JSON has it
+        }
 
 
 FREE = {

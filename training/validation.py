@@ -62,6 +62,7 @@ RANGES = {
     "eval_every": _whole(1, STEPS), "eval_tokens": _whole(1, STEPS), "log_every": _whole(1, STEPS),
     "batch_size": _whole(1), "threads": _whole(0, 1024),
     "label_smoothing": RATE, "z_loss": AT_LEAST_0, "dropout": RATE,
+    "lora_rank": _whole(1, 2**20), "lora_alpha": ABOVE_0,
     # Length and Schedule
     "max_steps": _whole(1, STEPS), "max_tokens": _whole(1, STEPS), "max_epochs": ABOVE_0,
     "max_minutes": Range("be above 0", SMALLEST, 1e12),
@@ -165,7 +166,7 @@ def check(config: TrainConfig, usual: TrainConfig) -> None:
             raise setting.wrong(problem, value, setting.of(usual))
     try:
         config.length.check()
-        config.memory.check(config.model.n_layers)
+        config.memory.check(config.model)
         config.optimizer.check()
         trackers.require(config.observing.track)
         choose_device(config.device)

@@ -4,11 +4,15 @@ Predicted by `tritium.training.memory.predict` from the shape alone, and counted
 through saved-tensor hooks, for the PyTorch references and for the Triton kernels, which off a GPU
 run in Triton's interpreter. On a GPU also the peak of a whole step, as the allocator saw it; and
 one step in too little memory, which falls back to smaller plans and must give the same gradient.
+
+With `--by-depth` it is counted for models of 4 to 32 blocks, and for reversible ones, which keep
+the same at every depth.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from typing import Literal, NamedTuple
@@ -36,6 +40,7 @@ from tritium.training.optim import OptimizerConfig
 from tritium.training.precision import ComputeConfig
 
 RESULTS = "activations.md"  # in the folder of results
+BY_DEPTH = "activations_by_depth"  # a table and a picture
 WIDTH = 120
 MIB = 2**20
 MODEL = ModelConfig(
@@ -43,6 +48,8 @@ MODEL = ModelConfig(
 )
 POLICIES = "none", "selective", "every-3", "every-2", "full"
 WITHIN = 0.05
+DEPTHS = 4, 8, 16, 32
+REVERSIBLE = "reversible"
 
 
 class Row(NamedTuple):
@@ -68,14 +75,20 @@ class Row(NamedTuple):
         )  # fmt: skip
 
 
-def main(sequences: int = 2, write: bool = False) -> None:
+def main(sequences: int = 2, by_depth: bool = False, write: bool = False) -> None:
     """Compare the prediction with what is counted; end with status 1 where they are 5 % apart.
 
     Args:
         sequences: of a micro-batch.
-        write: keep the table in activations.md, in the folder of results.
+        by_depth: count for 4, 8, 16 and 32 blocks instead; end with status 1 where what reversible
+            models keep differs by 5 %.
+        write: keep the table in activations.md, or activations_by_depth.md and .png, in the folder
+            of results.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if by_depth:
+        count_by_depth(device, sequences, write=write)
+        return
     rows = [*_rows(device, sequences)]
     trial = _out_of_memory(device) if device.type == "cuda" else ()
     head = (
@@ -91,6 +104,49 @@ def main(sequences: int = 2, write: bool = False) -> None:
         tables.write(tables.results() / RESULTS, file.getvalue().encode())
     if not all(abs(row.predicted / row.counted - 1) <= WITHIN for row in rows):
         raise SystemExit(1)
+
+
+def count_by_depth(device: torch.device, sequences: int, *, write: bool) -> None:
+    """Count what a forward pass keeps at each depth, for every policy and for reversible models."""
+    kept = {
+        name: [_kept(device, sequences, n_layers, name) for n_layers in DEPTHS]
+        for name in (*POLICIES, REVERSIBLE)
+    }
+    table = Table("blocks", *kept)
+    for i, n_layers in enumerate(DEPTHS):
+        table.add_row(f"{n_layers}", *(f"{each[i] / MIB:.2f}" for each in kept.values()))
+    head = (
+        f"`python -m tritium.bench activations --by-depth --sequences {sequences} --write`, "
+        f"torch {torch.__version__}, {device_name(device)}",
+        f"Width {MODEL.d_model}, vocabulary {MODEL.vocab_size:,}, {sequences} × "
+        f"{MODEL.max_seq_len} tokens in float32; MiB that a forward pass keeps for its backward "
+        "pass",
+    )
+    path = tables.results() / BY_DEPTH
+    tables.present(
+        head, table, width=WIDTH, write_to=path.with_suffix(".md") if write else None
+    )  # fmt: skip
+    if write:
+        tables.plot_lines(
+            {name: [x / MIB for x in each] for name, each in kept.items()}, DEPTHS,
+            path.with_suffix(".png"), "blocks", "kept for the backward pass (MiB)",
+        )  # fmt: skip
+    flat = kept[REVERSIBLE]
+    if max(flat) > (1 + WITHIN) * min(flat):
+        raise SystemExit(1)
+
+
+def _kept(device: torch.device, sequences: int, n_layers: int, name: str) -> int:
+    config = replace(MODEL, n_layers=n_layers, reversible=name == REVERSIBLE)
+    policy = "none" if config.reversible else name
+    model = Transformer(config, activation_checkpointing=policy).to(device)
+    tokens = torch.randint(config.vocab_size, (sequences, config.max_seq_len), device=device)
+    given = [tokens, *model.parameters(), model.cos_LK, model.sin_LK]
+    before, runtime.CPU_KERNELS = runtime.CPU_KERNELS, False
+    try:
+        return saved_bytes(partial(model, tokens, tokens), given)
+    finally:
+        runtime.CPU_KERNELS = before
 
 
 def _rows(device: torch.device, sequences: int) -> Iterator[Row]:

@@ -6,7 +6,9 @@ matrix products in bfloat16 both times; only the dtype of the residual stream di
 converted as they are there. The seed decides weights and batches.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import mean, stdev
 from unittest import mock
 
@@ -30,11 +32,20 @@ BATCH = 16  # sequences
 DTYPES = {"float32": torch.float32, "bfloat16": None}  # residual_dtype: None is the products'
 
 
-def train(residual: str, seed: int, steps: int, data: tuple[Tensor, Tensor]) -> float:
-    """Train from `seed` and return the loss on the sequences kept aside, in nats per byte."""
+def train(
+    make: Callable[[], Transformer], seed: int, steps: int, data: tuple[Tensor, Tensor]
+) -> float:
+    """Train from `seed` and return the loss on the sequences kept aside, in nats per byte.
+
+    Args:
+        make: makes a model of the length of `CONFIG`.
+        seed: of weights and batches.
+        steps: optimizer steps.
+        data: bytes to train on, and sequences to validate on.
+    """
     tokens, validation = data
     torch.manual_seed(seed)
-    model = Transformer(CONFIG, residual_dtype=DTYPES[residual]).to(tokens.device)
+    model = make().to(tokens.device)
     optimizer = AdamW(
         model.parameters(), weight_decay=0.1, betas=(0.9, 0.99), max_grad_norm=1.0, seed=seed
     )
@@ -60,19 +71,45 @@ def loss_of(model: Transformer, tokens: Tensor) -> Tensor:
         return model(tokens[:, :-1], tokens[:, 1:])
 
 
-def verdict(narrow: list[float], wide: list[float]) -> str:
-    """Say whether the mean losses agree within two standard errors of their difference."""
-    off = mean(narrow) - mean(wide)
-    error = ((stdev(narrow) ** 2 + stdev(wide) ** 2) / len(wide)) ** 0.5
-    pairs = [x - y for x, y in zip(narrow, wide, strict=True)]
+def verdict(losses: dict[str, list[float]]) -> str:
+    """Say whether the mean losses agree within two standard errors of their difference.
+
+    Args:
+        losses: of both kinds, seed by seed; the usual one first.
+    """
+    (name, usual), (other, tried) = losses.items()
+    off = mean(tried) - mean(usual)
+    error = ((stdev(tried) ** 2 + stdev(usual) ** 2) / len(usual)) ** 0.5
+    pairs = [x - y for x, y in zip(tried, usual, strict=True)]
     paired = stdev(pairs) / len(pairs) ** 0.5
     holds = "agree" if abs(off) <= 2 * error else "DO NOT AGREE"
     seed_by_seed = "agree" if abs(off) <= 2 * paired else "DO NOT AGREE"
     return (
-        f"bfloat16 less float32: {off:+.5f} nats per byte. The means {holds} within two standard "
+        f"{other} less {name}: {off:+.5f} nats per byte. The means {holds} within two standard "
         f"errors of their difference ({error:.5f}); compared seed by seed ({paired:.5f}) they "
         f"{seed_by_seed}."
     )
+
+
+def compare(
+    makers: dict[str, Callable[[], Transformer]], seeds: int, steps: int,
+    data: tuple[Tensor, Tensor],
+) -> dict[str, list[float]]:  # fmt: skip
+    """Train each kind of model from every seed; return their losses."""
+    losses: dict[str, list[float]] = {name: [] for name in makers}
+    runs = [(name, seed) for seed in range(seeds) for name in makers]
+    for name, seed in track(runs, "training", transient=True):
+        losses[name].append(train(makers[name], seed, steps, data))
+    return losses
+
+
+def table_of(title: str, losses: dict[str, list[float]]) -> Table:
+    """Return a row for each kind, with the losses of its seeds and their mean."""
+    seeds = len(next(iter(losses.values())))
+    table = Table(title, *(f"seed {seed}" for seed in range(seeds)), "mean")
+    for name, each in losses.items():
+        table.add_row(name, *(f"{x:.5f}" for x in each), f"{mean(each):.5f}")
+    return table
 
 
 def main(steps: int = 600, seeds: int = 3, write: bool = False) -> None:
@@ -88,19 +125,15 @@ def main(steps: int = 600, seeds: int = 3, write: bool = False) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, validation = low_precision.sequences()
     data = tokens.to(device), validation.to(device)
-    losses: dict[str, list[float]] = {name: [] for name in DTYPES}
-    runs = [(name, seed) for seed in range(seeds) for name in DTYPES]
-    for name, seed in track(runs, "training", transient=True):
-        losses[name].append(train(name, seed, steps, data))
-    table = Table("residual stream", *(f"seed {seed}" for seed in range(seeds)), "mean")
-    for name, each in losses.items():
-        table.add_row(name, *(f"{x:.5f}" for x in each), f"{mean(each):.5f}")
+    makers = {name: partial(Transformer, CONFIG, residual_dtype=x) for name, x in DTYPES.items()}
+    losses = compare(makers, seeds, steps, data)
+    table = table_of("residual stream", losses)
     lines = [
         f"`python -m tritium.bench residual --steps {steps} --seeds {seeds} --write`, torch "
         f"{torch.__version__}, {device_name(device)}",
         f"Validation loss in nats per byte: {CONFIG.n_layers} layers, {CONFIG.d_model} wide, "
         f"{steps} steps of {BATCH} sequences of {CONFIG.max_seq_len} bytes, products in bfloat16.",
-        verdict(losses["bfloat16"], losses["float32"]),
+        verdict(losses),
     ]
     path = tables.results() / RESULTS if write else None
     tables.present(lines, table, width=WIDTH, write_to=path)

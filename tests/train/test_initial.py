@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from train_runs import CrashError, crash
+from transformers import AutoModelForCausalLM
 
 import train
+from tritium.bench.runs import resume
 from tritium.data import Tokenizer
 from tritium.model import ModelConfig, Transformer
+from tritium.model.lora import adapters_of
 from tritium.model.saved import best, read_model
 from tritium.training.run import checkpoint
 
@@ -100,3 +105,86 @@ def test_a_shape_that_cannot_be_exported_is_named_at_the_start(run, tmp_path):
     said = " ".join(run.output().split())
     assert "not exported: no native architecture of transformers holds this model" in said
     assert "except for softcap=20.0" in said
+
+
+LORA = "--lora-rank", "3", "--lora-layers", "query", "value", "down"
+
+
+def tuned_weights(run):
+    return load_file(checkpoint.newest(run) / checkpoint.FILES[0])
+
+
+def test_lora_trains_adapters_alone_and_is_merged_where_it_is_read(source, run, tmp_path):
+    given = "--init-from", str(source), *LORA, "--max-steps", "6", "--learning-rate", "1e-2"
+    assert run(tmp_path / "tuned", *given, "--lora-alpha", "6") == 0
+    said = " ".join(run.output().split())
+    assert "adapters of rank 3, alpha 6, on query, value, down." in said
+    before, after = Transformer.load(source), tuned_weights(tmp_path / "tuned")
+    for name, p in before.named_parameters():
+        assert torch.equal(p, after.pop(name)), name
+    layers = ("attention.query_key_value", "query"), ("attention.query_key_value", "value")
+    assert {*after} == {
+        f"blocks.0.{layer}.adapters.{part}.{x}.weight"
+        for layer, part in (*layers, ("feed_forward.down", "down")) for x in "AB"
+    }  # fmt: skip
+    moments = load_file(checkpoint.newest(tmp_path / "tuned") / checkpoint.FILES[1])
+    assert {name.rpartition(".")[0] for name in moments} == {*after}
+    assert moments
+
+    merged = Transformer.load(tmp_path / "tuned", checkpoint="newest")
+    assert adapters_of(merged) is None
+    down = "blocks.0.feed_forward.down"
+    a, b = (after[f"{down}.adapters.down.{x}.weight"] for x in "AB")
+    given, own = before.get_parameter(f"{down}.weight"), merged.get_parameter(f"{down}.weight")
+    torch.testing.assert_close(own, given + 2 * b @ a)
+    tokenizer = Tokenizer.load(tmp_path / "tuned")
+    merged.save_pretrained(tmp_path / "native", tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    tokens = torch.tensor([tokenizer.encode("def load(")])
+    torch.testing.assert_close(theirs(tokens).logits, merged(tokens), rtol=1e-4, atol=1e-4)
+    written = theirs.generate(tokens, max_new_tokens=12, do_sample=False)
+    own = merged.generate(tokens, 12, temperature=0, stop_tokens=[tokenizer.eot])
+    assert torch.equal(written, own)
+    # And a run may begin with what a run with adapters has learned.
+    assert run(tmp_path / "again", "--init-from", str(tmp_path / "tuned"), *FEW) == 0
+    assert close(Transformer.load(tmp_path / "again"), merged)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--optimizer", "muon", "--row-beta2", "0.9", "--dropout", "0.2"),
+        ("--state-dtype", "uint8", "--precision", "bfloat16", "--micro-batch-size", "3"),
+        ("--precision", "bfloat16-true", "--activation-checkpointing", "full"),
+    ],
+    ids=lambda more: more[0],
+)  # fmt: skip
+def test_lora_is_resumed_in_the_same_bytes_without_its_source(more, source, run, tmp_path):
+    steps = "--init-from", str(source), *LORA, *more, "--max-steps", "6", "--save-every", "2"
+    assert run(tmp_path / "whole", *steps) == 0
+    run.at_step(5, crash)
+    with pytest.raises(CrashError):
+        run(tmp_path / "part", *steps)
+    (source / "checkpoints").rename(source / "gone")
+    run.monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path / "part")])
+    threads = torch.get_num_threads()
+    train.main()
+    torch.set_num_threads(threads)
+    assert resume.final_state(tmp_path / "part", set()) == resume.final_state(
+        tmp_path / "whole", set()
+    )
+
+
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_made(source, run, tmp_path):
+    begin = "--init-from", str(source)
+    for arguments, message in (
+        (("--lora-rank", "2"), "trains adapters of weights that exist; add --init-from"),
+        ((*begin, "--lora-alpha", "2"), "--lora-alpha and --lora-layers are about adapters; add"),
+        ((*begin, "--lora-layers", "key"), "are about adapters; add --lora-rank, or drop them"),
+        ((*begin, "--lora-rank", "33"), "rank must be a whole number in [1, 32], the smaller side"),
+        ((*begin, "--lora-rank", "0"), "lora_rank must be at least 1, got 0"),
+        ((*begin, "--lora-rank", "2", "--lora-layers", "head"), "be among query, key, value"),
+    ):  # fmt: skip
+        assert run(tmp_path / "tuned", *arguments) == 2
+        assert message in " ".join(run.output().split()), arguments
+        assert not (tmp_path / "tuned").exists()

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tritium.kernels import runtime
 from tritium.model.activation_checkpointing import POLICIES, check_policy
+from tritium.model.config import ModelConfig
 from tritium.training.device import describe, free_memory
 from tritium.training.memory.predict import Memory, StepBytes
 
@@ -38,10 +39,10 @@ class MemoryConfig:
     plan: bool = False
     """Print the memory of each activation_checkpointing and the best plan, without training."""
 
-    def check(self, n_layers: int) -> None:
-        """Raise ValueError unless activation_checkpointing fits a model of that many blocks."""
+    def check(self, model: ModelConfig) -> None:
+        """Raise ValueError unless activation_checkpointing fits a model of that shape."""
         if self.activation_checkpointing != AUTO:
-            check_policy(self.activation_checkpointing, n_layers)
+            check_policy(self.activation_checkpointing, model.n_layers, model.reversible)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Planner:
         """Iterate over all plans with that policy and micro-batch, the best ones first."""
         n_layers, batch = self.memory.config.n_layers, self.memory.batch_size
         policies = [x for x in POLICIES if x != "every-2" or n_layers > 1]
+        policies = policies[:1] if self.memory.config.reversible else policies
         policies = policies if policy == AUTO else [policy]
         sizes = _even_sizes(batch) if isinstance(micro_batch, str) else [micro_batch]
         length = self.memory.config.max_seq_len

@@ -92,9 +92,10 @@ class Memory:
         with _without_memory(self.device):
             model = self._make(self.config)
             weights = sum(p.nbytes for p in model.parameters())
+            gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
             with self._cast(model):
                 copies = sum(x.nbytes for x in _copies(model))
-        return weights + copies, weights, self._optimizer.state_bytes(model)
+        return weights + copies, gradients, self._optimizer.state_bytes(model)
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
@@ -148,8 +149,9 @@ class Memory:
         with _without_memory(self.device):
             model = self._make(replace(self.config, n_layers=n_layers))
             model.activation_checkpointing = policy
-            gradients = [torch.zeros_like(p) for p in model.parameters()]
-            for p, gradient in zip(model.parameters(), gradients, strict=True):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            gradients = [torch.zeros_like(p) for p in trained]
+            for p, gradient in zip(trained, gradients, strict=True):
                 p.grad = gradient
             tokens = torch.zeros(micro_batch, self.config.max_seq_len, dtype=torch.long)
             tables = model.cos_LK, model.sin_LK

@@ -32,13 +32,15 @@ class Meter:
         device: device of the run.
         dtype: dtype of the matrix products.
         devices: number of devices like it that share a step.
+        flops_added: to those that a token takes, such as `lora.flops_added` of the model.
     """
 
     def __init__(
         self, config: ModelConfig, tokens_per_step: int, device: torch.device, dtype: torch.dtype,
-        devices: int = 1,
+        devices: int = 1, flops_added: int = 0,
     ):  # fmt: skip
-        self._flops, self._tokens_per_step = flops_per_token(config), tokens_per_step
+        self._flops = flops_per_token(config) + flops_added
+        self._tokens_per_step = tokens_per_step
         self._device, self._dtype, self._devices = device, dtype, devices
         self._measured, self._datasheet = matrix_rate(device, dtype), datasheet_rate(device, dtype)
         self._tokens, self._started = 0, time.perf_counter()

@@ -4,9 +4,9 @@ A checkpoint is a folder `step-00000060` of three files:
 
     model.safetensors      parameters, by name
     optimizer.safetensors  the optimizer's state, by name of the parameter
-    state.json             step, health, the model's configuration and dtype, the rest of the run
-                           (`run_state`: position in the data, random numbers, recovery, time), and
-                           the sizes and SHA-256 of the other two and of itself
+    state.json             step, health, the model's configuration, dtype and adapters, the rest of
+                           the run (`run_state`: position in the data, random numbers, recovery,
+                           time), and the sizes and SHA-256 of the other two and of itself
 
 A model that is sharded over ranks is written by `tritium.training.run.sharded` instead: a folder
 `shards` in place of the two files of tensors.
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tritium.data.atomic import sync
 from tritium.data.atomic import write as write_durably
+from tritium.model.lora import adapters_of
 from tritium.model.saved import (
     FILES,
     FORMAT,
@@ -115,6 +116,8 @@ def snapshot(
         "format": FORMAT, "step": step, "healthy": healthy, "model": asdict(model.config),
         "dtype": dtype, "state": state,
     }  # fmt: skip
+    if (adapters := adapters_of(model)) is not None:
+        record["lora"] = asdict(adapters)
     return Snapshot(step, tensors, json.loads(json.dumps(record)), parts)
 
 

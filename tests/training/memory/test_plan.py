@@ -161,4 +161,4 @@ def test_shows_all_policies_and_both_plans(capsys):
 @pytest.mark.parametrize("policy", ["some", "every-0", "every-5"])
 def test_refuses_a_policy_that_means_nothing(policy):
     with pytest.raises(ValueError, match="activation_checkpointing must"):
-        MemoryConfig(activation_checkpointing=policy).check(4)
+        MemoryConfig(activation_checkpointing=policy).check(ModelConfig(n_layers=4))
