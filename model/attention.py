@@ -64,23 +64,25 @@ def attend(
     if softcap is None and by == "sdpa":
         return _fused(q_BHLK, k_BGSK, v_BGSK, mask)
     p_BHLS = attention_weights(q_BHLK, k_BGSK, mask, softcap)
-    B, G, S, _ = v_BGSK.shape  # heads that share keys are rows of one product
-    return (p_BHLS.reshape(B, G, -1, S) @ v_BGSK).view(*p_BHLS.shape[:3], -1)
+    return _product(p_BHLS, v_BGSK)
 
 
 def attention_weights(
     q_BHLK: Tensor, k_BGSK: Tensor, mask_BHLS: Tensor | None, softcap: float | None = None
 ) -> Tensor:
     """Return the weights with which `attend` sums values, `[B, H, L, S]`; each row's sum is 1."""
-    B, G, S, K = k_BGSK.shape
-    scale = K**-0.5
-    scores = q_BHLK.reshape(B, G, -1, K) @ k_BGSK.mT
-    scores_BHLS = scores.view(*q_BHLK.shape[:3], S)
+    scores_BHLS, scale = _product(q_BHLK, k_BGSK.mT), q_BHLK.shape[-1] ** -0.5
     if softcap is not None:
         scores_BHLS, scale = softcap * (scores_BHLS * (scale / softcap)).tanh(), 1.0
     if mask_BHLS is not None:
         scores_BHLS = scores_BHLS.masked_fill(~mask_BHLS, -torch.inf)
     return softmax(scores_BHLS, -1, scale=scale, causal=True)
+
+
+def _product(x_BHLS: Tensor, y_BGSK: Tensor) -> Tensor:
+    """Return x · y, `[B, H, L, K]`: each of the G heads of y serves H / G heads of x."""
+    # Not as one product of H / G · L rows: torch.export would take L for a constant.
+    return (x_BHLS.unflatten(1, (y_BGSK.shape[1], -1)) @ y_BGSK.unsqueeze(2)).flatten(1, 2)
 
 
 def _fused(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | None) -> Tensor:
