@@ -23,7 +23,7 @@ from tritium.model.modules import LayerNorm, RMSNorm
 class Block(nn.Module):
     """One residual block; the addition of its input is fused with its normalisation.
 
-    With `parallel` attention and feed-forward layer read the same norm, and are added at once
+    With `parallel_blocks` attention and feed-forward layer read the same norm, and are added at once
     (Wang & Komatsuzaki, GPT-J-6B, 2021).
     """
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.residual_dtype = residual_dtype
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
-        self.feed_forward_norm = None if config.parallel else make_norm(config)
+        self.feed_forward_norm = None if config.parallel_blocks else make_norm(config)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BLD, residual_BLD, places, cache=None):

@@ -103,7 +103,7 @@ class ModelConfig:
     2. None: no layer does."""
     attention_softcap: float | None = None
     """Bound of attention's scores, in the form of softcap. None: unbounded."""
-    parallel: bool = False
+    parallel_blocks: bool = False
     """Add attention and feed-forward layer of one norm, not one after the other of two."""
     attention: AttentionBy = "sdpa"
     """Attention by PyTorch's fused operators (sdpa), or by the softmax kernel of Tritium, with all
@@ -137,7 +137,7 @@ class ModelConfig:
                 _set_whole(self, name, ", or None")
         for name, choices in CHOICES.items():
             _set_choice(self, name, choices)
-        for name in ("bias", "qk_norm", "tie_embeddings", "parallel", "reversible"):
+        for name in ("bias", "qk_norm", "tie_embeddings", "parallel_blocks", "reversible"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _set_number(self, "rope_theta", "above 0; 10000 is usual")
@@ -148,6 +148,11 @@ class ModelConfig:
         if self.full_every is not None and self.window is None:
             raise ValueError(
                 f"full_every must be None without a window, got {self.full_every}; set window too"
+            )
+        if self.reversible and self.parallel_blocks:
+            raise ValueError(
+                "reversible needs a stream for each of attention and feed-forward layer, which "
+                "parallel_blocks adds at once; set one of them to False"
             )
         self._check_heads()
 

@@ -58,7 +58,7 @@ def model_type(config: ModelConfig) -> str:
     if kind == "llama" and any(windows):
         kind = "mistral"
     wanted = {
-        "softcap": None, "attention_softcap": None, "parallel": False, "reversible": False,
+        "softcap": None, "attention_softcap": None, "parallel_blocks": False, "reversible": False,
         "norm": "layer" if kind == "gpt2" else "rms",
     }  # fmt: skip
     if kind == "gpt2" and any(windows):

@@ -22,7 +22,7 @@ from tritium.model.shapes import SHAPES, flops_per_token, main, num_parameters
 WINDOWS = dict(window=5, full_every=2, n_layers=2)
 NAMED = (  # Llama is Qwen3 without two norms
     ("gpt2", {}), ("qwen3-0.6b", {}), ("qwen3-0.6b", WINDOWS | dict(attention="softmax")),
-    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel=True)),
+    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True)),
 )  # fmt: skip
 
 
@@ -78,9 +78,9 @@ def plain(model, tokens):
             scores = cap * (scores / cap).tanh()
         p = scores.masked_fill((ago < 0) | (ago >= window), -torch.inf).softmax(-1)
         y = linear(torch.einsum("bhls,bshk->blhk", p, v).flatten(2), f"{name}.output")
-        if not config.parallel:
+        if not config.parallel_blocks:
             x, y = x + y, 0
-        h = norm(x, f"blocks.{i}.{'attention' if config.parallel else 'feed_forward'}_norm")
+        h = norm(x, f"blocks.{i}.{'attention' if config.parallel_blocks else 'feed_forward'}_norm")
         x, name = x + y, f"blocks.{i}.feed_forward"
         gelu = partial(F.gelu, approximate="tanh")
         if config.gated:

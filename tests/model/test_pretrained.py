@@ -218,7 +218,10 @@ def test_what_no_architecture_holds_is_refused_before_anything_is_written(config
     [
         (dict(softcap=30.0), "Qwen3ForCausalLM comes nearest, except for softcap=30.0"),
         (dict(attention_softcap=50.0), r"attention_softcap=50.0 \(it has None\)"),
-        (dict(parallel=True), r"Qwen3ForCausalLM comes nearest, except for parallel=True"),
+        (
+            dict(parallel_blocks=True),
+            r"Qwen3ForCausalLM comes nearest, except for parallel_blocks=True",
+        ),
         (dict(window=4, full_every=2, qk_norm=False), "Mistral.* nearest, except for full_every=2"),
         (dict(window=4, bias=True, qk_norm=False), "Mistral.* nearest, except for bias=True"),
         (dict(positions="learned", window=4), r"window=4 \(it has None\)"),
