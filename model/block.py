@@ -23,8 +23,8 @@ from tritium.model.modules import LayerNorm, RMSNorm
 class Block(nn.Module):
     """One residual block; the addition of its input is fused with its normalisation.
 
-    With `parallel_blocks` attention and feed-forward layer read the same norm, and are added at once
-    (Wang & Komatsuzaki, GPT-J-6B, 2021).
+    With `parallel_blocks` attention and feed-forward layer read the same norm, and are added at
+    once (Wang & Komatsuzaki, GPT-J-6B, 2021).
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from tritium.model import ModelConfig, Transformer, lora, reversible
 from tritium.model.activation_checkpointing import saved_bytes
+from tritium.model.masks import make_masks
 from tritium.training.memory.plan import MemoryConfig, Planner
 from tritium.training.memory.predict import Memory
 from tritium.training.mixed_precision import MixedPrecision
@@ -26,7 +27,7 @@ CONFIG = ModelConfig(
 
 def build(config=CONFIG, **options):
     torch.manual_seed(1)
-    model = Transformer(replace(config, reversible=True), **options)
+    model = Transformer(replace(config, reversible=True, parallel_blocks=False), **options)
     with torch.no_grad():  # as after training: nothing is zero, one, or near the identity
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)
@@ -50,7 +51,8 @@ def results(model, *inputs, graph="recomputed"):
 def plain(model, tokens):
     """The logits by the formulas of the two streams, block by block."""
     x, places = model.embedding(tokens), (model.cos_LK[: tokens.shape[1]],)
-    places = (*places, model.sin_LK[: tokens.shape[1]], None)
+    masks = make_masks(model.config, tokens.shape[1], tokens.shape[1], None, x)
+    places = (*places, model.sin_LK[: tokens.shape[1]], masks)
     if model.position_embedding is not None:
         x = x + model.position_embedding.weight[: tokens.shape[1]]
     y1 = y2 = x
@@ -75,6 +77,11 @@ def test_gradients_are_those_of_the_ordinary_graph(config, dropout, documents):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9 * (1 + y.abs().max().item()))
     if not dropout and not documents:
         torch.testing.assert_close(model(tokens), plain(model, tokens), rtol=1e-9, atol=1e-10)
+
+
+def test_parallel_blocks_are_refused():
+    with pytest.raises(ValueError, match="reversible needs a stream for each"):
+        replace(CONFIG, parallel_blocks=True)
 
 
 def test_gradients_in_float32_are_those_of_the_ordinary_graph_to_rounding():
