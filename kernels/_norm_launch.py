@@ -94,9 +94,9 @@ class _BackwardPlan(NamedTuple):
     P: int
     rows: Plan
     columns: Plan | None
-    """Plan of the sums over T, where `rows` does not compute them too."""
+    """Launch of the sums over T, where `rows` does not make them on its way."""
     partials: Plan
-    """Plan of the sums over P."""
+    """Launch of the sums over P."""
 
 
 @planned
