@@ -81,7 +81,7 @@ def _launch_copy(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 scale_gradient_ = operator(
     "scale_gradient_(Tensor(a!) x, Tensor factor) -> ()", _launch_inplace, lambda x, factor: None
 )
-"""Multiply contiguous `x` by the scalar `factor` where it lies."""
+"""Multiply contiguous `x` by the scalar `factor` in place."""
 scale_gradient = operator(
     "scale_gradient(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",
     _launch_copy,
@@ -91,7 +91,7 @@ scale_gradient = operator(
 
 
 def scaled(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return `g` times `factor` in `dtype`, to a backward pass: where it lies, unless it is kept.
+    """Return `g` times `factor` in `dtype`, for a backward pass: in place, unless `g` is kept.
 
     It is kept where the graph is, for another backward pass.
     """

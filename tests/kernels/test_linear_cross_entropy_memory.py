@@ -113,7 +113,7 @@ def test_backward_makes_at_most_one_buffer(dtype, chunk, extra, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_kept_graph_keeps_its_gradients(dtype, device):
-    """Gradients are scaled where they lie only in the last backward pass of a graph."""
+    """Gradients are scaled in place only in the last backward pass of a graph."""
     hidden, weight, target = layer(16, 8, 32, device, dtype)
     inputs = [x.requires_grad_() for x in (hidden, weight)]
     for chunk in (4, 16):

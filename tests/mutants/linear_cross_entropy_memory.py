@@ -34,7 +34,7 @@ MUTANTS = [
         replacement="    return (g * factor).to(dtype)\n",
     ),
     _scaling(
-        what="a kept graph's gradients scaled where they lie",
+        what="a kept graph's gradients scaled in place",
         original="g.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph()",
         replacement="g.dtype == dtype",
     ),
