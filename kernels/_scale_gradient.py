@@ -91,7 +91,7 @@ scale_gradient = operator(
 
 
 def scaled(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return `g` times `factor` in `dtype`, to a backward pass: in place, unless it is kept.
+    """Return `g` times `factor` in `dtype`, for a backward pass: in place, unless `g` is kept.
 
     It is kept where the graph is, for another backward pass.
     """

@@ -60,7 +60,7 @@ def test_any_start_width_and_stride(
     hidden=st.integers(0, 40),
     seed=st.integers(0, 1 << 30),
 )
-def test_extremes_lie_on_edges_as_anywhere(V, dtype, hidden, seed):
+def test_extremes_count_on_edges_as_anywhere(V, dtype, hidden, seed):
     """Classes of -inf, a certain class and the first of equals count wherever a row begins."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Prove that a gradient is scaled in one pass, where it lies, and not at all by 1."""
+"""Prove that a gradient is scaled in one pass, in place, and not at all by 1."""
 
 import pytest
 import torch
