@@ -147,7 +147,7 @@ def test_every_combination_of_switches_computes_the_same(model, data):
     given = dict(input_ids=tokens, labels=labels)
     if data.draw(st.booleans()):
         for each in (model, patched):
-            each.gradient_checkpointing_enable()
+            each.activation_checkpointing_enable()
     precision = data.draw(st.sampled_from(["float32", "bfloat16", "autocast"]))
     low = precision != "float32"
     if precision == "bfloat16":
