@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from tritium.kernels import geglu, layer_norm, linear_cross_entropy, rms_norm, rope, swiglu
 from tritium.model.native import ARCHITECTURES, GATES
 
-RMS_NORMS = "LlamaRMSNorm", "Qwen3RMSNorm"
-MLPS = "LlamaMLP", "Qwen3MLP"
-ROTARY = "LlamaRotaryEmbedding", "Qwen3RotaryEmbedding"
+RMS_NORMS = "LlamaRMSNorm", "MistralRMSNorm", "Qwen3RMSNorm"
+MLPS = "LlamaMLP", "MistralMLP", "Qwen3MLP"
+ROTARY = "LlamaRotaryEmbedding", "MistralRotaryEmbedding", "Qwen3RotaryEmbedding"
 ACTIVATIONS = {"swiglu": swiglu, "geglu": partial(geglu, approximate="tanh")}
 
 
@@ -36,7 +36,7 @@ def patch(
     """Let a model of transformers compute by Tritium's operations, and return it.
 
     Args:
-        model: a Llama, Qwen3 or GPT-2 model, with a head or without; changed in place. A second
+        model: a Llama, Mistral, Qwen3 or GPT-2 model, with a head or without; changed in place. A second
             call changes nothing of what the first one did.
         norm: `rms_norm`, or `layer_norm` in GPT-2, for every norm.
         activation: `swiglu` or `geglu` for the gated activation; GPT-2 has none.

@@ -102,7 +102,7 @@ def test_what_the_kernels_keep_is_what_their_formulas_need(device, monkeypatch):
     attention = (H + 2 * G) * K + (H + G) * K + H * K + H
     feed_forward = 3 * F  # gate, up, their product
     per_token = N * (norms + attention + feed_forward) + (D + 1) + D  # dhidden last
-    expected = 4 * (5 * L * per_token + V * D + 1)  # dweight, and 1 / the number of targets
+    expected = 4 * (5 * L * per_token + V * D)  # dweight
     assert memory(device).step("none", 5).activations == expected
 
 

@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    MistralConfig,
     LlamaModel,
     Qwen3Config,
 )
@@ -34,6 +35,7 @@ CONFIGS = {
             rope_type="yarn", factor=4.0, original_max_position_embeddings=8, rope_theta=1e4
         ),
     ),
+    "mistral": MistralConfig(**HEADS, head_dim=6, num_key_value_heads=2, sliding_window=3),
     "qwen3": Qwen3Config(**HEADS, head_dim=6, num_key_value_heads=1),
     "gpt2": GPT2Config(vocab_size=37, n_positions=32, n_embd=12, n_layer=2, n_head=3),
 }  # fmt: skip
@@ -258,7 +260,7 @@ def test_once_more_changes_nothing_and_copies_stay_patched(tmp_path):
 
 def test_refuses_what_it_does_not_know():
     own = Transformer(ModelConfig(vocab_size=7, n_layers=1, d_model=8, n_heads=2))
-    with pytest.raises(TypeError, match="must be one of gpt2, llama, qwen3 of transformers, got T"):
+    with pytest.raises(TypeError, match="must be one of gpt2, llama, mistral, qwen3 of transf"):
         patch(own)
     model = GPT2LMHeadModel(CONFIGS["gpt2"])
     model.loss_function = lambda *_, **__: 0

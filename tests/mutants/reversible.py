@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant(
         what="exported as a model of one stream",
         file="model/native.py",
-        original='wanted |= {"reversible": False}',
-        replacement="pass",
+        original='"parallel_blocks": False, "reversible": False,',
+        replacement='"parallel_blocks": False,',
     ),
 ]
