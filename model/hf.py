@@ -1,4 +1,4 @@
-"""Tritium's operations inside transformers' Llama, Qwen3 and GPT-2 models: `patch(model)`.
+"""Tritium's operations inside transformers' Llama, Mistral, Qwen3 and GPT-2: `patch(model)`.
 
 What is replaced computes the same, rounded once where transformers rounds several times; in float32
 logits and gradients are equal to rounding. Weights, their names and `save_pretrained` stay. Tried
@@ -36,8 +36,8 @@ def patch(
     """Let a model of transformers compute by Tritium's operations, and return it.
 
     Args:
-        model: a Llama, Mistral, Qwen3 or GPT-2 model, with a head or without; changed in place. A second
-            call changes nothing of what the first one did.
+        model: a Llama, Mistral, Qwen3 or GPT-2 model, with a head or without; changed in place. A
+            second call changes nothing of what the first one did.
         norm: `rms_norm`, or `layer_norm` in GPT-2, for every norm.
         activation: `swiglu` or `geglu` for the gated activation; GPT-2 has none.
         rotary: `rope` for queries and keys. GPT-2 has learned positions.

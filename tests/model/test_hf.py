@@ -13,8 +13,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    MistralConfig,
     LlamaModel,
+    MistralConfig,
     Qwen3Config,
 )
 
