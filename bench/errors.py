@@ -34,7 +34,7 @@ class Squares:
 
 @dataclass
 class Sums:
-    """What the chunks add up to, for one pass."""
+    """Sums over the chunks, for one pass."""
 
     squares: dict[int, Squares] = field(default_factory=dict)
     """By output, of those that every row has its own of."""

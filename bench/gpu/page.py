@@ -26,7 +26,7 @@ CPU = (
 
 
 class Found:
-    """What a session's folder holds.
+    """Contents of a session's folder.
 
     Args:
         folder: of the session.
@@ -101,7 +101,7 @@ class Found:
 
     @property
     def summary(self) -> str:
-        """What was reached, in a sentence or three."""
+        """The measurements and tests reached, in a sentence or three."""
         outcomes = Counter(entry["outcome"] for entry in self.tests.values())
         how = f" ({self.ended[-1]})" if self.ended else ""
         tests = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))

@@ -1,4 +1,4 @@
-"""What to do with a GPU that one has for N minutes: `python -m tritium.bench gpu --minutes N`.
+"""Session on a GPU that one has for N minutes: `python -m tritium.bench gpu --minutes N`.
 
 In order: a sample of all tests, and beside them the compilation of what will be measured; the
 training step; the optimizers; the operations. Measurements come one after the other, each in a
