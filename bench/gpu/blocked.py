@@ -6,7 +6,7 @@ FATAL_SHAPES = 2  # after so many at which it ended its process, an implementati
 
 
 class Blocked:
-    """Reasons in a session's journal not to begin a measurement."""
+    """Reasons in a session's journal against beginning a measurement."""
 
     def __init__(self) -> None:
         self.begun: dict[str, int] = {}
@@ -33,7 +33,7 @@ class Blocked:
             self.fatal.setdefault(who, set()).add(task.shape)
 
     def by(self, task: Task) -> str:
-        """Return why a measurement is not begun, "" if it may be."""
+        """The reason not to begin a measurement, "" if there is none."""
         if (task.kind, task.implementation) in self.missing:
             return "not installed"
         if task.each in self.problems:

@@ -26,7 +26,7 @@ CPU = (
 
 
 class Found:
-    """Content of a session's folder.
+    """Contents of a session's folder.
 
     Args:
         folder: of the session.
@@ -101,7 +101,7 @@ class Found:
 
     @property
     def summary(self) -> str:
-        """Summary of what was reached, one to three sentences."""
+        """The measurements and tests reached, in a sentence or three."""
         outcomes = Counter(entry["outcome"] for entry in self.tests.values())
         how = f" ({self.ended[-1]})" if self.ended else ""
         tests = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))

@@ -45,7 +45,7 @@ class Suite:
 
     @property
     def missing(self) -> str:
-        """Reason why no tests can be run, "" if they can."""
+        """The reason why no tests can be run, "" if they can."""
         if not (self.root / self.tests[0]).exists():
             return "there are no tests here: they are in a checkout, not in a wheel"
         return "" if find_spec("pytest") else "pytest is not installed"
