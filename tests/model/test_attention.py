@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -149,6 +149,7 @@ def test_attention_is_that_of_the_formula(case):
 
 
 @given(st.data(), st.integers(1, 40), st.sampled_from([4, 8, 16]))
+@settings(max_examples=25)  # torch maps a function over every pair
 def test_blocks_are_those_in_which_something_is_seen(data, L, size):
     positions = documents(data.draw, 2, L)
     window = data.draw(st.sampled_from([None, 1, 3, 4, 9, 50]))
