@@ -71,7 +71,8 @@ class _Pooled(nn.Module):
                 f"{type(self).__name__}: pooling must be one of {', '.join(get_args(Pooling))}, "
                 f"got {pooling!r}"
             )
-        self.transformer, self.pooling = transformer, pooling
+        self.transformer = transformer
+        self.pooling: Pooling = pooling
         self.linear = linear.to(transformer.device, transformer.dtype)
 
     def _pooled(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:

@@ -133,8 +133,8 @@ def _with_loss(forward):
         self, input_ids=None, *args, labels: Tensor | None = None, logits_to_keep=0, **kwargs
     ):
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        usual = args or labels is None or not self.training or not keeps_all
-        if usual or not _is_linear(self.lm_head):
+        fuses = self.training and keeps_all and _is_linear(self.lm_head)
+        if args or labels is None or not fuses:
             kwargs["logits_to_keep"] = logits_to_keep
             return forward(self, input_ids, *args, labels=labels, **kwargs)
         from transformers.modeling_outputs import (
