@@ -81,7 +81,8 @@ def qk_norm_rope_reference(
         z = torch.cat([rms_norm_reference(x, w.shape, w, eps) for x, w in parts], -2)
     y = rope_reference(z[..., : 2 * J], cos, sin, offset=offset, interleaved=interleaved)
     y = torch.cat([y, z[..., 2 * J :]], -1) if z.shape[-1] > 2 * J else y
-    return *y.to(qkv.dtype).split([H, G], -2), v
+    q, k = y.to(qkv.dtype).split([H, G], -2)
+    return q, k, v
 
 
 def _kv_heads(qkv: Tensor, kv_heads: int | None) -> int:

@@ -188,6 +188,7 @@ def _linear_cross_entropy(s: int, T: int, D: int, V: int) -> Passes:
 def _linear_log_prob(s: int, T: int, D: int, V: int) -> Passes:
     """Four products: the backward pass recomputes the logits and overwrites them."""
     forward, rows, _ = _linear_cross_entropy(s, T, D, V)
+    assert rows is not None
     backward = (forward[0], *rows)
     return forward, backward, (*forward, *backward)
 

@@ -55,7 +55,7 @@ class Task:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """The case, measured together and in turns: all implementations of one operation and shape."""
+        """The case, measured in turns: all implementations of one operation and shape."""
         return self.kind, self.name, self.shape
 
     @property

@@ -125,7 +125,9 @@ def main(steps: int = 600, seeds: int = 3, write: bool = False) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, validation = low_precision.sequences()
     data = tokens.to(device), validation.to(device)
-    makers = {name: partial(Transformer, CONFIG, residual_dtype=x) for name, x in DTYPES.items()}
+    makers: dict[str, Callable[[], Transformer]] = {
+        name: partial(Transformer, CONFIG, residual_dtype=x) for name, x in DTYPES.items()
+    }
     losses = compare(makers, seeds, steps, data)
     table = table_of("residual stream", losses)
     lines = [

@@ -9,7 +9,7 @@ Then a small language model learns the bytes of Python's standard library, as in
 with one residual stream and with two, from the same seeds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -56,9 +56,9 @@ def rounding(streams: str, depth: int, *, grown: bool) -> Rounding:
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, n_layers=depth), residual_dtype=dtype)
     with torch.no_grad():
-        for block in model.blocks if grown else ():  # the reverse of what `initialise` did
-            for layer in (block.attention.output, block.feed_forward.down):
-                layer.weight.mul_(10 * (2 * depth) ** 0.5)
+        for name, p in model.named_parameters():  # the reverse of what `initialise` did
+            if grown and name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+                p.mul_(10 * (2 * depth) ** 0.5)
     tokens = torch.randint(CONFIG.vocab_size, (SEQUENCES, CONFIG.max_seq_len))
     with torch.autocast("cpu", products, enabled=products != torch.float32):
         embedding = _embedding_error(model, tokens)
@@ -112,7 +112,7 @@ def main(steps: int = 500, seeds: int = 3, write: bool = False) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, validation = low_precision.sequences()
     shape = residual.CONFIG
-    makers = {
+    makers: dict[str, Callable[[], Transformer]] = {
         name: partial(Transformer, replace(shape, reversible=x), residual_dtype=torch.float32)
         for name, x in (("one stream", False), ("reversible", True))
     }
