@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from tritium.bench.gpu.page import Found
 from tritium.bench.gpu.tasks import OPERATION, OPTIMIZER, STEP, Task
@@ -39,7 +40,7 @@ def draw(found: Found, path: Path) -> None:
         _dots(panel, f"operations, {name}", lines, operations, styles, labels=i == 0)
     drawn = [x for x in styles if any(x in line for y in (optimizers, *passes.values())
                                       for line in y.values())]  # fmt: skip
-    handles = [plt.Line2D([], [], color=styles[x][:2], marker=styles[x][2], linestyle="", label=x)
+    handles = [Line2D([], [], color=styles[x][:2], marker=styles[x][2], linestyle="", label=x)
                for x in drawn]  # fmt: skip
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
