@@ -55,7 +55,7 @@ class Task:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """The case, measured in turns: all implementations of one operation and shape."""
+        """The operation and its shape: all implementations are measured together, in turns."""
         return self.kind, self.name, self.shape
 
     @property
