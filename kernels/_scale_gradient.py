@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from tritium.kernels.runtime import (
     Launcher,
@@ -99,7 +100,7 @@ def scaled(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         return g.to(dtype)
     if torch.compiler.is_compiling() or sees_through():
         return (g.to(factor.dtype) * factor).to(dtype)
-    if g.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if g.dtype == dtype and not _get_current_graph_task_keep_graph():
         scale_gradient_(g, factor)
         return g
     return scale_gradient(g, factor, dtype)
