@@ -35,7 +35,7 @@ MUTANTS = [
     ),
     _scaling(
         what="a kept graph's gradients scaled in place",
-        original="g.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph()",
+        original="g.dtype == dtype and not _get_current_graph_task_keep_graph()",
         replacement="g.dtype == dtype",
     ),
     _mutant(
