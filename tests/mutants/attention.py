@@ -99,11 +99,6 @@ MUTANTS = [
         replacement="some_BNM = some_BNM & True",
     ),
     _masks(
-        what="a last block that is cut off is seen whole",
-        original="& whole & whole[:, None]",
-        replacement="& whole",
-    ),
-    _masks(
         what="a pair of documents looked up by the wrong row",
         original="(document_BS[b, i] == document_BS[b, j])",
         replacement="(document_BS[0, i] == document_BS[0, j])",
