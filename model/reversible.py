@@ -162,10 +162,7 @@ class _HalfStep(torch.autograd.Function):
 
 
 def _autocast(x: Tensor) -> Callable[[], AbstractContextManager]:
-    """Return what enters the present autocast again, with no cache of converted weights.
-
-    Those that the forward pass converted have no history that a gradient could take.
-    """
+    """Return what enters the present autocast again; it keeps no converted weight for later."""
     device = x.device.type
     if device == "meta":
         return nullcontext

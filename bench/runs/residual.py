@@ -6,7 +6,7 @@ matrix products in bfloat16 both times; only the dtype of the residual stream di
 converted as they are there. The seed decides weights and batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import mean, stdev
@@ -92,7 +92,7 @@ def verdict(losses: dict[str, list[float]]) -> str:
 
 
 def compare(
-    makers: dict[str, Callable[[], Transformer]], seeds: int, steps: int,
+    makers: Mapping[str, Callable[[], Transformer]], seeds: int, steps: int,
     data: tuple[Tensor, Tensor],
 ) -> dict[str, list[float]]:  # fmt: skip
     """Train each kind of model from every seed; return their losses."""

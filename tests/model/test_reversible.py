@@ -229,5 +229,7 @@ def test_a_graph_may_be_used_twice():
     loss = model(ids(model), ids(model))
     trained = list(model.parameters())
     first = torch.autograd.grad(loss, trained, retain_graph=True)
+    last = model.blocks[-1].feed_forward.down.weight  # where a pass may end, with streams in hand
+    assert torch.autograd.grad(loss, last, retain_graph=True)[0].any()
     for x, y in zip(first, torch.autograd.grad(loss, trained), strict=True):
         assert torch.equal(x, y)

@@ -69,11 +69,6 @@ MUTANTS = [
         replacement="            with nullcontext():\n                added_BLD",
     ),
     _reversible(
-        what="weights converted without a history",
-        original="cache_enabled=False",
-        replacement="cache_enabled=True",
-    ),
-    _reversible(
         what="the copies of mixed precision get no gradient",
         original="found.append(module.narrow)",
         replacement="pass",
