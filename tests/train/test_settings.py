@@ -195,6 +195,7 @@ def test_the_help_fits_two_screens_and_leaves_no_flag_out(capsys):
 def test_messages_name_flags_that_exist():
     known = {*settings(), *(f"no-{flag}" for flag in settings()), "help", "help-all", "flag", "no"}
     known |= {"logdir"}  # of TensorBoard
+    known |= {"standalone", "nproc-per-node", "max-restarts"}  # of torchrun
     files = [ROOT / "train.py", *(ROOT / "training").rglob("*.py")]
     assert len(files) > 30
     for file in files:
