@@ -9,10 +9,10 @@ Then a small language model learns the bytes of Python's standard library, as in
 with one residual stream and with two, from the same seeds.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -56,8 +56,7 @@ def rounding(streams: str, depth: int, *, grown: bool) -> Rounding:
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, n_layers=depth), residual_dtype=dtype)
     with torch.no_grad():
-        blocks: Iterable[Any] = model.blocks if grown else ()
-        for block in blocks:  # the reverse of what `initialise` did
+        for block in cast(Any, model.blocks) if grown else ():  # reverses `initialise`
             for layer in (block.attention.output, block.feed_forward.down):
                 layer.weight.mul_(10 * (2 * depth) ** 0.5)
     tokens = torch.randint(CONFIG.vocab_size, (SEQUENCES, CONFIG.max_seq_len))
