@@ -34,7 +34,7 @@ VERBS = {
     ),
     "reversible": (
         "runs.reversible",
-        "reversible models: rounding of what is reconstructed, by depth, and loss of trained ones",
+        "reversible models: rounding by depth, and loss of trained ones",
     ),
     "report": ("runs.report", "one HTML page that compares runs"),
     "pictures": ("runs.pictures", "pictures of a run, for the README"),

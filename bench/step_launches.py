@@ -36,7 +36,9 @@ OWN = {
     "_norm_": NORMS, "_qk_norm_rope_": POSITIONS, "_rope_": POSITIONS, "_activation_": ACTIVATION,
     "_swiglu_": ACTIVATION, "_geglu_": ACTIVATION, "_relu_squared_": ACTIVATION,
     "_cross_entropy_": LOSS, "_linear_cross_entropy_": LOSS, "_mse_loss_": LOSS,
-    "_optimizer_": OPTIMIZER, "_grad_norm_": OPTIMIZER, "_norms_": OPTIMIZER, "_muon_": OPTIMIZER,
+    "_scale_gradient_": LOSS, "_log_prob_": LOSS,
+    "_optimizer_": OPTIMIZER, "_grad_norm_": OPTIMIZER, "_grad_norms_": OPTIMIZER,
+    "_norms_": OPTIMIZER, "_muon_": OPTIMIZER,
     "_embedding_": EMBEDDING,
 }  # fmt: skip
 """Kinds of Tritium's kernels, by how their names begin: those of the source and of a profile."""
@@ -81,6 +83,8 @@ class Recorder(TorchDispatchMode):
         self.phase = "forward"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tritium" and func._schema.is_mutable:
+            return func(*args, **(kwargs or {}))  # always dispatched; its kernel is recorded below
         if func.namespace == "tritium":
             raise RuntimeError(f"bench step: {func} hides what it launches; call it undispatched")
         name = func._schema.name.partition("::")[2]
@@ -122,7 +126,7 @@ def recorded() -> Iterator[Recorder]:
     with (
         mock.patch.object(runtime, "CPU_KERNELS", True),
         mock.patch.object(runtime, "_is_watched", return_value=False),
-        mock.patch.object(runtime.Launcher, "launch", lambda x, *_, **__: recorder.kernel(x)),
+        mock.patch.object(runtime.Launcher, "_launch", lambda x, *_, **__: recorder.kernel(x)),
         mock.patch.object(block, "float32_on_cpu", lambda x: x),
         mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
         mock.patch.object(torch.Tensor, "backward", in_backward),

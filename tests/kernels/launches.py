@@ -55,7 +55,7 @@ if __name__ == "__main__":
         *args, warps = now
         launch((3,), tuple(args[:2]), tuple(args[2:4]), tuple(args[4:]), warps)
         kept += not asked
-        fill[(3,)](*args, num_warps=warps)
+        fill[(3,)](*args, num_warps=warps, enable_fp_fusion=True)
         own, chosen = StubDriver.launches
         assert own is chosen, now
         kernels.add(id(own))

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from statistics import mean, stdev
 
 import pytest
@@ -22,13 +23,17 @@ def data(monkeypatch):
     return tokens, tokens[: 2 * length].view(2, length)
 
 
+def made(name):
+    return partial(Transformer, residual.CONFIG, residual_dtype=residual.DTYPES[name])
+
+
 @pytest.mark.parametrize(
     ("off", "agree", "paired"), [(0.0, True, True), (0.01, True, False), (1.0, False, False)]
 )
 def test_means_are_compared_by_their_standard_errors(off, agree, paired):
     wide = [2.0, 2.1, 2.2]
     narrow = [x + off + jitter for x, jitter in zip(wide, (-1e-4, 0, 1e-4), strict=True)]
-    said = residual.verdict(narrow, wide)
+    said = residual.verdict({"float32": wide, "bfloat16": narrow})
     assert f"{mean(narrow) - mean(wide):+.5f} nats" in said
     assert ("The means agree" in said) == agree
     assert said.endswith("agree." if paired else "DO NOT AGREE.")
@@ -38,7 +43,9 @@ def test_means_are_compared_by_their_standard_errors(off, agree, paired):
 
 def test_the_sign_of_a_difference_does_not_matter():
     wide = [2.0, 2.1, 2.2]
-    assert "The means DO NOT AGREE" in residual.verdict([x - 1 for x in wide], wide)
+    assert "The means DO NOT AGREE" in residual.verdict(
+        {"one": wide, "other": [x - 1 for x in wide]}
+    )
 
 
 def test_only_the_dtype_of_the_stream_differs(data, monkeypatch):
@@ -51,7 +58,7 @@ def test_only_the_dtype_of_the_stream_differs(data, monkeypatch):
         return loss_of(model, tokens)
 
     monkeypatch.setattr(residual, "loss_of", watched)
-    losses = [residual.train(name, 3, 2, data) for name in ("float32", "bfloat16")]
+    losses = [residual.train(made(name), 3, 2, data) for name in ("float32", "bfloat16")]
     assert torch.equal(weights[0], weights[2])
     assert all(map(torch.equal, batches[:2], batches[2:]))
     assert losses[0] != losses[1]
@@ -59,15 +66,16 @@ def test_only_the_dtype_of_the_stream_differs(data, monkeypatch):
 
 
 def test_a_seed_repeats_its_run_and_another_does_not(data):
-    first, again, other = (residual.train("bfloat16", seed, 2, data) for seed in (1, 1, 2))
+    first, again, other = (residual.train(made("bfloat16"), seed, 2, data) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_tabulates_every_seed_of_both(monkeypatch, capsys):
     monkeypatch.setattr(residual.low_precision, "sequences", lambda: (torch.ones(9), torch.ones(9)))
     monkeypatch.setattr(
-        residual, "train", lambda name, seed, steps, data: seed + (name == "bfloat16") / 1000
-    )
+        residual, "train",
+        lambda make, seed, steps, data: seed + (make.keywords["residual_dtype"] is None) / 1000,
+    )  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["bench", "residual", "--seeds", "2", "--steps", "7"])
     main()
     shown = capsys.readouterr().out
