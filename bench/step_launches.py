@@ -59,7 +59,7 @@ REASONS = {
     "forward": "the weights of all blocks in bfloat16, one call a step; in each micro-batch the "
     "embedded tokens, the output layer's weight and the losses of its rows",
     "backward": "each weight's first bfloat16 gradient of a step in float32; in each micro-batch "
-    "the output layer's gradients and those of the embedded tokens",
+    "the gradient of the embedded tokens",
 }
 """Reasons for casts and copies, by phase."""
 

@@ -75,9 +75,9 @@ def test_the_launches_of_gpt2_in_four_micro_batches(account):
     total = account.total(12, 4)
     # With PyTorch's autocast they were 302 and 204, as a profile of an H100 counted them, of 1,933.
     assert total["backward", ADDITIONS] + total["forward", ADDITIONS] == 158
-    assert total["backward", CASTS] == 60
+    assert total["backward", CASTS] == 52
     assert total["optimizer", OPTIMIZER] <= 7
-    assert total.total() == 1598
+    assert total.total() == 1550
 
 
 def test_a_launch_that_the_recorder_cannot_see_is_an_error():
@@ -90,10 +90,10 @@ def test_a_launch_that_the_recorder_cannot_see_is_an_error():
 def test_everything_is_put_back_behind_a_recording():
     from tritium.kernels.runtime import Launcher, _is_watched
 
-    before = Launcher.launch, torch.Tensor.backward
+    before = Launcher._launch, torch.Tensor.backward
     with step_launches.recorded():
-        assert Launcher.launch is not before[0]
-    assert (Launcher.launch, torch.Tensor.backward) == before
+        assert Launcher._launch is not before[0]
+    assert (Launcher._launch, torch.Tensor.backward) == before
     assert _is_watched() is False
 
 
