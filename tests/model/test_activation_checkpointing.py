@@ -5,6 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from families import LENGTH, configs, few
+from hypothesis import given
+from hypothesis import strategies as st
 from triton import knobs
 
 from tritium.kernels import SGD, Adagrad, AdamW, Lion, RMSprop
@@ -118,6 +121,21 @@ def test_every_policy_gives_the_same_gradients(dtype, dropout, device):
         gradients.append([p.grad for p in step.model.parameters()])
     for x, *others in zip(*gradients, strict=True):
         assert all(torch.equal(x, y) for y in others)
+
+
+@given(configs(), st.sampled_from(["full", "selective", "every"]), st.booleans())
+@few
+def test_every_config_has_the_same_gradients(config, policy, documents):
+    tokens = torch.randint(config.vocab_size, (2, LENGTH))
+    positions = torch.arange(LENGTH).expand(2, -1) % 5 if documents else None
+    model, gradients = Transformer(config, dropout=0.3), []
+    for each in ("none", f"every-{config.n_layers}" if policy == "every" else policy):
+        model.activation_checkpointing = each
+        torch.manual_seed(0)
+        loss = model(tokens, tokens, positions)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    for x, y in zip(*gradients, strict=True):
+        assert (x is None and y is None) or torch.equal(x, y)
 
 
 def test_policies_keep_ever_less(device):
