@@ -61,7 +61,8 @@ def one_by_one(model, question):
 @st.composite
 def questions(draw):
     short = WORDS.filter(lambda text: len(text.lstrip().encode()) < CONTEXT)
-    endings = draw(st.lists(short, min_size=2, max_size=4))
+    # Two of one text have one loss: which of them is first, its rounding decides.
+    endings = draw(st.lists(short, min_size=2, max_size=4, unique_by=str.lstrip))
     context = draw(st.text("abc é", max_size=20))
     return Question(context, endings, draw(st.integers(0, len(endings) - 1)), 1)
 
