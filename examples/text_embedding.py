@@ -77,8 +77,8 @@ def main() -> None:
     held_out = random.Random(1).sample(held_out, min(CANDIDATES, len(held_out)))
     train = pairs([x for i, x in enumerate(files) if i % 5])
     tokenizer = Tokenizer.train([text for pair in train for text in pair], 2048)
-    docs, codes = (encode(tokenizer, list(x), n) for x, n in zip(zip(*train), LENGTHS))  # noqa: B905
-    other = [encode(tokenizer, list(x), n) for x, n in zip(zip(*held_out), LENGTHS)]  # noqa: B905
+    docs, codes = (encode(tokenizer, [x[i] for x in train], LENGTHS[i]) for i in range(2))
+    other = [encode(tokenizer, [x[i] for x in held_out], LENGTHS[i]) for i in range(2)]
     config = ModelConfig(
         tokenizer.vocab_size, n_layers=1, d_model=128, n_heads=4, max_seq_len=max(LENGTHS)
     )

@@ -123,7 +123,7 @@ def _turn_by_rope(module: Any) -> None:
 
         return turn(q), turn(k)
 
-    apply_rotary_pos_emb._tritium = True  # type: ignore[attr-defined]
+    vars(apply_rotary_pos_emb)["_tritium"] = True
     module.apply_rotary_pos_emb = apply_rotary_pos_emb
 
 

@@ -119,6 +119,16 @@ FREE = {
     "log_every", "compute", "device", "threads", "parallel", "observing", "memory", "length",
 }  # fmt: skip
 
+GPT2 = TrainConfig(
+    model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
+    batch_size=64,
+    memory=MemoryConfig(micro_batch_size=32),
+    schedule=Schedule(warmup_steps=100),
+    log_every=10,
+    eval_tokens=131072,
+    saving=SaveConfig(save_async=True),  # a best checkpoint of 1.2 GB every 100 steps
+)
+
 PRESETS = {
     "small": TrainConfig(
         model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
@@ -128,25 +138,8 @@ PRESETS = {
         batch_size=8,
         eval_every=125,
     ),
-    "gpt2": TrainConfig(
-        model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
-        batch_size=64,
-        memory=MemoryConfig(micro_batch_size=32),
-        schedule=Schedule(warmup_steps=100),
-        log_every=10,
-        eval_tokens=131072,
-        saving=SaveConfig(save_async=True),  # a best checkpoint of 1.2 GB every 100 steps
-    ),
-    "gpu": TrainConfig(
-        data=INSTALLED,
-        model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
-        batch_size=64,
-        memory=MemoryConfig(micro_batch_size=16),
-        schedule=Schedule(warmup_steps=100),
-        log_every=10,
-        eval_tokens=131072,
-        saving=SaveConfig(save_async=True),
-    ),
+    "gpt2": GPT2,
+    "gpu": replace(GPT2, data=INSTALLED, memory=MemoryConfig(micro_batch_size=16)),
     "tiny": TrainConfig(
         model=ModelConfig(
             vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64

@@ -55,7 +55,7 @@ class Late(Exception):  # noqa: N818 (no error of the process, whose time is ove
     """No answer within the limit."""
 
 
-class Died(Exception):  # noqa: N818
+class Died(Exception):  # noqa: N818 (the process's own end, whatever its reason)
     """The process ended before it answered."""
 
 
