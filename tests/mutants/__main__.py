@@ -59,7 +59,8 @@ def run(op: str, mutant: Mutant) -> str:
         command += ["--hypothesis-profile", "mutants", test]
         try:
             done = subprocess.run(
-                command, cwd=tree, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                command, cwd=tree,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folder},
                 capture_output=True, text=True, timeout=TIMEOUT,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
