@@ -243,6 +243,17 @@ def test_all_targets_ignored(device):
     assert (hidden.grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mean_over_targets_of_weight_0_has_pytorchs_gradient(device, dtype):
+    """It is nan in the rows that count, in every dtype, and 0 in ignored ones."""
+    hidden, weight, _, target = layer(5, 3, 7, device, dtype)
+    target[0] = IGNORE
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, target, weight=weight.new_zeros(7)).backward()
+    assert (hidden.grad[0] == 0).all()
+    assert hidden.grad[1:].isnan().all()
+
+
 def test_leading_axes_and_strided_inputs(device):
     hidden = torch.randn(2, 3, 10, device=device)
     weight = torch.randn(5, 14, device=device)
