@@ -72,7 +72,7 @@ def _launch_inplace(x: Tensor, factor: Tensor) -> None:
 
 def _launch_copy(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if not uses_triton(x, "cross_entropy"):
-        # In float32: a bfloat16 tensor times a 0-dim one would round that one to bfloat16 first.
+        # In float32: on a GPU bfloat16 times a 0-dim tensor rounds that one to bfloat16 first.
         return (x.to(factor.dtype) * factor).to(dtype)
     y = torch.empty_like(x, dtype=dtype)
     _launch(x, y, factor, False)
