@@ -21,15 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.launcher import Launcher, Plan, planned
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     unit_stride,
 )

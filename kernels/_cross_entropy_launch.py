@@ -14,7 +14,8 @@ from tritium.kernels._cross_entropy_options import (
     token_weights,
 )
 from tritium.kernels._cross_entropy_rows import _cross_entropy_kernel
-from tritium.kernels.runtime import Launcher, accumulator, power_of_2, uses_triton
+from tritium.kernels.launcher import Launcher
+from tritium.kernels.runtime import accumulator, power_of_2, uses_triton
 
 _launch = Launcher(_cross_entropy_kernel)
 

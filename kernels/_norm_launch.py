@@ -19,15 +19,13 @@ from tritium.kernels._norm_kernels import (
     _norm_forward_tile_kernel,
     _norm_partials_kernel,
 )
+from tritium.kernels.launcher import Launcher, Plan, planned
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     unit_stride,
 )

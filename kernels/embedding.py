@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
     apply,
     cdiv,

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels._cross_entropy_options import check_reduction
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
     cdiv,
     once_differentiable,

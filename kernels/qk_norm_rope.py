@@ -35,17 +35,15 @@ from tritium.kernels._qk_norm_rope_kernels import (
     _qk_norm_rope_forward_kernel,
     _qk_norm_rope_weights_kernel,
 )
+from tritium.kernels.launcher import Launcher, Plan, planned
 from tritium.kernels.rms_norm import rms_norm_reference
 from tritium.kernels.rope import _heads, _rows, rope_reference, validate_tables
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     uses_triton,
     widen,

@@ -23,15 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels._cpu_backward import uses_cpu_backward
+from tritium.kernels.launcher import Launcher, Plan, planned
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     unit_stride,
     uses_triton,

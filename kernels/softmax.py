@@ -42,8 +42,8 @@ from tritium.kernels._softmax_long_rows import (
     softmax_normalise,
     softmax_visible,
 )
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
     cdiv,
     once_differentiable,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.kernels import _activation, _norm_launch, runtime
-from tritium.kernels.runtime import KEPT, Launcher, Plan, cdiv, power_of_2
+from tritium.kernels import _activation, _norm_launch, launcher
+from tritium.kernels.launcher import KEPT, Launcher, Plan
+from tritium.kernels.runtime import cdiv, power_of_2
 from tritium.kernels.swiglu import swiglu
 
 ROOT = Path(__file__).parents[2]
@@ -68,9 +69,9 @@ class Compiled:
 def device(monkeypatch):
     device = [0]
     stubs = SimpleNamespace(get_current_stream=lambda _: "stream")
-    monkeypatch.setattr(runtime, "_device", lambda: device[0])
-    monkeypatch.setattr(runtime, "_minds_size", lambda device: device == "amd")
-    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=stubs))
+    monkeypatch.setattr(launcher, "_device", lambda: device[0])
+    monkeypatch.setattr(launcher, "_minds_size", lambda device: device == "amd")
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=stubs))
     return device
 
 
@@ -148,7 +149,7 @@ def test_a_profiler_of_triton_hears_of_every_launch(device, monkeypatch):
     launch = Launcher(Kernel(log))
     launch((1,), *FIRST)
     hooks = SimpleNamespace(calls=[print])
-    monkeypatch.setattr(runtime.knobs.runtime, "launch_enter_hook", hooks)
+    monkeypatch.setattr(launcher.knobs.runtime, "launch_enter_hook", hooks)
     launch((5, 6), *FIRST)
     assert log[1] == ("hooked", (5, 6, 1), (X, None, 16, 0.5, 8, True), {})
 
