@@ -7,6 +7,7 @@ argument. What decides that is planned here once, except the addresses of the te
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -15,9 +16,12 @@ KEPT = 64  # kernels and plans per launcher: with more in turn, they are looked 
 
 
 class Plan:
-    """Launch of a kernel except for its tensors: grid, numbers, constants, Triton's options."""
+    """Launch of a kernel except for its tensors: grid, numbers, constants, Triton's options.
 
-    __slots__ = ("constants", "grid", "numbers", "options", "three_axes")
+    A plan is for tensors of the same dtypes, and of the same ones missing, at every launch.
+    """
+
+    __slots__ = ("constants", "grid", "numbers", "options", "three_axes", "values")
 
     def __init__(
         self, grid: tuple[int, ...], numbers: tuple[float, ...], constants: tuple[Any, ...],
@@ -25,6 +29,7 @@ class Plan:
     ) -> None:  # fmt: skip
         """Plan a launch; the arguments are those of `Launcher`."""
         self.grid, self.numbers, self.constants = grid, numbers, constants
+        self.values = (*numbers, *constants)
         self.three_axes = (*grid, 1, 1)[:3]
         # Fusion of products and sums is said because Triton 3.10 changes its default.
         self.options = {"num_warps": num_warps, "enable_fp_fusion": True, **options}
@@ -33,9 +38,14 @@ class Plan:
 planned = functools.lru_cache(KEPT)
 """Decorator of functions that return plans: computed once for each combination of arguments.
 
-Those are shapes, strides and dtypes, and tuned constants that tests change: a function that read
-these itself would return what it computed before the change.
+Those are shapes, strides, the dtypes of the tensors or None, and tuned constants that tests change:
+a function that read these itself would return what it computed before the change.
 """
+
+
+def dtype_of(x: Tensor | None) -> torch.dtype | None:
+    """Return the dtype of `x`, None where there is no tensor, as an argument of a plan."""
+    return None if x is None else x.dtype
 
 
 class Launcher:
@@ -68,7 +78,7 @@ class Launcher:
         """
         key = (
             num_warps, numbers, constants, *map(type, numbers), *map(type, constants),
-            *options.items(),
+            *map(dtype_of, tensors), *options.items(),
         )  # fmt: skip
         plan = self._plans.get(key)
         if plan is None:
@@ -87,21 +97,20 @@ class Launcher:
     ) -> None:  # fmt: skip
         # Kernels are handed addresses, which decide already what is launched: Triton would ask each
         # tensor for its own again, and the driver whose it is.
-        device = _device()
         addresses = [x if x is None else x.data_ptr() for x in tensors]
-        key = plan, device, *[x if x is None else x.dtype for x in tensors]
         bits = 0
         for address in addresses:
-            if address is not None:
+            if address:
                 bits |= address
+        device = _device()
+        key = plan, device
         if bits % 16:
             key += tuple([address is None or address % 16 == 0 for address in addresses])
         if _minds_size(device):
             key += tuple(x is not None and x.untyped_storage().nbytes() < 1 << 31 for x in tensors)
         kept = self._kept.get(key)
         if kept is None:
-            arguments = *tensors, *plan.numbers, *plan.constants
-            compiled = self._kernel[grid](*arguments, **plan.options)
+            compiled = self._kernel[grid](*tensors, *plan.values, **plan.options)
             if compiled is not None:  # the interpreter returns None
                 if len(self._kept) >= KEPT:
                     self._kept.clear()
@@ -111,13 +120,12 @@ class Launcher:
             return
         compiled, run, function, metadata = kept
         if _is_hooked():
-            compiled[three_axes](*tensors, *plan.numbers, *plan.constants)
+            compiled[three_axes](*tensors, *plan.values)
             return
         active: Any = driver.active
         stream = active.get_current_stream(device)
         run(
-            *three_axes, stream, function, metadata, None, None, None,
-            *addresses, *plan.numbers, *plan.constants,
+            *three_axes, stream, function, metadata, None, None, None, *addresses, *plan.values
         )  # fmt: skip
 
 

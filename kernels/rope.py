@@ -197,11 +197,13 @@ _forward = operator(
     f"rope_forward(Tensor x, {ARGUMENTS}) -> Tensor",
     _launch_forward,
     lambda x, *_: x.new_empty(x.shape),
+    incoming=4,
 )
 _backward = operator(
     f"rope_backward(Tensor dy, {ARGUMENTS}) -> Tensor",
     _launch_backward,
     lambda dy, *_: dy.new_empty(dy.shape),
+    incoming=1,
 )
 _inplace = operator(
     f"rope_inplace(Tensor(a!) x, {ARGUMENTS}) -> ()", _launch_inplace, lambda x, *_: None

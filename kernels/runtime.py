@@ -23,6 +23,7 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn import Parameter
 from triton import knobs
 
@@ -65,9 +66,9 @@ def sees_through() -> bool:
     True in a transform of torch.func, in forward-mode differentiation and in torch.export: the
     operators here have no gradient and no batching rule, their autograd functions neither.
     """
-    if _are_functorch_transforms_active() or torch.compiler.is_exporting():
+    if _are_functorch_transforms_active() or is_exporting():
         return True
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not is_compiling() and forward_ad._current_level >= 0
 
 
 def fall_back(*ops: str) -> None:
@@ -138,7 +139,9 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
-def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
+def operator(
+    schema: str, launch: Callable, fake: Callable, incoming: int | None = None
+) -> Callable:
     """Register `launch` as the operator `tritium::<schema>` and return a function that calls it.
 
     The operator, that function's `overload`, is opaque to torch.compile and has no gradient of its
@@ -151,6 +154,9 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
     An operator that overwrites an argument is always dispatched, which counts its version. Of
     a tuple of results those that are not needed may be None, of `fake` too; dispatched, they come
     back empty, as an operator returns a fixed number of tensors.
+
+    The first `incoming` arguments, or all, come from outside: such a tensor may be negated, or
+    zero, without memory that says so. Those behind them were an operator's before, or made by one.
     """
 
     def launch_on_its_device(x: Tensor, *args):
@@ -176,12 +182,20 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
     overload = getattr(torch.ops.tritium, name).default
     overwrites = "!" in schema
 
+    others = slice(None if incoming is None else incoming - 1)
+    alone = incoming == 1
+
     def call(x: Tensor, *args):
         if (
-            overwrites or torch.compiler.is_compiling() or _is_watched()
-            or not (_is_plain(x) and _are_plain(args))
+            overwrites or is_dynamo_compiling() or _is_watched()
+            or type(x) not in _TENSORS or not _PLAIN.issuperset(map(type, args))
+            or x.is_neg() or x._is_zerotensor()
         ):  # fmt: skip
             return overload(x, *args)
+        if not alone:
+            for y in args[others]:
+                if type(y) in _TENSORS and (y.is_neg() or y._is_zerotensor()):
+                    return overload(x, *args)
         if x.is_cpu:
             return launch(x, *args)
         return launch_on_its_device(x, *args) if x.is_cuda else overload(x, *args)
@@ -202,13 +216,18 @@ def apply(function: type[torch.autograd.Function], *args) -> Any:
     Unwrapping those costs 2 us. A dead one, of a transform that has returned, has no memory of its
     own, and is left to PyTorch.
     """
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+    if is_dynamo_compiling() or _are_functorch_transforms_active():
         return function.apply(*args)
     for x in args:
         if type(x) is Tensor and is_functorch_wrapped_tensor(x):
             return function.apply(*args)
+    return _bare_apply(function)(*args)
+
+
+@functools.cache
+def _bare_apply(function: type[torch.autograd.Function]) -> Callable:
     bare: Any = super(torch.autograd.Function, function)
-    return bare.apply(*args)
+    return bare.apply
 
 
 def _is_watched() -> bool:
@@ -221,22 +240,9 @@ def _is_watched() -> bool:
     )
 
 
-_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})
-
-
-def _are_plain(args: tuple) -> bool:
-    """Return whether the dispatcher would hand `args` to a device's kernel as they are."""
-    for x in args:
-        if type(x) in _PLAIN:
-            continue
-        if not _is_plain(x):
-            return False
-    return True
-
-
-def _is_plain(x: Any) -> bool:
-    kind = type(x)
-    return (kind is Tensor or kind is Parameter) and not (x.is_neg() or x._is_zerotensor())
+_TENSORS = frozenset({Tensor, Parameter})
+_PLAIN = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
+"""Types that the dispatcher hands to a device's kernel as they are."""
 
 
 def _register_lowering(op: Any) -> None:
@@ -269,7 +275,7 @@ def once_differentiable(backward: Callable) -> Callable:
             return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return outputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(None if x is None else _refuse(x) for x in outputs)
