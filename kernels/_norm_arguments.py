@@ -52,11 +52,13 @@ def rows_of(
     Raises:
         ValueError: in the name of `op`, where they do not fit together.
     """
-    if type(normalized_shape) is torch.Size and len(normalized_shape) == 1 == bool(x.ndim):
-        fits = x.shape[-1] == normalized_shape[0] and x.is_floating_point()
-        fits = fits and (weight is None or _fits(weight, normalized_shape, x.device))
-        if fits and (bias is None or _fits(bias, normalized_shape, x.device)):
-            return x, weight, bias
+    shape = normalized_shape
+    if (
+        type(shape) is torch.Size and len(shape) == 1 and x.ndim and x.shape[-1] == shape[0]
+        and x.is_floating_point() and (weight is None or _fits(weight, shape, x.device))
+        and (bias is None or _fits(bias, shape, x.device))
+    ):  # fmt: skip
+        return x, weight, bias
     sizes, weight = shape_of(op, x, normalized_shape, weight)
     validate(op, x, None, weight, bias, sizes)
     if len(sizes) == 1:

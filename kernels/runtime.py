@@ -186,16 +186,17 @@ def operator(
     alone = incoming == 1
 
     def call(x: Tensor, *args):
+        if overwrites or is_dynamo_compiling():
+            return overload(x, *args)
         if (
-            overwrites or is_dynamo_compiling() or _is_watched()
-            or type(x) not in _TENSORS or not _PLAIN.issuperset(map(type, args))
+            _is_watched() or type(x) not in _TENSORS or not _PLAIN.issuperset(map(type, args))
             or x.is_neg() or x._is_zerotensor()
         ):  # fmt: skip
-            return overload(x, *args)
+            return overload(*map(_with_memory, (x, *args)))
         if not alone:
             for y in args[others]:
                 if type(y) in _TENSORS and (y.is_neg() or y._is_zerotensor()):
-                    return overload(x, *args)
+                    return overload(*map(_with_memory, (x, *args)))
         if x.is_cpu:
             return launch(x, *args)
         return launch_on_its_device(x, *args) if x.is_cuda else overload(x, *args)
@@ -243,6 +244,13 @@ def _is_watched() -> bool:
 _TENSORS = frozenset({Tensor, Parameter})
 _PLAIN = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
 """Types that the dispatcher hands to a device's kernel as they are."""
+
+
+def _with_memory(x: Any) -> Any:
+    """Return zeros for a tensor that has none: the dispatcher would expand a single one."""
+    if type(x) in _TENSORS and x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x
 
 
 def _register_lowering(op: Any) -> None:

@@ -230,7 +230,8 @@ def test_whoever_watches_operators_sees_them():
     Sub.names.clear()
     with torch.no_grad():
         _activation._forward(gate.as_subclass(Sub), up.as_subclass(Sub), "silu")
-    assert Sub.names == ["activation_forward.default"]
+        _activation._forward(gate, up.as_subclass(Sub), "silu")
+    assert Sub.names == ["activation_forward.default"] * 2
 
 
 def test_a_negated_view_is_negated():
@@ -238,8 +239,19 @@ def test_a_negated_view_is_negated():
     gate = torch.randn(3, 4, device=where)
     negated = torch.complex(gate, gate).conj().imag
     assert negated.is_neg()
-    expected = swiglu(-gate, gate)
-    torch.testing.assert_close(swiglu(negated, gate), expected)
+    torch.testing.assert_close(swiglu(negated, gate), swiglu(-gate, gate))
+    torch.testing.assert_close(swiglu(gate, negated), swiglu(gate, -gate))
+    up = gate.clone().requires_grad_()
+    grads = [torch.autograd.grad(swiglu(gate, up), up, dy)[0] for dy in (negated, -gate)]
+    torch.testing.assert_close(*grads)
+
+
+def test_zeros_that_have_no_memory_are_zeros():
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(3, 4, device=where)
+    zeros = torch._efficientzerotensor((3, 4), device=where)
+    for gate, up in ((zeros, x), (x, zeros)):
+        torch.testing.assert_close(swiglu(gate, up), torch.zeros_like(x))
 
 
 def test_nobody_watching_launches_at_once():

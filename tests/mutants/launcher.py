@@ -20,8 +20,8 @@ MUTANTS = [
     ),
     _launcher(
         what="dtypes not seen",
-        original="key = plan, device, *[x if x is None else x.dtype for x in tensors]",
-        replacement="key = plan, device, *[x is None for x in tensors]",
+        original="            *map(dtype_of, tensors), *options.items(),\n",
+        replacement="            *options.items(),\n",
     ),
     _launcher(
         what="values of numbers not seen",
@@ -50,8 +50,8 @@ MUTANTS = [
     ),
     _launcher(
         what="another device not seen",
-        original="key = plan, device, *[",
-        replacement="key = plan, *[",
+        original="key = plan, device\n",
+        replacement="key = (plan,)\n",
     ),
     _launcher(
         what="size of memory not seen on AMD",
@@ -65,9 +65,8 @@ MUTANTS = [
     ),
     _launcher(
         what="an address of before handed on",
-        original="*addresses, *plan.numbers, *plan.constants,\n        )",
-        replacement="*key[:0], *self.__dict__.setdefault('first', addresses), *plan.numbers,\n"
-        "            *plan.constants,\n        )",
+        original="*addresses, *plan.values\n",
+        replacement="*self.__dict__.setdefault('first', addresses), *plan.values\n",
     ),
     _launcher(
         what="the grid of the first launch for all",
@@ -111,8 +110,8 @@ MUTANTS = [
     ),
     _launcher(
         what="constants not handed on",
-        original="*addresses, *plan.numbers, *plan.constants,\n        )",
-        replacement="*addresses, *plan.numbers,\n        )",
+        original="*addresses, *plan.values\n",
+        replacement="*addresses, *plan.numbers\n",
     ),
     _runtime(
         what="a mode does not see operators",
@@ -126,13 +125,38 @@ MUTANTS = [
     ),
     _runtime(
         what="a subclass does not see operators",
-        original="(kind is Tensor or kind is Parameter) and not",
-        replacement="isinstance(x, Tensor) and not",
+        original="or type(x) not in _TENSORS or not",
+        replacement="or not",
+    ),
+    _runtime(
+        what="a subclass behind the first argument does not see operators",
+        original=" or not _PLAIN.issuperset(map(type, args))",
+        replacement="",
+    ),
+    _runtime(
+        what="zeros without memory dispatched as they are",
+        original="type(x) in _TENSORS and x._is_zerotensor():",
+        replacement="False:",
+    ),
+    _runtime(
+        what="only the first argument looked at",
+        original="slice(None if incoming is None else incoming - 1)",
+        replacement="slice(0)",
+    ),
+    _runtime(
+        what="zeros without memory handed to a kernel",
+        original="or x.is_neg() or x._is_zerotensor()",
+        replacement="or x.is_neg()",
+    ),
+    _runtime(
+        what="zeros without memory behind the first argument handed to a kernel",
+        original="(y.is_neg() or y._is_zerotensor())",
+        replacement="y.is_neg()",
     ),
     _runtime(
         what="the sign of a negated view lost",
-        original="x.is_neg() or ",
-        replacement="",
+        original="or x.is_neg() or ",
+        replacement="or ",
     ),
     _runtime(
         what="always dispatched",
