@@ -4,12 +4,12 @@ As in a model, several calls go forward and one backward pass goes through all, 
 it costs to begin one (15 us). The tensors are tiny and in CPU memory. Triton's kernels, Tritium's
 and Liger's, are compiled for the GPU of `_stub_driver` and launched there, which runs nothing;
 those of PyTorch are for CPUs, and compute next to nothing. What is measured is the host's part:
-Python, autograd, dispatch, allocation, launches, everything except the GPU's driver.
+Python, autograd, dispatch, allocation, launches, everything except the GPU's driver. It is the time
+that the thread itself ran, the least of many calls: what else runs on the machine only adds to it.
 """
 
 import gc
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,6 +41,8 @@ class Row:
     tritium: float
     pytorch: float
     liger: float | None
+    without_liger: str = ""
+    """Reason why Liger, which has the operation, has no figure."""
 
     @property
     def verdict(self) -> str:
@@ -58,8 +60,8 @@ def main(
 
     Args:
         ops: operations to measure; all if none is named.
-        rounds: number of rounds, of which the least median counts.
-        calls: calls per round.
+        rounds: number of rounds, in which the implementations take turns.
+        calls: calls per round; the least of all rounds counts.
         write: write the table to host.md, in the folder of results.
     """
     if knobs.runtime.interpret or runtime.REFERENCE:
@@ -81,10 +83,14 @@ def main(
         f"`python -m tritium.bench host --write`, torch {torch.__version__}, Triton "
         f"{triton.__version__}, Python {platform.python_version()}, {device}, stub driver.",
         f"Host time of an operation, forward and backward: of {DEPTH} calls on tensors of their "
-        "own and one backward pass through all, per call. Tiny bfloat16 tensors; Triton's kernels "
-        "are launched on a stub of a GPU, which runs nothing; PyTorch's column is of its kernels "
-        "for CPUs, which compute next to nothing.",
-    ]
+        "own and one backward pass through all, per call; time of the thread, the least of "
+        f"{rounds * calls}. Tiny bfloat16 tensors; Triton's kernels are launched on a stub of a "
+        "GPU, which runs nothing. PyTorch's column is of its kernels for CPUs, which compute next "
+        "to nothing: its Python, autograd, dispatch and allocations are those of a GPU, its "
+        "launches, of which it makes more, are function calls.",
+        *(f"{row.op} has no figure of Liger: {row.without_liger}." for row in rows
+          if row.without_liger),
+    ]  # fmt: skip
     path = tables.results() / RESULTS if write else None
     tables.present(lines, table, width=WIDTH, write_to=path)
 
@@ -98,6 +104,7 @@ def measure(op: str, rounds: int, calls: int) -> Row:
         "tritium": (trained(operation.tritium["Tritium"](), inputs), host_cost.unexecuted),
         "pytorch": (trained(operation.eager, inputs), nullcontext),
     }
+    without_liger = ""
     if "liger" in operation.peers:
         try:
             liger = trained(operation.peers["liger"](), inputs)
@@ -105,14 +112,13 @@ def measure(op: str, rounds: int, calls: int) -> Row:
                 liger()
             implementations["liger"] = liger, host_cost.unexecuted
         except Exception as error:  # not installed, or not made for tensors in CPU memory
-            print(f"{op}: no figure of Liger: {type(error).__name__}: {error}")
-    medians: dict[str, list[float]] = {name: [] for name in implementations}
+            without_liger = f"{type(error).__name__}: {error}".rstrip(".")
+    best: dict[str, float] = {}
     for _ in range(rounds):
         for name, (call, surroundings) in implementations.items():
             with surroundings():
-                medians[name].append(_median(call, calls))
-    best = {name: min(found) for name, found in medians.items()}
-    return Row(op, best["tritium"], best["pytorch"], best.get("liger"))
+                best[name] = min(_least(call, calls), best.get(name, float("inf")))
+    return Row(op, best["tritium"], best["pytorch"], best.get("liger"), without_liger)
 
 
 def trained(function: Callable, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -137,7 +143,7 @@ def trained(function: Callable, inputs: tuple[Tensor, ...]) -> Callable[[], obje
     return call
 
 
-def _median(call: Callable[[], object], calls: int) -> float:
+def _least(call: Callable[[], object], calls: int) -> float:
     """Return the microseconds of one of the operations in `call`."""
     for _ in range(3):
         call()
@@ -146,9 +152,9 @@ def _median(call: Callable[[], object], calls: int) -> float:
     gc.disable()
     try:
         for _ in range(calls):
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
-            taken.append(time.perf_counter() - start)
+            taken.append(time.thread_time() - start)
     finally:
         gc.enable()
-    return statistics.median(taken) / DEPTH * 1e6
+    return min(taken) / DEPTH * 1e6

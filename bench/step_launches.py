@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from tritium.kernels import runtime
+from tritium.kernels.launcher import Launcher
 from tritium.model import ModelConfig, Transformer, block, transformer
 from tritium.training.optim import OptimizerConfig
 from tritium.training.precision import ComputeConfig
@@ -93,7 +94,7 @@ class Recorder(TorchDispatchMode):
             self._append(_kind(name, args), name)
         return func(*args, **(kwargs or {}))
 
-    def kernel(self, launcher: runtime.Launcher) -> None:
+    def kernel(self, launcher: Launcher) -> None:
         """Record the launch of one of Tritium's kernels."""
         name = launcher._kernel.fn.__name__
         self._append(next((OWN[start] for start in OWN if name.startswith(start)), OTHER), name)
@@ -126,7 +127,7 @@ def recorded() -> Iterator[Recorder]:
     with (
         mock.patch.object(runtime, "CPU_KERNELS", True),
         mock.patch.object(runtime, "_is_watched", return_value=False),
-        mock.patch.object(runtime.Launcher, "_launch", lambda x, *_, **__: recorder.kernel(x)),
+        mock.patch.object(Launcher, "_launch", lambda x, *_, **__: recorder.kernel(x)),
         mock.patch.object(block, "float32_on_cpu", lambda x: x),
         mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
         mock.patch.object(torch.Tensor, "backward", in_backward),

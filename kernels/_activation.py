@@ -14,22 +14,19 @@ T tokens (every leading axis, flattened), F features.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.launcher import Launcher, Plan, planned
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     unit_stride,
 )
@@ -115,30 +112,20 @@ def _activation_backward_kernel(
 
 @planned
 def _plan(
-    shape: torch.Size, strides: tuple[int, ...] | None, inputs: int, activation: str,
-    dtype: torch.dtype,
+    shape: torch.Size, strides: tuple[int, ...] | None, activation: str,
+    dtypes: tuple[torch.dtype | None, ...],
 ) -> Plan:  # fmt: skip
+    """Plan a launch whose outputs have the dtype of x, the last of `dtypes` except that of up."""
     if strides is None:
         # One long row where memory allows: its accesses stay 16 bytes wide whatever F is.
         T, F = 1, math.prod(shape)
-        strides = (F,) * (inputs + 1)
+        strides = (F,) * (len(dtypes) + 1)
     else:
         T, F = shape
     block_F = min(power_of_2(F), TILE)
     block_T = TILE // block_F
     grid = (cdiv(T, block_T) * cdiv(F, block_F),)
-    return Plan(grid, (T, F, *strides), (activation, block_T, block_F, accumulator(dtype)))
-
-
-def _launch(
-    launcher: Launcher, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...],
-    activation: str,
-) -> None:  # fmt: skip
-    x: Any = outputs[0]  # all outputs have its strides
-    tensors, strides = (*inputs, *outputs), None
-    if not all(y is None or y.is_contiguous() for y in tensors):
-        strides = (*[0 if y is None else y.stride(0) for y in inputs], x.stride(0))
-    launcher.launch(_plan(x.shape, strides, len(inputs), activation, x.dtype), *tensors)
+    return Plan(grid, (T, F, *strides), (activation, block_T, block_F, accumulator(dtypes[-2])))
 
 
 _launch_value = Launcher(_activation_forward_kernel)
@@ -146,8 +133,11 @@ _launch_slope = Launcher(_activation_backward_kernel)
 
 
 def _launch_forward(x_TF: Tensor, up_TF: Tensor | None, activation: str) -> Tensor:
-    h_TF = _empty_like(x_TF)
-    _launch(_launch_value, (x_TF, up_TF), (h_TF,), activation)
+    h_TF, strides = _empty_like(x_TF), None
+    if not (x_TF.is_contiguous() and (up_TF is None or up_TF.is_contiguous())):
+        strides = x_TF.stride(0), 0 if up_TF is None else up_TF.stride(0), h_TF.stride(0)
+    dtypes = x_TF.dtype, None if up_TF is None else up_TF.dtype
+    _launch_value.launch(_plan(x_TF.shape, strides, activation, dtypes), x_TF, up_TF, h_TF)
     return h_TF
 
 
@@ -155,15 +145,35 @@ def _launch_backward(
     dh_TF: Tensor, x_TF: Tensor, up_TF: Tensor | None, activation: str
 ) -> list[Tensor]:
     dx_TF = _empty_like(x_TF)
-    dup_TF = None if up_TF is None else _empty_like(x_TF)
-    _launch(_launch_slope, (dh_TF, x_TF, up_TF), (dx_TF, dup_TF), activation)
-    return [dx_TF] if dup_TF is None else [dx_TF, dup_TF]
+    if up_TF is None:
+        _differentiate(dh_TF, x_TF, None, dx_TF, None, activation)
+        return [dx_TF]
+    dup_TF = _empty_like(x_TF)
+    _differentiate(dh_TF, x_TF, up_TF, dx_TF, dup_TF, activation)
+    return [dx_TF, dup_TF]
 
 
 def _launch_packed_backward(dh_TF: Tensor, packed_TF: Tensor, activation: str) -> Tensor:
     dpacked_TF = _empty_like(packed_TF)
-    _launch(_launch_slope, (dh_TF, *packed_TF.chunk(2, 1)), dpacked_TF.chunk(2, 1), activation)
+    _differentiate(dh_TF, *packed_TF.chunk(2, 1), *dpacked_TF.chunk(2, 1), activation)
     return dpacked_TF
+
+
+def _differentiate(
+    dh_TF: Tensor, x_TF: Tensor, up_TF: Tensor | None, dx_TF: Tensor, dup_TF: Tensor | None,
+    activation: str,
+) -> None:  # fmt: skip
+    """Write the gradients, whose rows are alike."""
+    strides = None
+    if not (
+        x_TF.is_contiguous() and dh_TF.is_contiguous() and dx_TF.is_contiguous()
+        and (up_TF is None or up_TF.is_contiguous())
+    ):  # fmt: skip
+        up_stride = 0 if up_TF is None else up_TF.stride(0)
+        strides = dh_TF.stride(0), x_TF.stride(0), up_stride, dx_TF.stride(0)
+    dtypes = dh_TF.dtype, x_TF.dtype, None if up_TF is None else up_TF.dtype
+    plan = _plan(x_TF.shape, strides, activation, dtypes)
+    _launch_slope.launch(plan, dh_TF, x_TF, up_TF, dx_TF, dup_TF)
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -176,16 +186,19 @@ _forward = operator(
     "activation_forward(Tensor x, Tensor? up, str activation) -> Tensor",
     _launch_forward,
     lambda x, up, activation: x.new_empty(x.shape),
+    incoming=2,
 )
 _backward = operator(
     "activation_backward(Tensor dh, Tensor x, Tensor? up, str activation) -> Tensor[]",
     _launch_backward,
     lambda dh, x, up, activation: [x.new_empty(x.shape) for _ in range(1 if up is None else 2)],
+    incoming=1,
 )
 _packed_backward = operator(
     "activation_packed_backward(Tensor dh, Tensor packed, str activation) -> Tensor",
     _launch_packed_backward,
     lambda dh, packed, activation: packed.new_empty(packed.shape),
+    incoming=1,
 )
 
 
@@ -200,8 +213,9 @@ class _Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh_TF: Tensor):
         x_TF, up_TF = ctx.saved_tensors
-        flat = x_TF.is_contiguous() and (up_TF is None or up_TF.is_contiguous())
-        dh_TF = dh_TF.contiguous() if flat else unit_stride(dh_TF)
+        if not dh_TF.is_contiguous():
+            flat = x_TF.is_contiguous() and (up_TF is None or up_TF.is_contiguous())
+            dh_TF = dh_TF.contiguous() if flat else unit_stride(dh_TF)
         dx_TF, *dup_TF = _backward(dh_TF, x_TF, up_TF, ctx.activation)
         return dx_TF, dup_TF[0] if dup_TF else None, None
 

@@ -14,63 +14,106 @@ from tritium.kernels._cross_entropy_options import (
     token_weights,
 )
 from tritium.kernels._cross_entropy_rows import _cross_entropy_kernel
-from tritium.kernels.runtime import Launcher, accumulator, power_of_2, uses_triton
+from tritium.kernels.launcher import Launcher, Plan, dtype_of, planned
+from tritium.kernels.runtime import accumulator, power_of_2, uses_triton
 
 _launch = Launcher(_cross_entropy_kernel)
 
 
-def launch_rows(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
-    values_RT: Tensor | None = None, dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
-) -> Results:  # fmt: skip
-    """Compute loss and statistics, unless `values_RT` has these, and dx_TV where it is given."""
-    T, V = x_TV.shape
-    acc = torch.promote_types(x_TV.dtype, torch.float32)
-    soft, loss = target_T.is_floating_point(), values_RT is None
-    results = empty_results(x_TV, soft, options)
-    if T == 0:
-        return results
-    loss_T, _, argmax_T = results
-    values_RT = results[1] if values_RT is None else values_RT
+Dtypes = tuple[torch.dtype | None, ...]
+
+
+@planned
+def _plan(
+    shape: torch.Size, row_strides: tuple[int | None, ...], strides: tuple[int, int], rows: int,
+    dtypes: Dtypes, loss: bool, options: LossOptions,
+) -> Plan:  # fmt: skip
+    """Plan a launch on `[T, V]` logits, of which `rows` statistics are stored or read.
+
+    `row_strides` are those of the logits, their gradient and soft targets, where there are any,
+    `strides` those of the incoming gradient and of the statistics; `dtypes` those of logits,
+    targets, class weights and incoming gradient.
+    """
+    (T, V), (x_dtype, target_dtype, w_dtype, dloss_dtype) = shape, dtypes
+    stride_xT, stride_dxT, stride_qT = row_strides
+    soft, gradient = target_dtype.is_floating_point, stride_dxT is not None
     smoothing = options.label_smoothing > 0
     # How far what is as long as a row begins from a multiple of 16 elements.
-    long = (x_TV, dx_TV, target_T if soft else None)
-    starts = {x.stride(0) % 16 for x in long if x is not None} if T > 1 else {0}
+    starts = {stride % 16 for stride in row_strides if stride is not None} if T > 1 else {0}
     alike = starts != {0} and len(starts) == 1
     # If both passes run, few programs of many warps: the rows in flight stay in the L2 cache for
     # the second pass (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
     # The entropy's sums need more registers than 32 warps leave to a thread; with edges, whose
     # addresses do too, a multiprocessor would hold one program, idle between its passes.
-    warps = (16 if options.stats or alike else 32) if loss and dx_TV is not None else 8
-    block, lanes = max(64, min(512 * warps, power_of_2(V))), 16 // x_TV.element_size()
+    warps = (16 if options.stats or alike else 32) if loss and gradient else 8
+    block, lanes = max(64, min(512 * warps, power_of_2(V))), 16 // x_dtype.itemsize
     # A short row has no edges: they need a sum of pass 1 for each of their 32 columns.
     edges = block // lanes >= 32 and (V % 16 != 0 or alike)
     lead = 16 if edges and alike else 0
-    unused = loss_T  # stands in for a pointer that the kernel does not follow
-    _launch(
+    return Plan(
         (T,),
         (
-            x_TV, target_T, unused if w_V is None else w_V,
-            w_V.sum(dtype=acc) if w_V is not None and smoothing and not soft else unused,
-            unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
-            unused if dx_TV is None else dx_TV,
+            V, options.first_class, options.n_classes or V, stride_xT, stride_qT or 0,
+            stride_dxT or 0, *strides, options.ignore_index, *map(float, options[1:5]),
         ),
         (
-            V, options.first_class, options.n_classes or V, x_TV.stride(0),
-            target_T.stride(0) if soft else 0, 0 if dx_TV is None else dx_TV.stride(0),
-            0 if dloss_T is None else dloss_T.stride(0), values_RT.stride(0),
-            options.ignore_index, *map(float, options[1:5]),
-        ),
-        (
-            loss, dx_TV is not None, dloss_T is not None,
-            loss and len(values_RT) == len(Row), soft, w_V is not None,
+            loss, gradient, dloss_dtype is not None,
+            loss and rows == len(Row), soft, w_dtype is not None,
             smoothing, options.logit_scale != 1, options.softcap > 0,
-            loss and options.stats, accumulator(x_TV.dtype), edges, lead,
+            loss and options.stats, accumulator(x_dtype), edges, lead,
             block, lanes,
         ),
         num_warps=max(1, block // 512),
     )  # fmt: skip
+
+
+def launch_rows(
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
+    dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
+) -> Results:  # fmt: skip
+    """Compute loss and statistics, and dx_TV where it is given."""
+    results = empty_results(x_TV, target_T.is_floating_point(), options)
+    _launch_passes(x_TV, target_T, w_V, options, *results, dx_TV, dloss_T, True)
     return results
+
+
+def launch_gradient(
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, values_RT: Tensor,
+    dx_TV: Tensor, dloss_T: Tensor | None,
+) -> None:  # fmt: skip
+    """Compute dx_TV from the statistics of a launch before; `dloss_T` may be one for all rows."""
+    # The statistics stand in for the results, which the kernel does not write.
+    unused = values_RT
+    _launch_passes(
+        x_TV, target_T, w_V, options, unused, values_RT, unused, dx_TV, dloss_T, False
+    )  # fmt: skip
+
+
+def _launch_passes(
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, loss_T: Tensor,
+    values_RT: Tensor, argmax_T: Tensor, dx_TV: Tensor | None, dloss_T: Tensor | None, loss: bool,
+) -> None:  # fmt: skip
+    if x_TV.shape[0] == 0:
+        return
+    soft = target_T.is_floating_point()
+    plan = _plan(
+        x_TV.shape,
+        (
+            x_TV.stride(0), None if dx_TV is None else dx_TV.stride(0),
+            target_T.stride(0) if soft else None,
+        ),
+        (dloss_T.stride(0) if dloss_T is not None and dloss_T.ndim else 0, values_RT.stride(0)),
+        values_RT.shape[0], (x_TV.dtype, target_T.dtype, dtype_of(w_V), dtype_of(dloss_T)),
+        loss, options,
+    )  # fmt: skip
+    unused = loss_T  # stands in for a pointer that the kernel does not follow
+    weighted = w_V is not None and options.label_smoothing > 0 and not soft
+    _launch.launch(
+        plan, x_TV, target_T, unused if w_V is None else w_V,
+        w_V.sum(dtype=values_RT.dtype) if weighted else unused,
+        unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
+        unused if dx_TV is None else dx_TV,
+    )  # fmt: skip
 
 
 def empty_results(x_TV: Tensor, soft: bool, options: LossOptions) -> Results:
@@ -98,9 +141,7 @@ def rows(
     _, values_RT, argmax_T = launch_rows(x_TV, target_T, w_V, options)
     values_RT, argmax_T = combine(values_RT, argmax_T, options.group, soft)
     if gradient:
-        launch_rows(
-            x_TV, target_T, w_V, options, values_RT=values_RT, dx_TV=x_TV, dloss_T=dloss_T
-        )  # fmt: skip
+        launch_gradient(x_TV, target_T, w_V, options, values_RT, x_TV, dloss_T)
     w_T = token_weights(target_T, w_V, options.ignore_index, values_RT.dtype)
     loss_T = loss_of(values_RT, w_T, options, soft)
     return clear_ignored((loss_T, values_RT, argmax_T), target_T, options)

@@ -322,9 +322,10 @@ def check_options(
 ) -> None:
     """Raise ValueError, in the name of `op`, for an option outside its range."""
     check_reduction(op, reduction)
-    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
-    for name, number in (numbers | {"logit_scale": logit_scale}).items():
-        check_number(op, name, number)
+    check_number(op, "label_smoothing", label_smoothing)
+    check_number(op, "z_loss", z_loss)
+    check_number(op, "softcap", softcap)
+    check_number(op, "logit_scale", logit_scale)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
@@ -379,7 +380,8 @@ def check_target(op: str, target: Tensor, shape: torch.Size, V: int, x: Tensor) 
         )
     if target.shape != shape:
         raise ValueError(f"{op}: target must have shape {list(shape)}, got {list(target.shape)}")
-    return target.reshape(-1).long().contiguous()
+    flat = target if target.ndim == 1 else target.reshape(-1)
+    return flat.long().contiguous()
 
 
 def check_class_weight(op: str, name: str, w_V: Tensor | None, V: int, x: Tensor) -> Tensor | None:

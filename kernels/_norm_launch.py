@@ -5,7 +5,6 @@ programs that share the rows in backward.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,15 +18,13 @@ from tritium.kernels._norm_kernels import (
     _norm_forward_tile_kernel,
     _norm_partials_kernel,
 )
+from tritium.kernels.launcher import Launcher, Plan, dtype_of, planned
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     unit_stride,
 )
@@ -63,29 +60,47 @@ def _most_programs(block_D: int, p_max: int) -> int:
     return cdiv(2 * p_max, 3) if block_D <= TILE else cdiv(p_max, 2)
 
 
+Dtypes = tuple[torch.dtype | None, ...]
+
+
+class _ForwardPlan(NamedTuple):
+    T: int
+    wide: torch.dtype
+    launcher: Launcher
+    rows: Plan
+
+
 @planned
 def _plan_forward(
-    shape: torch.Size, strides: tuple[int, int], biased: bool, r_dtype: torch.dtype,
+    shape: torch.Size, strides: tuple[tuple[int, ...], ...], dtypes: Dtypes,
     eps: float, offset: float, centred: bool, max_tile: int, loop_block: int,
-) -> tuple[Launcher, Plan]:  # fmt: skip
-    T, D = _flattened(shape)
-    constants, acc = (float(eps), float(offset), centred), accumulator(r_dtype)
+) -> _ForwardPlan:  # fmt: skip
+    """Plan the launch for x, residual, weight and bias of these dtypes."""
+    (T, D), wide = _flattened(shape), _wide(*dtypes[:2])
+    constants, acc = (float(eps), float(offset), centred), accumulator(wide)
+    strides = tuple(_row_stride(shape, stride) for stride in strides)
     if not _is_short(D, max_tile):
-        return _forward_loop, Plan((T,), (D, *strides), (*constants, loop_block, acc), num_warps=8)
-    tile, num_warps = _tile(D, crowded=biased and D > 4096)  # with 16 warps it spills on sm_80
+        plan = Plan((T,), (D, *strides), (*constants, loop_block, acc), num_warps=8)
+        return _ForwardPlan(T, wide, _forward_loop, plan)
+    crowded = dtypes[3] is not None and D > 4096  # with 16 warps it spills on sm_80
+    tile, num_warps = _tile(D, crowded)
     grid = (cdiv(T, tile[0]),)
-    return _forward_tile, Plan(grid, (T, D, *strides), (*constants, *tile, acc), num_warps)
+    plan = Plan(grid, (T, D, *strides), (*constants, *tile, acc), num_warps)
+    return _ForwardPlan(T, wide, _forward_tile, plan)
 
 
 def _launch_forward(
     x: Tensor, residual: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
     eps: float, offset: float, centred: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    y, s, m_T, r_T = _empty_forward(x, residual, w_D, b_D, eps, offset, centred)
-    strides = _row_stride(x), 0 if residual is None else _row_stride(residual)
-    launcher, plan = _plan_forward(
-        x.shape, strides, b_D is not None, r_T.dtype, eps, offset, centred, MAX_TILE, LOOP_BLOCK
-    )
+    T, wide, launcher, plan = _plan_forward(
+        x.shape, (x.stride(), () if residual is None else residual.stride()),
+        (x.dtype, dtype_of(residual), dtype_of(w_D), dtype_of(b_D)), eps, offset, centred,
+        MAX_TILE, LOOP_BLOCK,
+    )  # fmt: skip
+    y, r_T = _empty_like(x), x.new_empty(T, dtype=wide)
+    s = None if residual is None else _empty_like(residual)
+    m_T = torch.empty_like(r_T) if centred else None
     launcher.launch(plan, x, residual, w_D, b_D, y, s, m_T, r_T)
     return y, s, m_T, r_T
 
@@ -101,14 +116,17 @@ class _BackwardPlan(NamedTuple):
 
 @planned
 def _plan_backward(
-    shape: torch.Size, strides: tuple[int, int, int], branched: bool, centred: bool,
-    r_dtype: torch.dtype, offset: float, sums: int, max_tile: int, loop_block: int,
-    p_max: int, p_loop_max: int, most_partials: int,
+    shape: torch.Size, strides: tuple[tuple[int, ...], ...], dtypes: Dtypes, centred: bool,
+    offset: float, dw_dtype: torch.dtype | None, db_dtype: torch.dtype | None, max_tile: int,
+    loop_block: int, p_max: int, p_loop_max: int, most_partials: int,
 ) -> _BackwardPlan:  # fmt: skip
-    (T, D), acc = _flattened(shape), accumulator(r_dtype)
+    """Plan the launches for dy, ds, s, weight and r of these dtypes."""
+    (T, D), acc = _flattened(shape), accumulator(_wide(dtypes[-1]))
+    strides = tuple(_row_stride(shape, stride) for stride in strides)
+    sums = (dw_dtype is not None) + (db_dtype is not None)
     if _is_short(D, max_tile):
         # A second sum, a second layout: crowded.
-        tile, num_warps = _tile(D, centred and branched, BACKWARD_TILE)
+        tile, num_warps = _tile(D, centred and dtypes[0] != dtypes[2], BACKWARD_TILE)
         P = min(cdiv(T, tile[0]), _most_programs(tile[1], p_max))
         constants = float(offset), *tile, acc, STAGES
         rows, columns = Plan((P,), (T, D, *strides), constants, num_warps), None
@@ -127,19 +145,19 @@ def _launch_backward(
     r_T: Tensor, offset: float, dw_dtype: torch.dtype | None, db_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     dx, dbranch, dw_D, db_D = _empty_backward(dy, ds, s, w_D, m_T, r_T, offset, dw_dtype, db_dtype)
-    strides = _row_stride(dy), 0 if ds is None else _row_stride(ds), _row_stride(s)
     plan = _plan_backward(
-        s.shape, strides, dbranch is not None, m_T is not None, r_T.dtype, offset,
-        (dw_D is not None) + (db_D is not None), MAX_TILE, LOOP_BLOCK, P_MAX, P_LOOP_MAX,
-        MOST_PARTIALS,
+        s.shape, (dy.stride(), () if ds is None else ds.stride(), s.stride()),
+        (dy.dtype, dtype_of(ds), s.dtype, dtype_of(w_D), r_T.dtype), m_T is not None, offset,
+        dw_dtype, db_dtype, MAX_TILE, LOOP_BLOCK, P_MAX, P_LOOP_MAX, MOST_PARTIALS,
     )  # fmt: skip
     dw_PD = None if dw_D is None else r_T.new_empty(plan.P, s.shape[-1])
     db_PD = None if db_D is None else r_T.new_empty(plan.P, s.shape[-1])
-    rows = dy, ds, s, w_D, m_T, r_T, dx, dbranch
     if plan.columns is None:
-        _backward_tile.launch(plan.rows, *rows, dw_PD, db_PD)
+        _backward_tile.launch(
+            plan.rows, dy, ds, s, w_D, m_T, r_T, dx, dbranch, dw_PD, db_PD
+        )  # fmt: skip
     else:
-        _backward_loop.launch(plan.rows, *rows)
+        _backward_loop.launch(plan.rows, dy, ds, s, w_D, m_T, r_T, dx, dbranch)
         if dw_PD is not None or db_PD is not None:
             _columns.launch(plan.columns, dy, s, m_T, r_T, dw_PD, db_PD)
     if dw_PD is not None or db_PD is not None:
@@ -161,9 +179,11 @@ def _flattened(shape: torch.Size) -> tuple[int, int]:
     return leading[0] if len(leading) == 1 else math.prod(leading), D
 
 
-def _row_stride(x: Tensor) -> int:
-    """Return the stride of the rows of `x`, which is a matrix or contiguous."""
-    return x.stride(0) if x.ndim == 2 else x.shape[-1]
+def _row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int:
+    """Return the stride of the rows of a matrix or contiguous tensor; 0 if there is none."""
+    if len(strides) == 2:
+        return strides[0]
+    return shape[-1] if strides else 0
 
 
 # Those that are not needed are None.
@@ -172,8 +192,7 @@ def _empty_forward(
     eps: float, offset: float, centred: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     s = None if residual is None else _empty_like(residual)
-    wide = _wide(x.dtype, x.dtype if residual is None else residual.dtype)
-    r = x.new_empty(_flattened(x.shape)[0], dtype=wide)
+    r = x.new_empty(_flattened(x.shape)[0], dtype=_wide(x.dtype, dtype_of(residual)))
     return _empty_like(x), s, torch.empty_like(r) if centred else None, r
 
 
@@ -199,6 +218,7 @@ _forward = operator(
     " float offset, bool centred) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_forward,
     _empty_forward,
+    incoming=4,
 )
 _backward = operator(
     "norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor? m, Tensor r,"
@@ -206,53 +226,69 @@ _backward = operator(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _empty_backward,
+    incoming=2,
 )
+
+
+Options = tuple[float, float, bool]  # eps, offset, centred: fewer arguments cost autograd less
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
+    def forward(ctx, x: Tensor, w_D: Tensor | None, b_D: Tensor | None, options: Options) -> Tensor:
+        y, _, m_T, r_T = _forward(x, None, w_D, b_D, *options)
+        ctx.save_for_backward(x, w_D, m_T if options[2] else None, r_T)
+        ctx.how = options[1], dtype_of(b_D)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        dx, _, dw_D, db_D = _gradients(ctx, *ctx.how, dy, None, *ctx.needs_input_grad[1:3])
+        return dx, dw_D, db_D, None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
     def forward(
-        ctx, x: Tensor, residual: Tensor | None, w_D: Tensor | None, b_D: Tensor | None,
-        eps: float, offset: float, centred: bool,
-    ):  # fmt: skip
+        ctx, x: Tensor, residual: Tensor, w_D: Tensor | None, b_D: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)  # no zeros for an unused residual
-        y, s, m_T, r_T = _forward(x, residual, w_D, b_D, eps, offset, centred)
-        ctx.save_for_backward(x if residual is None else s, w_D, m_T if centred else None, r_T)
-        ctx.offset, ctx.residual_dtype, ctx.b_dtype = offset, None, None
-        if b_D is not None:
-            ctx.b_dtype = b_D.dtype
-        if residual is None:
-            return y
-        ctx.residual_dtype, ctx.x_dtype = residual.dtype, x.dtype
+        y, s, m_T, r_T = _forward(x, residual, w_D, b_D, *options)
+        ctx.save_for_backward(s, w_D, m_T if options[2] else None, r_T)
+        ctx.how, ctx.x_dtype = (options[1], dtype_of(b_D)), x.dtype
         return y, s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor | None, ds: Tensor | None = None):
+    def backward(ctx, dy: Tensor | None, ds: Tensor | None):
         if dy is None:
-            return None if ds is None else ds.to(ctx.x_dtype), ds, *[None] * 5
-        _, _, needs_w, needs_b, *_ = ctx.needs_input_grad
-        s, w_D, m_T, r_T = ctx.saved_tensors
-        dx, dbranch, dw_D, db_D = _backward(
-            _flat(dy), None if ds is None else _flat(ds), s, w_D, m_T, r_T, ctx.offset,
-            w_D.dtype if needs_w else None, ctx.b_dtype if needs_b else None,
-        )  # fmt: skip
-        dresidual = None
-        if ctx.residual_dtype is not None:
-            dresidual = dx
-            dx = dx if ctx.residual_dtype == ctx.x_dtype else dbranch
-        return (
-            dx, dresidual, dw_D if needs_w else None, db_D if needs_b else None, None, None, None
-        )  # fmt: skip
+            return None if ds is None else ds.to(ctx.x_dtype), ds, None, None, None
+        needs = ctx.needs_input_grad[2:4]
+        dresidual, dx, dw_D, db_D = _gradients(ctx, *ctx.how, dy, ds, *needs)
+        return dresidual if dresidual.dtype == ctx.x_dtype else dx, dresidual, dw_D, db_D, None
+
+
+def _gradients(
+    ctx, offset: float, b_dtype: torch.dtype | None, dy: Tensor, ds: Tensor | None,
+    needs_w: bool, needs_b: bool,
+):  # fmt: skip
+    """Return the gradients of s, of s in the dtype of dy, of the weight and of the bias."""
+    s, w_D, m_T, r_T = ctx.saved_tensors
+    dx, dbranch, dw_D, db_D = _backward(
+        dy if dy.is_contiguous() else _flat(dy), None if ds is None else _flat(ds), s, w_D, m_T,
+        r_T, offset, w_D.dtype if needs_w else None, b_dtype if needs_b else None,
+    )  # fmt: skip
+    return dx, dbranch, dw_D if needs_w else None, db_D if needs_b else None
 
 
 def norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool
 ) -> Tensor:
     """Normalise the rows of `x`, checked by `validate`."""
-    if not _is_flat(x):
+    if not (x.is_contiguous() or _is_flat(x)):
         return norm(_matrix(x), weight, bias, eps, offset, centred).view(x.shape)
-    return apply(_Norm, x, None, *_vectors(weight, bias), eps, offset, centred)
+    return apply(_Norm, x, *_vectors(weight, bias), (eps, offset, centred))
 
 
 def add_norm(
@@ -264,7 +300,7 @@ def add_norm(
         pair = add_norm(_matrix(x), _matrix(residual), weight, bias, eps, offset, centred)
         y, s = (each.view(x.shape) for each in pair)
         return y, s
-    return apply(_Norm, x, residual, *_vectors(weight, bias), eps, offset, centred)
+    return apply(_AddNorm, x, residual, *_vectors(weight, bias), (eps, offset, centred))
 
 
 def _is_flat(x: Tensor) -> bool:
@@ -274,99 +310,6 @@ def _is_flat(x: Tensor) -> bool:
 
 def _flat(x: Tensor) -> Tensor:
     return x if _is_flat(x) else _matrix(x)
-
-
-Shape = int | Sequence[int]
-"""The last axes of an input, over which a norm is taken: sizes, or one of them."""
-
-
-def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:
-    """Return `normalized_shape` as a tuple, empty where it is none."""
-    if isinstance(normalized_shape, tuple):
-        return normalized_shape
-    if isinstance(normalized_shape, int | torch.SymInt):
-        return (normalized_shape,)
-    listed = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
-    return tuple(normalized_shape) if listed else ()
-
-
-def shape_of(
-    op: str, x: Tensor, normalized_shape: Shape | Tensor, weight: Tensor | None
-) -> tuple[tuple[int, ...], Tensor | None]:
-    """Return the sizes of the axes to normalise, and the weight; a ValueError if they do not fit.
-
-    A tensor as `normalized_shape` is the weight, and its shape is meant.
-    """
-    if type(normalized_shape) is not tuple and isinstance(normalized_shape, Tensor):
-        if weight is not None:
-            raise ValueError(
-                f"{op}: normalized_shape must be sizes where a third argument follows, "
-                f"got a tensor; call {op}(input, weight.shape, weight)"
-            )
-        normalized_shape, weight = normalized_shape.shape, normalized_shape
-    sizes = as_sizes(normalized_shape)
-    if not sizes or x.shape[-len(sizes) :] != sizes:
-        raise ValueError(
-            f"{op}: normalized_shape must be the sizes of the last axes of input, which is "
-            f"{list(x.shape)}, got {normalized_shape!r}"
-        )
-    return sizes, weight
-
-
-Flat = tuple[Tensor, *tuple[Tensor | None, ...]]
-
-
-def flat(x: Tensor, sizes: tuple[int, ...], *vectors: Tensor | None) -> Flat:
-    """Return `x` and the vectors with the axes to normalise, of `sizes`, made one."""
-    if len(sizes) == 1:
-        return x, *vectors
-    rows = x.reshape(*x.shape[: x.ndim - len(sizes)], math.prod(sizes))
-    return rows, *(None if v is None else v.reshape(rows.shape[-1]) for v in vectors)
-
-
-def validate(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sizes: tuple[int, ...] | None = None,
-) -> None:
-    """Raise a ValueError in the name of `op` unless the inputs fit together.
-
-    `sizes` are those of the axes to normalise: without them, of the last one.
-    """
-    sizes = x.shape[-1:] if sizes is None else sizes
-    if (
-        x.ndim and x.is_floating_point()
-        and (weight is None or _fits(weight, sizes, x.device))
-        and (bias is None or _fits(bias, sizes, x.device))
-        and (residual is None or _fits(residual, x.shape, x.device))
-    ):  # fmt: skip
-        return
-    own = "input" if residual is None else "x"
-    if x.ndim == 0:
-        raise ValueError(f"{op}: {own} must have at least one axis, got a scalar")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{op}: residual must have shape {list(x.shape)}, got {list(residual.shape)}"
-        )
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != sizes:
-            raise ValueError(
-                f"{op}: {name} must have shape {list(sizes)}, got {list(vector.shape)}"
-            )
-    for name, given in ((own, x), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if given is None:
-            continue
-        if given.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device}, got {given.device}; move it")
-        if not given.is_floating_point():
-            raise ValueError(f"{op}: {name} must be floating point, got {given.dtype}; convert it")
-
-
-def _fits(given: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
-    return given.shape == shape and given.device == device and given.is_floating_point()
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -380,5 +323,5 @@ def _vectors(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None,
     )
 
 
-def _wide(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in (a, b) else torch.float32
+def _wide(*dtypes: torch.dtype | None) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
     cdiv,
     operator,

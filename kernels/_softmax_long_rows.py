@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritium.kernels.runtime import Launcher, accumulator, cdiv, power_of_2
+from tritium.kernels.launcher import Launcher
+from tritium.kernels.runtime import accumulator, cdiv, power_of_2
 
 BLOCK = 4096  # columns per step: 16 a thread, of float32 half as many
 # Split a row over several programs if there are fewer than 264 rows (2 per SM of an H100) and the

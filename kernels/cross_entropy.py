@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tritium.kernels._cross_entropy_launch import empty_results, launch_rows, rows
+from tritium.kernels._cross_entropy_launch import empty_results, launch_gradient, rows
 from tritium.kernels._cross_entropy_options import (
     SCHEMA,
     LossOptions,
@@ -53,6 +53,7 @@ from tritium.kernels._cross_entropy_options import (
 )
 from tritium.kernels._scale_gradient import scale_gradient_
 from tritium.kernels.runtime import (
+    apply,
     once_differentiable,
     operator,
     sees_through,
@@ -100,7 +101,10 @@ def _launch_backward(
     dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, values_RT: Tensor,
     *options,
 ) -> Tensor:  # fmt: skip
-    dx_TV = torch.empty_like(x_TV, memory_format=torch.contiguous_format)
+    if x_TV.is_contiguous():
+        dx_TV = torch.empty_like(x_TV)
+    else:
+        dx_TV = torch.empty_like(x_TV, memory_format=torch.contiguous_format)
     _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, LossOptions(*options))
     return dx_TV
 
@@ -109,12 +113,11 @@ def _write_gradient(
     dx_TV: Tensor, dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None,
     values_RT: Tensor, options: LossOptions,
 ) -> None:  # fmt: skip
-    """Write dloss_T · dx_TV, which may be over `x_TV` itself."""
+    """Write dloss_T · dx_TV, maybe over `x_TV` itself; `dloss_T` may be one for all rows."""
     if uses_triton(x_TV, "cross_entropy"):
-        launch_rows(
-            x_TV, target_T, w_V, options, values_RT=values_RT, dx_TV=dx_TV, dloss_T=dloss_T
-        )  # fmt: skip
+        launch_gradient(x_TV, target_T, w_V, options, values_RT, dx_TV, dloss_T)
     else:
+        dloss_T = dloss_T.expand(x_TV.shape[0])
         rows_reference(dx_TV.copy_(x_TV), target_T, w_V, dloss_T, options, gradient=True)
 
 
@@ -133,12 +136,14 @@ _forward = operator(
     " -> (Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
+    incoming=3,
 )
 _backward = operator(
     "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor values,"
     f" {SCHEMA}) -> Tensor",
     _launch_backward,
     lambda dloss, x, *_: x.new_empty(x.shape),
+    incoming=1,
 )
 _inplace = operator(
     "cross_entropy_inplace(Tensor(a!) x, Tensor target, Tensor? weight, Tensor? dloss,"
@@ -146,6 +151,15 @@ _inplace = operator(
     _launch_inplace,
     lambda x, target, weight, dloss, *options: _fake_forward(x, target, weight, *options),
 )
+
+
+def _total_weight(
+    target_T: Tensor, w_V: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the sum of `token_weights`, in `dtype` or, where tokens are counted, as an integer."""
+    if w_V is None and not target_T.is_floating_point():
+        return (target_T != ignore_index).sum()
+    return token_weights(target_T, w_V, ignore_index, dtype).sum()
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -157,17 +171,19 @@ class _CrossEntropy(torch.autograd.Function):
         overwrite: bool, reduction: str,
     ):  # fmt: skip
         loss_T, values_RT, argmax_T = _forward(x_TV, target_T, w_V, *options)
-        loss, scale = loss_T, None
+        loss, total = loss_T, None
         if reduction != "none":
             loss = loss_T.sum()
         if reduction == "mean":
-            scale = mean_scale(token_weights(target_T, w_V, options.ignore_index, loss.dtype))
-            loss = loss * scale
-        ctx.save_for_backward(x_TV, target_T, w_V, values_RT, scale)
-        ctx.reduced = reduction != "none"
+            total = _total_weight(target_T, w_V, options.ignore_index, loss.dtype)
+            loss = loss / total
+        ctx.save_for_backward(x_TV, target_T, w_V, values_RT, total)
+        ctx.how = options, overwrite
+        ctx.spent = False
+        if not options.stats:
+            return loss
         ctx.mark_non_differentiable(values_RT, argmax_T)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.overwrite, ctx.spent = options, overwrite, False
         return loss, values_RT, argmax_T
 
     @staticmethod
@@ -175,20 +191,20 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss: Tensor | None, *_):
         if dloss is None:
             return (None,) * 6
-        x_TV, target_T, w_V, values_RT, scale = ctx.saved_tensors
-        dloss_T = dloss if scale is None else dloss * scale
-        if ctx.reduced:
-            dloss_T = dloss_T.expand(x_TV.shape[0])
-        if not ctx.overwrite:
-            dx_TV = _backward(dloss_T, x_TV, target_T, w_V, values_RT, *ctx.options)
+        x_TV, target_T, w_V, values_RT, total = ctx.saved_tensors
+        options, overwrite = ctx.how
+        dloss_T = dloss if total is None else dloss / total
+        if not overwrite:
+            dx_TV = _backward(dloss_T, x_TV, target_T, w_V, values_RT, *options)
             dq_TV = None
             if ctx.needs_input_grad[1]:
-                dq_TV = soft_target_gradient(dloss_T, x_TV, target_T, w_V, values_RT, ctx.options)
+                dloss_T = dloss_T.expand(x_TV.shape[0])
+                dq_TV = soft_target_gradient(dloss_T, x_TV, target_T, w_V, values_RT, options)
             return dx_TV, dq_TV, None, None, None, None
         if ctx.spent:
             raise RuntimeError(ONCE)
         dx_TV, ctx.spent = x_TV.detach(), True
-        _write_gradient(dx_TV, dloss_T, dx_TV, target_T, w_V, values_RT, ctx.options)
+        _write_gradient(dx_TV, dloss_T, dx_TV, target_T, w_V, values_RT, options)
         torch.autograd.graph.increment_version(x_TV)
         return dx_TV, None, None, None, None, None
 
@@ -299,10 +315,11 @@ def cross_entropy(
         ValueError: an argument has another shape, dtype or range than documented above.
     """
     op = "cross_entropy"
-    check_reduction(op, reduction, size_average, reduce)
+    if size_average is not None or reduce is not None:
+        check_reduction(op, reduction, size_average, reduce)
     check_options(op, reduction, label_smoothing, z_loss, softcap, logit_scale)
     x_TV, target_T, shape = _rows(input, target)
-    if target_T.is_floating_point() and ignore_index >= 0:
+    if ignore_index >= 0 and target_T.is_floating_point():
         raise ValueError(
             f"{op}: ignore_index is for class indices, got {ignore_index} with probabilities; "
             "leave it out"
@@ -318,7 +335,8 @@ def cross_entropy(
         _check_inplace(input, x_TV)
     if group and sees_through():
         raise ValueError(f"{op}: group works neither inside torch.func nor in torch.export")
-    if not (uses_triton(input, op) or group):
+    launches = uses_triton(input, op)
+    if not (launches or group):
         loss = cross_entropy_reference(
             x_TV, target_T, weight=w_V, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
@@ -329,25 +347,21 @@ def cross_entropy(
             return loss
         z_TV = final_logits(x_TV.detach(), softcap, logit_scale)
         return loss, shape_stats(stats_reference(z_TV, target_T, ignore_index), shape)
-    overwrite = overwrite and reduction != "none" and not target_T.requires_grad
-    overwrite = overwrite and uses_triton(input, op)
+    overwrite = overwrite and launches and reduction != "none" and not target_T.requires_grad
     late = input.dtype == torch.float16  # its range is too narrow for a gradient over N
     if overwrite and not late:
         wide = torch.promote_types(input.dtype, torch.float32)
         w_T = token_weights(target_T, w_V, ignore_index, wide)
         scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
-        loss, values_RT, argmax_T = _CrossEntropyInPlace.apply(
-            x_TV, target_T, w_V, scale, options
-        )  # fmt: skip
+        results = _CrossEntropyInPlace.apply(x_TV, target_T, w_V, scale, options)
     else:
         overwrite = overwrite and not torch.compiler.is_compiling()
-        loss, values_RT, argmax_T = _CrossEntropy.apply(
-            x_TV, target_T, w_V, options, overwrite, reduction
-        )  # fmt: skip
+        results = apply(_CrossEntropy, x_TV, target_T, w_V, options, overwrite, reduction)
+    loss = results[0] if isinstance(results, tuple) else results
     loss = loss.view(shape) if reduction == "none" else loss
     if not return_stats:
         return loss
-    return loss, token_stats(values_RT, argmax_T, target_T, ignore_index, shape)
+    return loss, token_stats(*results[1:], target_T, ignore_index, shape)
 
 
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size]:

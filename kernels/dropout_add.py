@@ -20,15 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.launcher import Launcher, Plan, dtype_of, planned
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     uses_triton,
 )
 
@@ -106,7 +104,10 @@ def _dropout_add_kernel(
 
 
 @planned
-def _plan(N: int, threshold: int, x_dtype: torch.dtype, y_dtype: torch.dtype) -> Plan:
+def _plan(
+    N: int, threshold: int, x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
+    y_dtype: torch.dtype,
+) -> Plan:  # fmt: skip
     lanes = 16 // min(x_dtype.itemsize, y_dtype.itemsize)
     acc = accumulator(torch.promote_types(x_dtype, y_dtype))
     return Plan((cdiv(N, 4 * S.value),), (N, threshold), (lanes, acc))
@@ -116,7 +117,8 @@ def _launch(
     x: Tensor, residual: Tensor | None, seed: Tensor, threshold: int, dtype: torch.dtype
 ) -> Tensor:
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    _drop.launch(_plan(x.numel(), threshold, x.dtype, dtype), x, residual, seed, y)
+    plan = _plan(x.numel(), threshold, x.dtype, dtype_of(residual), dtype)
+    _drop.launch(plan, x, residual, seed, y)
     return y
 
 
@@ -140,6 +142,7 @@ _backward = operator(
     "dropout_add_backward(Tensor dy, Tensor seed, int threshold, ScalarType dtype) -> Tensor",
     _launch_backward,
     lambda dy, seed, threshold, dtype: dy.new_empty(dy.shape, dtype=dtype),
+    incoming=1,
 )
 
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
     apply,
     cdiv,
@@ -149,7 +149,9 @@ def _launch_forward(tokens_T: Tensor, w_VD: Tensor) -> Tensor:
 def _launch_backward(dy_TD: Tensor, tokens_T: Tensor, V: int, padding_idx: int) -> Tensor:
     T, D = dy_TD.shape
     # What gets no gradient becomes V, and sorts last. As int32: half as many passes of the sort.
-    counts_T = (tokens_T >= 0) & (tokens_T < V) & (tokens_T != padding_idx)
+    counts_T = (tokens_T >= 0) & (tokens_T < V)
+    if padding_idx >= 0:
+        counts_T &= tokens_T != padding_idx
     keys_T = torch.where(counts_T, tokens_T, V).to(torch.int32)
     sorted_T, order_T = keys_T.sort(stable=True)
     B = cdiv(T, S)

@@ -23,7 +23,8 @@ Ba, Kiros & Hinton, "Layer Normalization", 2016. https://arxiv.org/abs/1607.0645
 import torch
 from torch import Tensor
 
-from tritium.kernels._norm_launch import Shape, add_norm, as_sizes, flat, norm, shape_of, validate
+from tritium.kernels._norm_arguments import Shape, as_sizes, rows_of, validate
+from tritium.kernels._norm_launch import add_norm, norm
 from tritium.kernels.runtime import uses_triton, widen
 
 
@@ -85,11 +86,9 @@ def layer_norm(
             `bias` is of another shape or device, `input` is a scalar, or an input is not floating
             point.
     """
-    sizes, weight = shape_of("layer_norm", input, normalized_shape, weight)
-    validate("layer_norm", input, None, weight, bias, sizes)
-    if not uses_triton(input, "layer_norm"):
-        return layer_norm_reference(input, sizes, weight, bias, eps)
-    x, w, b = flat(input, sizes, weight, bias)
+    x, w, b = rows_of("layer_norm", input, normalized_shape, weight, bias)
+    if not uses_triton(x, "layer_norm"):
+        return layer_norm_reference(x, x.shape[-1:], w, b, eps).view(input.shape)
     y = norm(x, w, b, eps, offset=0.0, centred=True)
     return y if x is input else y.view(input.shape)
 

@@ -41,8 +41,8 @@ from tritium.kernels._linear_cross_entropy import (
     check_layer,
     chunk_rows,
 )
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
     once_differentiable,
     operator,

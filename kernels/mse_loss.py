@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels._cross_entropy_options import check_reduction
+from tritium.kernels.launcher import Launcher, Plan, dtype_of, planned
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
@@ -28,6 +29,9 @@ from tritium.kernels.runtime import (
 
 TILE = 2048  # elements that a program holds at a time: 16 a thread
 P_MAX = 1024  # not the number of multiprocessors: the loss is the same sum on every GPU
+
+
+Dtypes = tuple[torch.dtype | None, ...]
 
 
 def mse_loss_reference(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -97,35 +101,52 @@ def _mse_loss_backward_kernel(
         tl.store(dtarget_ptr + offs, -dinput, mask=offs < N)
 
 
+@planned
+def _plan_elements(N: int, dtypes: Dtypes, wide: torch.dtype) -> Plan:
+    return Plan((cdiv(N, TILE),), (N,), (TILE, accumulator(wide)))
+
+
 def _launch_elements(input_N: Tensor, target_N: Tensor) -> Tensor:
-    (N,) = input_N.shape
     loss_N = _fake_elements(input_N, target_N)
-    constants = TILE, accumulator(loss_N.dtype)
-    _each((cdiv(N, TILE),), (input_N, target_N, loss_N), (N,), constants)
+    dtypes = input_N.dtype, target_N.dtype
+    _each.launch(_plan_elements(len(input_N), dtypes, loss_N.dtype), input_N, target_N, loss_N)
     return loss_N
 
 
+@planned
+def _plan_forward(
+    N: int, dtypes: Dtypes, wide: torch.dtype, divisor: int, p_max: int
+) -> tuple[int, Plan, Plan]:
+    P = min(cdiv(N, TILE), p_max)
+    partials = Plan((P,), (N,), (TILE, accumulator(wide)))
+    return P, partials, Plan((1,), (P, divisor), (power_of_2(p_max),))
+
+
 def _launch_forward(input_N: Tensor, target_N: Tensor, divisor: int) -> Tensor:
-    (N,) = input_N.shape
-    P = min(cdiv(N, TILE), P_MAX)
     loss = _fake_forward(input_N, target_N, divisor)
+    dtypes = input_N.dtype, target_N.dtype
+    P, partials, total = _plan_forward(len(input_N), dtypes, loss.dtype, divisor, P_MAX)
     partials_P = loss.new_empty(P)
-    _add((P,), (input_N, target_N, partials_P), (N,), (TILE, accumulator(loss.dtype)))
-    _sum((1,), (partials_P, loss), (P, divisor), (power_of_2(P_MAX),))
+    _add.launch(partials, input_N, target_N, partials_P)
+    _sum.launch(total, partials_P, loss)
     return loss
+
+
+@planned
+def _plan_backward(N: int, dtypes: Dtypes, divisor: int, each: bool) -> Plan:
+    return Plan((cdiv(N, TILE),), (N, divisor), (each, TILE, accumulator(dtypes[0])))
 
 
 def _launch_backward(
     dloss: Tensor, input_N: Tensor, target_N: Tensor, divisor: int, needs_dinput: bool,
     needs_dtarget: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (N,) = input_N.shape
-    grads = _fake_backward(dloss, input_N, target_N, divisor, needs_dinput, needs_dtarget)
-    dinput_N, dtarget_N = grads[0] if needs_dinput else None, grads[1] if needs_dtarget else None
-    _differ(
-        (cdiv(N, TILE),), (dloss, input_N, target_N, dinput_N, dtarget_N), (N, divisor),
-        (dloss.ndim == 1, TILE, accumulator(dloss.dtype)),
-    )  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dinput_N, dtarget_N = grads = _fake_backward(
+        dloss, input_N, target_N, divisor, needs_dinput, needs_dtarget
+    )
+    dtypes = (dloss.dtype, input_N.dtype, target_N.dtype, dtype_of(dinput_N), dtype_of(dtarget_N))
+    plan = _plan_backward(len(input_N), dtypes, divisor, dloss.ndim == 1)
+    _differ.launch(plan, dloss, input_N, target_N, dinput_N, dtarget_N)
     return grads
 
 
@@ -146,10 +167,11 @@ def _fake_forward(input: Tensor, target: Tensor, divisor: int) -> Tensor:
 def _fake_backward(
     dloss: Tensor, input: Tensor, target: Tensor, divisor: int, needs_dinput: bool,
     needs_dtarget: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # An operator returns a fixed number of tensors: those that are not needed come back empty.
-    dinput = input.new_empty(input.shape if needs_dinput else 0)
-    return dinput, target.new_empty(target.shape if needs_dtarget else 0)
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    return (
+        torch.empty_like(input) if needs_dinput else None,
+        torch.empty_like(target) if needs_dtarget else None,
+    )
 
 
 def _wide(input: Tensor, target: Tensor) -> torch.dtype:
@@ -169,6 +191,7 @@ _backward = operator(
     " bool needs_dinput, bool needs_dtarget) -> (Tensor, Tensor)",
     _launch_backward,
     _fake_backward,
+    incoming=1,
 )
 
 
@@ -232,7 +255,7 @@ def mse_loss(
     if not uses_triton(input, "mse_loss"):
         return mse_loss_reference(input, target, reduction=reduction)
     inputs = input.contiguous().view(-1), target.contiguous().view(-1)
-    loss = _MSELoss.apply(*inputs, reduction)
+    loss = apply(_MSELoss, *inputs, reduction)
     return loss.view(input.shape) if reduction == "none" else loss
 
 

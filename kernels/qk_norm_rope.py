@@ -35,17 +35,15 @@ from tritium.kernels._qk_norm_rope_kernels import (
     _qk_norm_rope_forward_kernel,
     _qk_norm_rope_weights_kernel,
 )
+from tritium.kernels.launcher import Launcher, Plan, dtype_of, planned
 from tritium.kernels.rms_norm import rms_norm_reference
 from tritium.kernels.rope import _heads, _rows, rope_reference, validate_tables
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     uses_triton,
     widen,
@@ -190,15 +188,16 @@ _launch_weights = Launcher(_qk_norm_rope_weights_kernel)
 
 @planned
 def _plan_forward(
-    shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size, dtype: torch.dtype,
-    eps: float, interleaved: bool, elements: int, block_N: int,
+    shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size,
+    dtypes: tuple[torch.dtype | None, ...], eps: float, interleaved: bool, elements: int,
+    block_N: int,
 ) -> Plan:  # fmt: skip
     (B, L, N, K), (S, J) = shape, angles
     H, tile = N - 2 * G, _tile(elements, block_N, K, J)
     tiles = cdiv(H, block_N) + cdiv(G, block_N)
     return Plan(
         (tiles * B * cdiv(L, tile[0]),), (L, H, G, J, K, S, *strides[:3]),
-        (float(eps), interleaved, *tile, accumulator(dtype)),
+        (float(eps), interleaved, *tile, accumulator(dtypes[0])),
     )  # fmt: skip
 
 
@@ -209,7 +208,9 @@ def _launch_forward(
     B, L, N, K = shape = qkv_BLNK.shape
     q_BLHK, k_BLGK = qkv_BLNK.new_empty(B, L, N - 2 * G, K), qkv_BLNK.new_empty(B, L, G, K)
     plan = _plan_forward(
-        shape, qkv_BLNK.stride(), G, cos_SJ.shape, qkv_BLNK.dtype, eps, interleaved,
+        shape, qkv_BLNK.stride(), G, cos_SJ.shape,
+        (qkv_BLNK.dtype, *map(dtype_of, (cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K))),
+        eps, interleaved,
         FORWARD_TILE, BLOCK_N,
     )  # fmt: skip
     _launch_turn.launch(
@@ -227,8 +228,9 @@ class _BackwardPlan(NamedTuple):
 
 @planned
 def _plan_backward(
-    shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size, dtype: torch.dtype,
-    weighted: bool, eps: float, interleaved: bool, elements: int, block_N: int, p_max: int,
+    shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size,
+    dtypes: tuple[torch.dtype | None, ...], weighted: bool, eps: float, interleaved: bool,
+    elements: int, block_N: int, p_max: int,
 ) -> _BackwardPlan:  # fmt: skip
     (B, L, H, K), (S, J) = shape, angles
     tile = _tile(elements, block_N, K, J)
@@ -237,7 +239,7 @@ def _plan_backward(
     shares = max(1, min(blocks, p_max // tiles)) if weighted else blocks
     back = Plan(
         (tiles * shares,), (blocks, L, H, G, J, K, S, *strides),
-        (float(eps), interleaved, *tile, power_of_2(K), accumulator(dtype)),
+        (float(eps), interleaved, *tile, power_of_2(K), accumulator(dtypes[0])),
     )  # fmt: skip
     weights = Plan(
         (cdiv(K, 16), 2), (tiles * shares, K, q_tiles, k_tiles), (512, 16), num_warps=8
@@ -257,7 +259,7 @@ def _launch_backward(
         *((0, 0, 0) if qkv_BLNK is None else qkv_BLNK.stride()[:3]),
     )  # fmt: skip
     plan = _plan_backward(
-        dq_BLHK.shape, strides, dk_BLGK.shape[2], cos_SJ.shape, dq_BLHK.dtype,
+        dq_BLHK.shape, strides, dk_BLGK.shape[2], cos_SJ.shape, (*map(dtype_of, inputs),),
         q_weight_K is not None, eps, interleaved, BACKWARD_TILE, BLOCK_N, P_MAX,
     )  # fmt: skip
     partials_PK = None

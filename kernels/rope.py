@@ -23,15 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels._cpu_backward import uses_cpu_backward
+from tritium.kernels.launcher import Launcher, Plan, dtype_of, planned
 from tritium.kernels.runtime import (
-    Launcher,
-    Plan,
     accumulator,
     apply,
     cdiv,
     once_differentiable,
     operator,
-    planned,
     power_of_2,
     unit_stride,
     uses_triton,
@@ -147,24 +145,25 @@ def _rope_kernel(
 @planned
 def _plan(
     shape: torch.Size, x_strides: tuple[int, ...], y_strides: tuple[int, ...], S: int,
-    dtype: torch.dtype, inverse: bool, interleaved: bool,
+    dtypes: tuple[torch.dtype | None, ...], inverse: bool, interleaved: bool,
 ) -> Plan:  # fmt: skip
     B, L, H, K = shape
     block_H, block_J = power_of_2(H), power_of_2(K // 2)
     block_L = max(1, TILE // (block_H * block_J))
     return Plan(
         (B * cdiv(L, block_L),), (L, H, K // 2, S, *x_strides[:3], *y_strides[:3]),
-        (inverse, interleaved, block_L, block_H, block_J, accumulator(dtype)),
+        (inverse, interleaved, block_L, block_H, block_J, accumulator(dtypes[0])),
     )  # fmt: skip
 
 
 def _launch(
     x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, y_BLHK: Tensor,
-    *, inverse: bool, interleaved: bool,
+    inverse: bool, interleaved: bool,
 ) -> None:  # fmt: skip
+    """Write the turned pairs of x into y, which has the dtype of x and may be x."""
     plan = _plan(
-        x_BLHK.shape, x_BLHK.stride(), y_BLHK.stride(), cos_SJ.shape[0], x_BLHK.dtype,
-        inverse, interleaved,
+        x_BLHK.shape, x_BLHK.stride(), y_BLHK.stride(), cos_SJ.shape[0],
+        (x_BLHK.dtype, cos_SJ.dtype, sin_SJ.dtype, dtype_of(offset_B)), inverse, interleaved,
     )  # fmt: skip
     _turn.launch(plan, x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK)
 
@@ -175,23 +174,27 @@ _turn = Launcher(_rope_kernel)
 def _launch_forward(
     x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
 ) -> Tensor:
-    y_BLHK = x_BLHK.new_empty(*x_BLHK.shape)
-    _launch(x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK, inverse=False, interleaved=interleaved)
+    y_BLHK = _empty_like(x_BLHK)
+    _launch(x_BLHK, cos_SJ, sin_SJ, offset_B, y_BLHK, False, interleaved)
     return y_BLHK
 
 
 def _launch_backward(
     dy_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
 ) -> Tensor:
-    dx_BLHK = dy_BLHK.new_empty(*dy_BLHK.shape)
-    _launch(dy_BLHK, cos_SJ, sin_SJ, offset_B, dx_BLHK, inverse=True, interleaved=interleaved)
+    dx_BLHK = _empty_like(dy_BLHK)
+    _launch(dy_BLHK, cos_SJ, sin_SJ, offset_B, dx_BLHK, True, interleaved)
     return dx_BLHK
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def _launch_inplace(
     x_BLHK: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, offset_B: Tensor | None, interleaved: bool
 ) -> None:
-    _launch(x_BLHK, cos_SJ, sin_SJ, offset_B, x_BLHK, inverse=False, interleaved=interleaved)
+    _launch(x_BLHK, cos_SJ, sin_SJ, offset_B, x_BLHK, False, interleaved)
 
 
 ARGUMENTS = "Tensor cos, Tensor sin, Tensor? offset, bool interleaved"
@@ -199,11 +202,13 @@ _forward = operator(
     f"rope_forward(Tensor x, {ARGUMENTS}) -> Tensor",
     _launch_forward,
     lambda x, *_: x.new_empty(x.shape),
+    incoming=4,
 )
 _backward = operator(
     f"rope_backward(Tensor dy, {ARGUMENTS}) -> Tensor",
     _launch_backward,
     lambda dy, *_: dy.new_empty(dy.shape),
+    incoming=1,
 )
 _inplace = operator(
     f"rope_inplace(Tensor(a!) x, {ARGUMENTS}) -> ()", _launch_inplace, lambda x, *_: None
@@ -281,7 +286,7 @@ def rope(
             device of `x`; `x` is to be overwritten, but is a leaf that requires a gradient, a view
             of one, or expanded.
     """
-    _validate(x, offset, cos=cos, sin=sin)
+    _validate(x, offset, cos, sin)
     if inplace and not torch.compiler.is_compiling():
         _validate_inplace(x)
     if inplace and (torch.compiler.is_compiling() or not uses_triton(x, "rope")):
@@ -303,29 +308,24 @@ def rope(
     return y_BLHK if x.ndim == 4 else y_BLHK.view(x.shape)
 
 
-def _validate(x: Tensor, offset: int | Tensor, **tables: Tensor) -> None:
+def _validate(x: Tensor, offset: int | Tensor, cos: Tensor, sin: Tensor) -> None:
     if x.ndim < 3 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(
             f"rope: x must be floating point [..., L, H, K] with K even, "
             f"got {x.dtype} {list(x.shape)}"
         )
-    validate_tables("rope", x, offset, least=x.shape[-1] // 2, **tables)
+    validate_tables("rope", x, offset, least=x.shape[-1] // 2, cos=cos, sin=sin)
 
 
 def validate_tables(
-    op: str, x: Tensor, offset: int | Tensor, *, least: int = 1, **tables: Tensor
+    op: str, x: Tensor, offset: int | Tensor, *, least: int = 1, cos: Tensor, sin: Tensor
 ) -> None:
     """Raise a ValueError in the name of `op` unless the tables turn at least `least` pairs."""
     rows, most = _validate_offset(op, x, offset), x.shape[-1] // 2
-    pairs = f"{most}" if least == most else f"{least} to {most}"
-    for name, table in tables.items():
-        if (
-            table.ndim != 2 or table.shape[0] < rows
-            or table.shape[1] < least or table.shape[1] > most
-        ):  # fmt: skip
-            raise ValueError(
-                f"{op}: {name} must be [{rows} or more, {pairs}], got {list(table.shape)}"
-            )
+    for name, table, shape in (("cos", cos, cos.shape), ("sin", sin, sin.shape)):
+        if len(shape) != 2 or shape[0] < rows or shape[1] < least or shape[1] > most:
+            pairs = f"{most}" if least == most else f"{least} to {most}"
+            raise ValueError(f"{op}: {name} must be [{rows} or more, {pairs}], got {list(shape)}")
         if table.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{op}: {name} must be float32, got {table.dtype}; keep angles in float32"
@@ -334,8 +334,8 @@ def validate_tables(
             raise ValueError(f"{op}: {name} must be on {x.device}, got {table.device}")
         if table.requires_grad:
             raise ValueError(f"{op}: {name} has no gradient, got requires_grad; detach it")
-    cos, sin = tables.values()
-    if cos.shape[0] != sin.shape[0] or cos.shape[1] != sin.shape[1]:  # symbols have no hash
+    (cos_S, cos_J), (sin_S, sin_J) = cos.shape, sin.shape
+    if cos_S != sin_S or cos_J != sin_J:  # symbols have no hash
         shapes = f"{list(cos.shape)} and {list(sin.shape)}"
         raise ValueError(f"{op}: cos and sin must have one shape, got {shapes}")
 

@@ -23,9 +23,9 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn import Parameter
 from triton import knobs
-from triton.runtime import driver
 
 CPU_KERNELS = (
     knobs.runtime.interpret
@@ -66,9 +66,9 @@ def sees_through() -> bool:
     True in a transform of torch.func, in forward-mode differentiation and in torch.export: the
     operators here have no gradient and no batching rule, their autograd functions neither.
     """
-    if _are_functorch_transforms_active() or torch.compiler.is_exporting():
+    if _are_functorch_transforms_active() or is_exporting():
         return True
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not is_compiling() and forward_ad._current_level >= 0
 
 
 def fall_back(*ops: str) -> None:
@@ -139,144 +139,9 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
-KEPT = 64  # kernels and plans per launcher: with more in turn, they are looked up again
-
-
-class Plan:
-    """Launch of a kernel except for its tensors: grid, numbers, constants, Triton's options."""
-
-    __slots__ = ("constants", "grid", "numbers", "options", "three_axes")
-
-    def __init__(
-        self, grid: tuple[int, ...], numbers: tuple[float, ...], constants: tuple[Any, ...],
-        num_warps: int = 4, **options: Any,
-    ) -> None:  # fmt: skip
-        """Plan a launch; the arguments are those of `Launcher`."""
-        self.grid, self.numbers, self.constants = grid, numbers, constants
-        self.three_axes = (*grid, 1, 1)[:3]
-        # Fusion of products and sums is said because Triton 3.10 changes its default.
-        self.options = {"num_warps": num_warps, "enable_fp_fusion": True, **options}
-
-
-planned = functools.lru_cache(KEPT)
-"""Decorator of functions that return plans: computed once for each combination of arguments.
-
-Those are shapes, strides and dtypes, and tuned constants that tests change: a function that read
-these itself would return what it computed before the change.
-"""
-
-
-class Launcher:
-    """Launcher of a kernel that caches what it was compiled to, for launches that are alike.
-
-    Triton looks that up at every launch, by the dtype, alignment or value of every argument, which
-    takes it 10 to 20 us. Here Triton is asked only if something decisive was never seen before: the
-    device, a dtype, an alignment, the value or type of a number, a constant, the warps.
-    """
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._kept: dict[tuple, tuple] = {}
-        self._plans: dict[tuple, Plan] = {}
-
-    def __call__(
-        self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...],
-        numbers: tuple[float, ...], constants: tuple[Any, ...], num_warps: int = 4,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        """Launch the kernel, whose parameters are `tensors`, `numbers`, `constants`, in this order.
-
-        Args:
-            grid: one axis or two.
-            tensors: pointer arguments, None where there is none; all on the device of the launch.
-            numbers: sizes, strides and other arguments whose value is not compiled in.
-            constants: the constexprs.
-            num_warps: Triton's option.
-            options: other options of Triton.
-        """
-        key = (
-            num_warps, numbers, constants, *map(type, numbers), *map(type, constants),
-            *options.items(),
-        )  # fmt: skip
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= KEPT:
-                self._plans.clear()
-            plan = self._plans[key] = Plan(grid, numbers, constants, num_warps, **options)
-        self._launch(plan, grid, (*grid, 1, 1)[:3], tensors)
-
-    def launch(self, plan: Plan, *tensors: Tensor | None) -> None:
-        """Launch the kernel as planned, on these tensors: pointer arguments as of a call."""
-        self._launch(plan, plan.grid, plan.three_axes, tensors)
-
-    def _launch(
-        self, plan: Plan, grid: tuple[int, ...], three_axes: tuple[int, ...],
-        tensors: tuple[Tensor | None, ...],
-    ) -> None:  # fmt: skip
-        # Kernels are handed addresses, which decide already what is launched: Triton would ask each
-        # tensor for its own again, and the driver whose it is.
-        device = _device()
-        addresses = [x if x is None else x.data_ptr() for x in tensors]
-        key = plan, device, *[x if x is None else x.dtype for x in tensors]
-        bits = 0
-        for address in addresses:
-            if address is not None:
-                bits |= address
-        if bits % 16:
-            key += tuple([address is None or address % 16 == 0 for address in addresses])
-        if _minds_size(device):
-            key += tuple(x is not None and x.untyped_storage().nbytes() < 1 << 31 for x in tensors)
-        kept = self._kept.get(key)
-        if kept is None:
-            arguments = *tensors, *plan.numbers, *plan.constants
-            compiled = self._kernel[grid](*arguments, **plan.options)
-            if compiled is not None:  # the interpreter returns None
-                if len(self._kept) >= KEPT:
-                    self._kept.clear()
-                self._kept[key] = (
-                    compiled, compiled.run, compiled.function, compiled.packed_metadata
-                )  # fmt: skip
-            return
-        compiled, run, function, metadata = kept
-        if _is_hooked():
-            compiled[three_axes](*tensors, *plan.numbers, *plan.constants)
-            return
-        active: Any = driver.active
-        stream = active.get_current_stream(device)
-        run(
-            *three_axes, stream, function, metadata, None, None, None,
-            *addresses, *plan.numbers, *plan.constants,
-        )  # fmt: skip
-
-
-_INTERPRETED = knobs.runtime.interpret
-
-
-def _device() -> Any:
-    """Return where Triton would launch now; None in its interpreter."""
-    if _INTERPRETED:
-        return None
-    active: Any = driver.active
-    return active.get_current_device()
-
-
-@functools.cache
-def _minds_size(device: Any) -> bool:
-    """Return whether Triton compiles by a tensor's memory, below 2 GiB or not: on AMD it does."""
-    if device is None:
-        return False
-    active: Any = driver.active
-    return active.get_current_target().backend == "hip"
-
-
-def _is_hooked() -> bool:
-    """Return whether hooks, of Triton's profiler say, are to be called at every launch."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool((enter is not None and enter.calls) or (leave is not None and leave.calls))
-
-
-def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
+def operator(
+    schema: str, launch: Callable, fake: Callable, incoming: int | None = None
+) -> Callable:
     """Register `launch` as the operator `tritium::<schema>` and return a function that calls it.
 
     The operator, that function's `overload`, is opaque to torch.compile and has no gradient of its
@@ -289,6 +154,9 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
     An operator that overwrites an argument is always dispatched, which counts its version. Of
     a tuple of results those that are not needed may be None, of `fake` too; dispatched, they come
     back empty, as an operator returns a fixed number of tensors.
+
+    The first `incoming` arguments, or all, come from outside: such a tensor may be negated, or
+    zero, without memory that says so. Those behind them were an operator's before, or made by one.
     """
 
     def launch_on_its_device(x: Tensor, *args):
@@ -314,12 +182,21 @@ def operator(schema: str, launch: Callable, fake: Callable) -> Callable:
     overload = getattr(torch.ops.tritium, name).default
     overwrites = "!" in schema
 
+    others = slice(None if incoming is None else incoming - 1)
+    alone = incoming == 1
+
     def call(x: Tensor, *args):
-        if (
-            overwrites or torch.compiler.is_compiling() or _is_watched()
-            or not (_is_plain(x) and _are_plain(args))
-        ):  # fmt: skip
+        if overwrites or is_dynamo_compiling():
             return overload(x, *args)
+        if (
+            _is_watched() or type(x) not in _TENSORS or not _PLAIN.issuperset(map(type, args))
+            or x.is_neg() or x._is_zerotensor()
+        ):  # fmt: skip
+            return overload(*map(_with_memory, (x, *args)))
+        if not alone:
+            for y in args[others]:
+                if type(y) in _TENSORS and (y.is_neg() or y._is_zerotensor()):
+                    return overload(*map(_with_memory, (x, *args)))
         if x.is_cpu:
             return launch(x, *args)
         return launch_on_its_device(x, *args) if x.is_cuda else overload(x, *args)
@@ -340,13 +217,18 @@ def apply(function: type[torch.autograd.Function], *args) -> Any:
     Unwrapping those costs 2 us. A dead one, of a transform that has returned, has no memory of its
     own, and is left to PyTorch.
     """
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+    if is_dynamo_compiling() or _are_functorch_transforms_active():
         return function.apply(*args)
     for x in args:
         if type(x) is Tensor and is_functorch_wrapped_tensor(x):
             return function.apply(*args)
+    return _bare_apply(function)(*args)
+
+
+@functools.cache
+def _bare_apply(function: type[torch.autograd.Function]) -> Callable:
     bare: Any = super(torch.autograd.Function, function)
-    return bare.apply(*args)
+    return bare.apply
 
 
 def _is_watched() -> bool:
@@ -359,22 +241,16 @@ def _is_watched() -> bool:
     )
 
 
-_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})
+_TENSORS = frozenset({Tensor, Parameter})
+_PLAIN = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
+"""Types that the dispatcher hands to a device's kernel as they are."""
 
 
-def _are_plain(args: tuple) -> bool:
-    """Return whether the dispatcher would hand `args` to a device's kernel as they are."""
-    for x in args:
-        if type(x) in _PLAIN:
-            continue
-        if not _is_plain(x):
-            return False
-    return True
-
-
-def _is_plain(x: Any) -> bool:
-    kind = type(x)
-    return (kind is Tensor or kind is Parameter) and not (x.is_neg() or x._is_zerotensor())
+def _with_memory(x: Any) -> Any:
+    """Return zeros for a tensor that has none: the dispatcher would expand a single one."""
+    if type(x) in _TENSORS and x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x
 
 
 def _register_lowering(op: Any) -> None:
@@ -407,7 +283,7 @@ def once_differentiable(backward: Callable) -> Callable:
             return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return outputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(None if x is None else _refuse(x) for x in outputs)

@@ -42,9 +42,10 @@ from tritium.kernels._softmax_long_rows import (
     softmax_normalise,
     softmax_visible,
 )
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
-    Launcher,
     accumulator,
+    apply,
     cdiv,
     once_differentiable,
     operator,
@@ -346,10 +347,10 @@ def _apply(
         )
     if x.ndim == 2 and dim in (-1, 1):
         Lq = x.shape[0] if causal else 0
-        return _Softmax.apply(unit_stride(x), Lq, scale, log, return_lse)
+        return apply(_Softmax, unit_stride(x), Lq, scale, log, return_lse)
     moved = x.movedim(dim, -1)
     x_MN = unit_stride(moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1]))
     Lq = x.shape[-2] if causal else 0
-    y_MN, *lse_M = _Softmax.apply(x_MN, Lq, scale, log, return_lse)
+    y_MN, *lse_M = apply(_Softmax, x_MN, Lq, scale, log, return_lse)
     y = y_MN.view(moved.shape).movedim(-1, dim)
     return (y, *(lse.view(moved.shape[:-1]) for lse in lse_M))

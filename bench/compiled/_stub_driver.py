@@ -62,9 +62,12 @@ class StubDriver(DriverBase):
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return what Triton calls to launch: grid, stream, function, further arguments."""
 
+        threads = metadata.num_warps * metadata.target.warp_size
+        record = self.launches.append
+
         def launch(x, y, z, stream, compiled: Compiled, *arguments) -> None:
-            compiled.threads = metadata.num_warps * metadata.target.warp_size
-            self.launches.append(compiled)
+            compiled.threads = threads
+            record(compiled)
 
         return launch
 

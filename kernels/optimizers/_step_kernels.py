@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.optimizers import _pointer_table
 from tritium.kernels.optimizers._pointer_table import (
     FIRST,
@@ -53,7 +54,6 @@ from tritium.kernels.optimizers._storage import (
     store_state,
 )
 from tritium.kernels.optimizers.grad_norm import P, clip_coefficient, is_finite, total_norm
-from tritium.kernels.runtime import Launcher
 
 BLOCK = 1024  # elements of each tensor that a program holds at a time: 16 bytes per thread
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.launcher import Launcher
 from tritium.kernels.optimizers import _pointer_table
 from tritium.kernels.optimizers._dtensor import sum_over_ranks
 from tritium.kernels.optimizers._pointer_table import (
@@ -30,7 +31,6 @@ from tritium.kernels.optimizers._pointer_table import (
     load,
     locate,
 )
-from tritium.kernels.runtime import Launcher
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -88,7 +88,8 @@ def test_a_launch_that_the_recorder_cannot_see_is_an_error():
 
 
 def test_everything_is_put_back_behind_a_recording():
-    from tritium.kernels.runtime import Launcher, _is_watched
+    from tritium.kernels.launcher import Launcher
+    from tritium.kernels.runtime import _is_watched
 
     before = Launcher._launch, torch.Tensor.backward
     with step_launches.recorded():

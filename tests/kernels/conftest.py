@@ -4,6 +4,23 @@ import pytest
 from paths import follow_tables
 
 from tritium.kernels import runtime
+from tritium.kernels.launcher import Launcher, Plan, dtype_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plans():
+    """Fail where one plan is launched on other dtypes, or without a tensor that it had before."""
+    seen: dict[Plan, tuple] = {}
+    launch = Launcher.launch
+
+    def checked(launcher, plan, *tensors):
+        dtypes = tuple(map(dtype_of, tensors))
+        assert seen.setdefault(plan, dtypes) == dtypes
+        launch(launcher, plan, *tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launcher, "launch", checked)
+        yield
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from tritium.bench.compiled._stub_driver import StubDriver
-from tritium.kernels import runtime
-from tritium.kernels.runtime import Launcher
+from tritium.kernels import launcher
+from tritium.kernels.launcher import Launcher
 
 
 @triton.jit
@@ -36,7 +36,7 @@ CHOICES = [
 ]  # fmt: skip
 
 if __name__ == "__main__":
-    runtime.KEPT = int(sys.argv[1])
+    launcher.KEPT = int(sys.argv[1])
     drivers = StubDriver(80), StubDriver(90), StubDriver("gfx942")
     launch, now = Launcher(fill), [X, X, 0.0, 16, 0, 128, 1]
     asked, triton_launch = [], fill.run
@@ -59,5 +59,5 @@ if __name__ == "__main__":
         own, chosen = StubDriver.launches
         assert own is chosen, now
         kernels.add(id(own))
-        assert len(launch._kept) <= runtime.KEPT
+        assert len(launch._kept) <= launcher.KEPT
     print(kept, len(kernels))

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 
-from tritium.kernels.runtime import Launcher
+from tritium.kernels.launcher import Launcher
 
 
 class Recorder:

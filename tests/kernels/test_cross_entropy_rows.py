@@ -1,5 +1,7 @@
 """Prove that cross_entropy reads and writes rows that begin anywhere as it does aligned ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from check import check
@@ -96,7 +98,8 @@ def test_ignored_rows_get_zeros_and_no_more(device):
 def test_wide_accesses_are_asked_for_wherever_rows_allow(device, monkeypatch):
     """Odd widths and strides take edges; what begins elsewhere than the logits does not."""
     taken = []
-    monkeypatch.setattr(launch, "_launch", lambda *args, **_: taken.append(args[3][-4:-2]))
+    launcher = SimpleNamespace(launch=lambda plan, *_: taken.append(plan.constants[-4:-2]))
+    monkeypatch.setattr(launch, "_launch", launcher)
     options = launch.LossOptions(-100, 0.0, 0.0, 0.0, 1.0)
 
     def edges(V, stride, dx_stride):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.kernels import _activation, _norm_launch, runtime
-from tritium.kernels.runtime import KEPT, Launcher, Plan, cdiv, power_of_2
+from tritium.kernels import _activation, _norm_launch, launcher
+from tritium.kernels.launcher import KEPT, Launcher, Plan
+from tritium.kernels.runtime import cdiv, power_of_2
 from tritium.kernels.swiglu import swiglu
 
 ROOT = Path(__file__).parents[2]
@@ -68,9 +69,9 @@ class Compiled:
 def device(monkeypatch):
     device = [0]
     stubs = SimpleNamespace(get_current_stream=lambda _: "stream")
-    monkeypatch.setattr(runtime, "_device", lambda: device[0])
-    monkeypatch.setattr(runtime, "_minds_size", lambda device: device == "amd")
-    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=stubs))
+    monkeypatch.setattr(launcher, "_device", lambda: device[0])
+    monkeypatch.setattr(launcher, "_minds_size", lambda device: device == "amd")
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=stubs))
     return device
 
 
@@ -148,7 +149,7 @@ def test_a_profiler_of_triton_hears_of_every_launch(device, monkeypatch):
     launch = Launcher(Kernel(log))
     launch((1,), *FIRST)
     hooks = SimpleNamespace(calls=[print])
-    monkeypatch.setattr(runtime.knobs.runtime, "launch_enter_hook", hooks)
+    monkeypatch.setattr(launcher.knobs.runtime, "launch_enter_hook", hooks)
     launch((5, 6), *FIRST)
     assert log[1] == ("hooked", (5, 6, 1), (X, None, 16, 0.5, 8, True), {})
 
@@ -229,7 +230,8 @@ def test_whoever_watches_operators_sees_them():
     Sub.names.clear()
     with torch.no_grad():
         _activation._forward(gate.as_subclass(Sub), up.as_subclass(Sub), "silu")
-    assert Sub.names == ["activation_forward.default"]
+        _activation._forward(gate, up.as_subclass(Sub), "silu")
+    assert Sub.names == ["activation_forward.default"] * 2
 
 
 def test_a_negated_view_is_negated():
@@ -237,8 +239,19 @@ def test_a_negated_view_is_negated():
     gate = torch.randn(3, 4, device=where)
     negated = torch.complex(gate, gate).conj().imag
     assert negated.is_neg()
-    expected = swiglu(-gate, gate)
-    torch.testing.assert_close(swiglu(negated, gate), expected)
+    torch.testing.assert_close(swiglu(negated, gate), swiglu(-gate, gate))
+    torch.testing.assert_close(swiglu(gate, negated), swiglu(gate, -gate))
+    up = gate.clone().requires_grad_()
+    grads = [torch.autograd.grad(swiglu(gate, up), up, dy)[0] for dy in (negated, -gate)]
+    torch.testing.assert_close(*grads)
+
+
+def test_zeros_that_have_no_memory_are_zeros():
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(3, 4, device=where)
+    zeros = torch._efficientzerotensor((3, 4), device=where)
+    for gate, up in ((zeros, x), (x, zeros)):
+        torch.testing.assert_close(swiglu(gate, up), torch.zeros_like(x))
 
 
 def test_nobody_watching_launches_at_once():

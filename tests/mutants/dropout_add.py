@@ -97,4 +97,9 @@ MUTANTS = [
         original="words.view(4, slabs, S.value).transpose(0, 1).flatten()",
         replacement="words.T.flatten()",
     ),
+    _mutant(
+        what="planned alike with a residual and without",
+        original="x.dtype, dtype_of(residual), dtype)",
+        replacement="x.dtype, None, dtype)",
+    ),
 ]

@@ -99,8 +99,8 @@ MUTANTS = [
     ),
     _mutant(
         what="padding gets a gradient",
-        original=" & (tokens_T != padding_idx)",
-        replacement="",
+        original="    if padding_idx >= 0:",
+        replacement="    if False:",
     ),
     _mutant(
         what="tokens cut to 32 bits before they are compared",

@@ -1,79 +1,79 @@
-"""Faults of `Launcher` and `operator` in runtime.py: what is kept wrongly, or hidden."""
+"""Faults of `Launcher` and of `operator` in runtime.py: what is kept wrongly, or hidden."""
 
 from functools import partial
 
 from tests.mutants import Mutant
 
+_launcher = partial(Mutant, file="kernels/launcher.py")
 _runtime = partial(Mutant, file="kernels/runtime.py")
 
 MUTANTS = [
-    _runtime(
+    _launcher(
         what="alignment not seen",
         original="        if bits % 16:",
         replacement="        if False:",
     ),
-    _runtime(
+    _launcher(
         what="alignment to 8 bytes taken for that to 16",
         original="        if bits % 16:",
         replacement="        if bits % 8:",
     ),
-    _runtime(
+    _launcher(
         what="dtypes not seen",
-        original="key = plan, device, *[x if x is None else x.dtype for x in tensors]",
-        replacement="key = plan, device, *[x is None for x in tensors]",
+        original="            *map(dtype_of, tensors), *options.items(),\n",
+        replacement="            *options.items(),\n",
     ),
-    _runtime(
+    _launcher(
         what="values of numbers not seen",
         original="num_warps, numbers, constants, *map",
         replacement="num_warps, constants, *map",
     ),
-    _runtime(
+    _launcher(
         what="a whole number taken for a fraction",
         original="*map(type, numbers), ",
         replacement="",
     ),
-    _runtime(
+    _launcher(
         what="True taken for 1 among the constants",
         original=" *map(type, constants),",
         replacement="",
     ),
-    _runtime(
+    _launcher(
         what="constants not seen",
         original="num_warps, numbers, constants, *map",
         replacement="num_warps, numbers, *map",
     ),
-    _runtime(
+    _launcher(
         what="warps not seen",
         original="num_warps, numbers, constants, *map",
         replacement="numbers, constants, *map",
     ),
-    _runtime(
+    _launcher(
         what="another device not seen",
-        original="key = plan, device, *[",
-        replacement="key = plan, *[",
+        original="key = plan, device\n",
+        replacement="key = (plan,)\n",
     ),
-    _runtime(
+    _launcher(
         what="size of memory not seen on AMD",
         original="        if _minds_size(device):",
         replacement="        if False:",
     ),
-    _runtime(
+    _launcher(
         what="size of memory off by one on AMD",
         original=".nbytes() < 1 << 31",
         replacement=".nbytes() <= 1 << 31",
     ),
-    _runtime(
+    _launcher(
         what="an address of before handed on",
-        original="*addresses, *plan.numbers, *plan.constants,\n        )",
-        replacement="*key[:0], *self.__dict__.setdefault('first', addresses), *plan.numbers,\n"
-        "            *plan.constants,\n        )",
+        original="*addresses, *plan.values\n",
+        replacement="*self.__dict__.setdefault('first', addresses), *plan.values\n",
     ),
-    _runtime(
+    _launcher(
         what="the grid of the first launch for all",
         original="self._launch(plan, grid, (*grid, 1, 1)[:3], tensors)",
         replacement="self._launch(plan, plan.grid, plan.three_axes, tensors)",
     ),
-    _runtime(
+    _launcher(
         what="plans kept without bound",
         original="if len(self._plans) >= KEPT:",
         replacement="if False:",
@@ -88,30 +88,30 @@ MUTANTS = [
         original="type(x) is Tensor and is_functorch_wrapped_tensor(x)",
         replacement="False",
     ),
-    _runtime(
+    _launcher(
         what="kernels kept without bound",
         original="if len(self._kept) >= KEPT:",
         replacement="if False:",
     ),
-    _runtime(
+    _launcher(
         what="only the last kernel kept",
         original="if len(self._kept) >= KEPT:",
         replacement="if True:",
     ),
-    _runtime(
+    _launcher(
         what="the second axis of the grid forgotten",
         original="*three_axes, stream",
         replacement="*(grid[0], 1, 1), stream",
     ),
-    _runtime(
+    _launcher(
         what="hooks not heard",
         original="        if _is_hooked():",
         replacement="        if False:",
     ),
-    _runtime(
+    _launcher(
         what="constants not handed on",
-        original="*addresses, *plan.numbers, *plan.constants,\n        )",
-        replacement="*addresses, *plan.numbers,\n        )",
+        original="*addresses, *plan.values\n",
+        replacement="*addresses, *plan.numbers\n",
     ),
     _runtime(
         what="a mode does not see operators",
@@ -125,13 +125,38 @@ MUTANTS = [
     ),
     _runtime(
         what="a subclass does not see operators",
-        original="(kind is Tensor or kind is Parameter) and not",
-        replacement="isinstance(x, Tensor) and not",
+        original="or type(x) not in _TENSORS or not",
+        replacement="or not",
+    ),
+    _runtime(
+        what="a subclass behind the first argument does not see operators",
+        original=" or not _PLAIN.issuperset(map(type, args))",
+        replacement="",
+    ),
+    _runtime(
+        what="zeros without memory dispatched as they are",
+        original="type(x) in _TENSORS and x._is_zerotensor():",
+        replacement="False:",
+    ),
+    _runtime(
+        what="only the first argument looked at",
+        original="slice(None if incoming is None else incoming - 1)",
+        replacement="slice(0)",
+    ),
+    _runtime(
+        what="zeros without memory handed to a kernel",
+        original="or x.is_neg() or x._is_zerotensor()",
+        replacement="or x.is_neg()",
+    ),
+    _runtime(
+        what="zeros without memory behind the first argument handed to a kernel",
+        original="(y.is_neg() or y._is_zerotensor())",
+        replacement="y.is_neg()",
     ),
     _runtime(
         what="the sign of a negated view lost",
-        original="x.is_neg() or ",
-        replacement="",
+        original="or x.is_neg() or ",
+        replacement="or ",
     ),
     _runtime(
         what="always dispatched",

@@ -6,6 +6,7 @@ from tests.mutants import Mutant
 
 _kernels = partial(Mutant, file="kernels/_norm_kernels.py")
 _launch = partial(Mutant, file="kernels/_norm_launch.py")
+_arguments = partial(Mutant, file="kernels/_norm_arguments.py")
 
 MUTANTS = [
     _kernels(
@@ -113,9 +114,14 @@ MUTANTS = [
         original="None if db_dtype is None else s.new_empty(D, dtype=db_dtype)",
         replacement="None if db_dtype is None else s.new_empty(D)",
     ),
-    _launch(
+    _arguments(
         what="bias not checked",
         original='(("weight", weight), ("bias", bias)):\n        if vector',
         replacement='(("weight", weight),):\n        if vector',
+    ),
+    _arguments(
+        what="bias that fits nothing taken at once",
+        original="and (bias is None or _fits(bias, shape, x.device))",
+        replacement="",
     ),
 ]

@@ -64,8 +64,8 @@ MUTANTS = [
     ),
     _mutant(
         what="the incoming gradient of the first element for all",
-        original="(dloss.ndim == 1, TILE, accumulator(dloss.dtype))",
-        replacement="(False, TILE, accumulator(dloss.dtype))",
+        original="(each, TILE, accumulator(dtypes[0]))",
+        replacement="(False, TILE, accumulator(dtypes[0]))",
     ),
     _mutant(
         what="a derivative without its 2",

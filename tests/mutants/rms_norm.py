@@ -6,6 +6,7 @@ from tests.mutants import Mutant
 
 _kernels = partial(Mutant, file="kernels/_norm_kernels.py")
 _launch = partial(Mutant, file="kernels/_norm_launch.py")
+_arguments = partial(Mutant, file="kernels/_norm_arguments.py")
 
 MUTANTS = [
     _kernels(
@@ -155,12 +156,27 @@ MUTANTS = [
     ),
     _launch(
         what="statistics in the dtype of x",
-        original="r = x.new_empty(_flattened(x.shape)[0], dtype=wide)",
-        replacement="r = x.new_empty(_flattened(x.shape)[0])",
+        original="y, r_T = _empty_like(x), x.new_empty(T, dtype=wide)",
+        replacement="y, r_T = _empty_like(x), x.new_empty(T)",
     ),
     _launch(
         what="second derivative allowed",
-        original="    @once_differentiable\n",
+        original="    @once_differentiable\n    def backward(ctx, dy: Tensor):\n",
+        replacement="    def backward(ctx, dy: Tensor):\n",
+    ),
+    _launch(
+        what="second derivative of the added one allowed",
+        original="    @once_differentiable\n    def backward(ctx, dy: Tensor | None, ds",
+        replacement="    def backward(ctx, dy: Tensor | None, ds",
+    ),
+    _arguments(
+        what="a weight that fits nothing taken at once",
+        original="and (weight is None or _fits(weight, shape, x.device))",
         replacement="",
+    ),
+    _launch(
+        what="planned without the dtype of the weight",
+        original="dtype_of(residual), dtype_of(w_D), dtype_of(b_D)), eps",
+        replacement="dtype_of(residual), None, dtype_of(b_D)), eps",
     ),
 ]
