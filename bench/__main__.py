@@ -12,6 +12,7 @@ VERBS = {
         "gpu.session",
         "a GPU for N minutes: tests, training step, optimizers, operations",
     ),
+    "scale": ("scale.scale", "memory, communication and speed of training on many GPUs, predicted"),
     "static": (
         "compiled.static",
         "registers, spills and instructions of the kernels, without a GPU",

@@ -1,9 +1,10 @@
 """Runs on four processes, of which one is killed: `python -m tritium.bench parallel_faults`.
 
 torchrun starts train.py on four ranks of gloo. One of them, drawn at random, is killed by SIGKILL
-at a random moment; torchrun starts all anew, and the end is compared with that of a run that nobody
-killed, bit for bit. Another run is killed without a restart, and in a third torchrun itself gets
-SIGTERM. Times are seen from outside: by the file system and by the lines that torchrun prints.
+at a random moment of a random step; torchrun starts all anew, and the end is compared with that of
+a run that nobody killed, bit for bit. Another run is killed without a restart, and in a third
+torchrun itself gets SIGTERM. Times are seen from outside: by the file system and by the lines that
+torchrun prints.
 """
 
 import json
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,13 @@ ROOT = Path(__file__).parents[2]
 RESULTS = "parallel_faults.md"  # in the folder of results
 WIDTH = 150
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
-RANKS, STEPS = 4, 80
+RANKS, STEPS = 4, 24
+MODES = "ddp", "fsdp"
 ARGUMENTS = (
-    "tiny", "--data", str(TEXT), "--max-steps", str(STEPS), "--save-every", "4", "--dropout", "0.1",
-    "--eval-every", "40", "--eval-tokens", "512", "--sample-tokens", "0", "--no-keep-best",
+    "tiny", "--data", str(TEXT), "--max-steps", str(STEPS), "--save-every", "2", "--dropout", "0.1",
+    "--eval-every", "100", "--eval-tokens", "512", "--sample-tokens", "0", "--no-keep-best",
 )  # fmt: skip
+PATIENCE = 1200  # seconds for a run on a busy machine
 NAMED = re.compile(r"failed \(exitcode: -9\) local_rank: (\d+)")
 COLUMNS = (
     "run", "mode", "killed", "after step", "rank named after, s", "first step again after, s",
@@ -134,7 +137,7 @@ class Launched:
     def finish(self) -> int:
         """Wait for the end; return the exit status of torchrun."""
         try:
-            status = self.process.wait(timeout=240)
+            status = self.process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             status = self.process.wait()
@@ -161,7 +164,7 @@ class Trial:
         whole.wait_for(lambda: whole.logged() > 0)
         began = time.perf_counter()
         if status := whole.finish():
-            raise RuntimeError(f"{mode}: torchrun ended with {status}: {whole.lines[-20:]}")
+            raise RuntimeError(f"{mode}: torchrun ended with {status}: {whole.said('')[-20:]}")
         self.seconds = time.perf_counter() - began
         self.whole = end_of(whole.run)
 
@@ -173,17 +176,13 @@ class Trial:
     def kill(self, name: str, seed: int, *, restarts: int = 1) -> Outcome:
         """Kill a rank at a random moment; without a restart, resume the run by hand."""
         draw = random.Random(seed)
-        rank, share = draw.randrange(RANKS), draw.uniform(0, 0.9)
-        for attempt in range(5):
-            run = self._start(f"{name}-{attempt}", restarts=restarts)
-            run.wait_for(lambda run=run: run.logged() > 0)
-            time.sleep(share * self.seconds)
-            if pid := run.ranks().get(rank):
-                break
-            run.finish()
-            share *= 0.7  # this one was faster
-        else:
-            raise RuntimeError("five runs ended before they could be killed")
+        rank, step, delay = draw.randrange(RANKS), draw.randrange(1, STEPS - 2), draw.random()
+        run = self._start(name, restarts=restarts)
+        run.wait_for(lambda: run.logged() >= step)
+        time.sleep(delay * self.seconds / STEPS)
+        pid = run.ranks().get(rank)
+        if pid is None:
+            raise RuntimeError(f"{run.run.name} ended before it could be killed")
         after, killed = run.logged(), time.perf_counter()
         os.kill(pid, signal.SIGKILL)
         again = None
@@ -204,7 +203,7 @@ class Trial:
         right = named is not None and (status == 0) == (restarts > 0)
         if not restarts:
             said = (*said, f"torchrun ended with status {status} after {ended:.1f} s")
-            second = self._start(f"{name}-{attempt}", "--resume")
+            second = self._start(name, "--resume")
             status = second.finish()
         same = end_of(run.run) == self.whole
         end = "identical" if same else "DIFFERENT"
@@ -260,17 +259,20 @@ def main(kills: int = 10, seed: int = 0, write: bool = False) -> None:
     """
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        trials = [Trial(Path(folder), mode) for mode in ("ddp", "fsdp")]
-        for i in range(kills):
-            outcomes.append(trials[i % 2].kill(str(i + 1), seed + i))
-            print(*outcomes[-1].cells(), sep="  ", flush=True)
-        for trial in trials:
-            outcomes.append(trial.kill("no restart", seed + kills, restarts=0))
-            outcomes.append(trial.stop())
-            print(*outcomes[-2].cells(), *outcomes[-1].cells(), sep="  ", flush=True)
-    _show(outcomes, f"python -m tritium.bench parallel_faults --kills {kills} --write", write)
+        for outcome in _outcomes(Path(folder), kills, seed):
+            outcomes.append(outcome)
+            _show(outcomes, f"python -m tritium.bench parallel_faults --kills {kills}", write)
     if not all(x.right for x in outcomes):
         raise SystemExit(1)
+
+
+def _outcomes(folder: Path, kills: int, seed: int) -> Iterator[Outcome]:
+    trials = [Trial(folder, mode) for mode in MODES]
+    for i in range(kills):
+        yield trials[i % len(trials)].kill(str(i + 1), seed + i)
+    for trial in trials:
+        yield trial.stop()
+        yield trial.kill("no restart", seed + kills, restarts=0)
 
 
 def _show(outcomes: list[Outcome], command: str, write: bool) -> None:
@@ -280,8 +282,8 @@ def _show(outcomes: list[Outcome], command: str, write: bool) -> None:
     named = [x.named for x in outcomes if x.named is not None]
     again = [x.again for x in outcomes if x.again is not None]
     head = [
-        f"`{command}`, torch {torch.__version__}, {device_name(torch.device('cpu'))}, {RANKS} "
-        "ranks on gloo",
+        f"`{command} --write`, torch {torch.__version__}, {device_name(torch.device('cpu'))}, "
+        f"{RANKS} ranks on gloo",
         f"{sum(x.right for x in outcomes)} of {len(outcomes)} runs ended as they must."
         + (f" torchrun named the rank that failed after {max(named):.1f} s at most." * bool(named))
         + (
