@@ -12,6 +12,7 @@ VERBS = {
         "gpu.session",
         "a GPU for N minutes: tests, training step, optimizers, operations",
     ),
+    "scale": ("scale.scale", "memory, communication and speed of training on many GPUs, predicted"),
     "static": (
         "compiled.static",
         "registers, spills and instructions of the kernels, without a GPU",
@@ -22,6 +23,8 @@ VERBS = {
     "optimizer": ("optimizer", "optimizers' steps on the parameters of real models"),
     "resume": ("runs.resume", "runs killed and resumed, compared byte for byte with unbroken ones"),
     "faults": ("runs.faults", "messages and end states of runs in which something goes wrong"),
+    "parallel_faults": ("runs.parallel_faults", "runs on four ranks, of which one is killed"),
+    "two_hosts": ("runs.two_hosts", "a run on two hosts, which are network namespaces, beside one"),
     "chunk_error": ("chunk_error", "accuracy of linear_cross_entropy by the number of chunks"),
     "low_precision": ("runs.low_precision", "loss of training runs with low-precision weights"),
     "residual": ("runs.residual", "loss of training runs with a residual stream in bfloat16"),

@@ -70,8 +70,26 @@ class Parallel:
         """Take the model whose passes are to be run, on its device; fsdp shards its parameters."""
         if self.mode == "ddp":
             self._wrapped = DistributedDataParallel(model)
+            self._order_buckets(self._wrapped, model, arithmetic)
         elif self.mode == "fsdp":
             shard(model, arithmetic.dtype)
+
+    @staticmethod
+    def _order_buckets(
+        wrapped: DistributedDataParallel, model: Transformer, arithmetic: Arithmetic
+    ) -> None:
+        """Run a backward pass, by which DDP puts gradients into buckets anew, as it does once.
+
+        A sum over ranks is rounded by the place in its bucket. So that a resumed run has the same
+        bits, its first step must not be the one whose buckets are in another order.
+        """
+        tokens, training = torch.zeros(1, 2, dtype=torch.long, device=model.device), model.training
+        with arithmetic.cast:
+            loss = wrapped.eval()(tokens, tokens)
+            with torch.autocast(model.device.type, enabled=False):
+                (0 * loss).backward()
+        wrapped.train(training)
+        model.zero_grad()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's part of the batch's loss."""

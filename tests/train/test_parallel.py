@@ -170,6 +170,31 @@ def test_gradients_are_reduced_once_per_batch(mode, monkeypatch):
         dist.destroy_process_group()
 
 
+def test_buckets_are_in_the_same_order_in_every_step():
+    # Sums over three ranks or more are rounded by an element's place in its bucket.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, parallel = Transformer(PRESETS["tiny"].model), Parallel(SINGLE, "ddp")
+        parallel.wrap(model, Arithmetic(torch.float32, nullcontext()))
+        assert model.training
+        assert all(p.grad is None for p in model.parameters())
+        names, orders = {p: name for name, p in model.named_parameters()}, []
+
+        def note(_, bucket):
+            orders.append([names[p] for p in bucket.parameters()])
+            return mean(None, bucket)
+
+        mean = allreduce_hook
+        parallel._wrapped.register_comm_hook(None, note)
+        batch = torch.randint(PRESETS["tiny"].model.vocab_size, (2, 1, 8))
+        for _ in range(3):
+            train.accumulate_gradients(model, tuple(batch), 1, nullcontext(), parallel)
+        first, *later = orders
+        assert later == [first, first]
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_train_as_one_process(kind, results, folder, run, tmp_path):
     assert [x["status"] for x in results[kind]] == [0, 0], results[kind]

@@ -110,6 +110,11 @@ class Memory:
         other = peak - one.kept - logits
         return StepBytes(*self.fixed, round(one.kept), logits, round(other))
 
+    def peaks(self, policy: str, micro_batch: int) -> tuple[float, float, float]:
+        """Predict what a forward pass keeps, its peak without logits, and the backward peak."""
+        one = self._of_micro_batch(policy, micro_batch)
+        return one.kept, one.forward_peak, one.backward_peak
+
     def _of_micro_batch(self, policy: str, micro_batch: int) -> _Pass:
         if self.batch_size == 1:
             return self._of_depth(policy, 1)

@@ -1,0 +1,1 @@
+"""Training on many GPUs, predicted: memory, bytes communicated, time; and counted on few ranks."""

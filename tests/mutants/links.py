@@ -1,0 +1,30 @@
+"""Faults of links.py: bytes and times of collectives."""
+
+from functools import partial
+
+from tests.mutants import Mutant
+
+_links = partial(Mutant, file="bench/scale/links.py")
+
+MUTANTS = [
+    _links(
+        what="an all-reduce moves what a gather does",
+        original='(2 if self.kind == "all-reduce" else 1)',
+        replacement="1",
+    ),
+    _links(
+        what="a ring moves the whole tensor",
+        original=" * (n - 1) / n",
+        replacement="",
+    ),
+    _links(
+        what="the network as fast as the links within a node",
+        original="rate = min(rate, per_node * links.network)",
+        replacement="pass",
+    ),
+    _links(
+        what="steps take no time",
+        original="latency = LATENCY + turns * (",
+        replacement="latency = LATENCY + 0 * (",
+    ),
+]
