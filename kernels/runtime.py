@@ -36,7 +36,7 @@ OPERATIONS = frozenset({
     "softmax", "log_softmax", "cross_entropy", "mse_loss", "rms_norm", "add_rms_norm",
     "layer_norm", "add_layer_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu_squared",
     "dropout_add", "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD",
-    "RMSprop", "Adagrad", "Lion", "Muon",
+    "RMSprop", "Adagrad", "Lion", "Muon", "linear_kl_div",
 })  # fmt: skip
 """Operations that `fall_back` accepts."""
 SHARED = {
