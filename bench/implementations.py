@@ -56,6 +56,12 @@ def cut_cross_entropy_log_prob() -> Callable:
     return lambda h, w, target: -loss(h, w, target, reduction="none")
 
 
+def fla_kl_div() -> Callable:
+    """Load the linear KL divergence of flash-linear-attention."""
+    loss = _import("fla.modules.fused_kl_div", "fused_kl_div_loss")()
+    return lambda h, w, teacher_h, teacher_w: loss(h, teacher_h, w, teacher_w)
+
+
 def cross_entropy_inplace() -> Callable:
     """Load Tritium's cross_entropy, overwriting the logits."""
     inplace = own("cross_entropy", inplace=True)()

@@ -192,8 +192,9 @@ OPERATIONS: dict[str, Operation] = {
         lambda make, T, D, V: (*_layer(make, T, D, V)[:2],
                                *(x.detach() for x in _layer(make, T, D, V)[:2])),
         {"Tritium": own("linear_kl_div")}, EAGER["linear_kl_div"],
-        {"liger": liger("fused_linear_jsd", jsd_beta=0.0)},
-        shared=(1, 3), gradient_in_forward=("Tritium", "liger"), rows=("T", 8192, 64), cpu_shapes=1,
+        {"liger": liger("fused_linear_jsd", jsd_beta=0.0), "fla": implementations.fla_kl_div},
+        shared=(1, 3), gradient_in_forward=("Tritium", "liger", "fla"), rows=("T", 8192, 64),
+        cpu_shapes=1,
     ),
     "rms_norm": _norm("rms_norm", norm("rms_norm", 1e-6), 1, 1, {
         "liger": liger("rms_norm", eps=1e-6, in_place=False), "quack": quack("rmsnorm"),
