@@ -32,8 +32,13 @@ class Divergence(NamedTuple):
 
 def log_softmax(x_TV: Tensor, temperature: float, softcap: float | None) -> Tensor:
     """Return the logarithms of probabilities, none below `LOWEST_GAP`."""
+    return scores(x_TV, temperature, softcap).log_softmax(-1).clamp_min(LOWEST_GAP)
+
+
+def scores(x_TV: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Return the logits capped and tempered; a class of -inf stays excluded."""
     z_TV = final_logits(x_TV, softcap, 1.0) / temperature
-    return z_TV.log_softmax(-1).clamp_min(LOWEST_GAP)
+    return z_TV.masked_fill(x_TV == -torch.inf, -torch.inf) if softcap else z_TV
 
 
 def divergence(log_p_TV: Tensor, log_q_TV: Tensor, beta: float) -> Tensor:
@@ -57,6 +62,8 @@ def _scores(
     else:
         x_V = tl.load(x_ptr + offs_V).to(ACC)
     z_V = _capped(x_V, 1.0, softcap, False, SOFTCAP, ACC) * inverse
+    if SOFTCAP:
+        z_V = tl.where(x_V == float("-inf"), x_V, z_V)
     return tl.where(offs_V < V, z_V, float("-inf")) if MASKED else z_V
 
 
@@ -80,6 +87,38 @@ def _merged(m, s):
 
 
 @triton.jit
+def _terms(log_q_V, log_p_V, row_of_q, beta, KIND: tl.constexpr):
+    # The gradient over the student's logits, and the terms of the losses of p and of q.
+    q_V, p_V = tl.exp2(log_q_V * LOG2_E), tl.exp2(log_p_V * LOG2_E)
+    ratio_V = log_q_V - log_p_V
+    q_to_m_V = ratio_V
+    if KIND == "forward":
+        dz_V = q_V - p_V
+        terms_p_V = p_V * -ratio_V
+    else:
+        if KIND == "between":
+            # m divided by the larger of p and q: nothing overflows.
+            shrunk_V = tl.exp2(-tl.abs(ratio_V) * LOG2_E)
+            larger_q = ratio_V > 0
+            log_m_V = LN_2 * tl.log2(
+                tl.where(larger_q, beta * shrunk_V + (1 - beta), beta + (1 - beta) * shrunk_V)
+            )
+            q_to_m_V = tl.where(larger_q, 0.0, ratio_V) - log_m_V
+        dz_V = q_V * (q_to_m_V - row_of_q)
+        if KIND == "between":
+            dz_V *= 1 - beta
+        terms_p_V = p_V * (q_to_m_V - ratio_V)
+    return dz_V, terms_p_V, q_V * q_to_m_V
+
+
+@triton.jit
+def _through_cap(dz_V, z_V, inverse, softcap):
+    # A class of -inf is excluded, and has no gradient.
+    u_V = z_V / (inverse * softcap)
+    return tl.where(z_V == float("-inf"), 0.0, dz_V * (1 - u_V * u_V))
+
+
+@triton.jit
 def _diverge(
     of_p, of_q, x_ptr, y_ptr, offs_V, V, W, m_x, log_s_x, m_y, log_s_y, row_of_q, give,
     beta, inverse, softcap, teacher_softcap,
@@ -91,33 +130,16 @@ def _diverge(
     y_V = _scores(y_ptr, offs_V, V, W, inverse, teacher_softcap, MASKED, TEACHER_SOFTCAP, ACC)
     log_q_V = tl.maximum((x_V - m_x) - log_s_x, LEAST)
     log_p_V = tl.maximum((y_V - m_y) - log_s_y, LEAST)
-    q_V, p_V = tl.exp2(log_q_V * LOG2_E), tl.exp2(log_p_V * LOG2_E)
-    ratio_V = log_q_V - log_p_V
-    if KIND == "forward":
-        dz_V = q_V - p_V
-        if LOSS:
-            of_p += tl.sum(p_V * -ratio_V, axis=1)
-    elif KIND == "reverse":
-        dz_V = q_V * (ratio_V - row_of_q)
-        if LOSS:
-            of_q += tl.sum(q_V * ratio_V, axis=1)
-    else:
-        # m divided by the larger of p and q: nothing overflows, and no difference is of two -inf.
-        shrunk_V = tl.exp2(-tl.abs(ratio_V) * LOG2_E)
-        larger_q = ratio_V > 0
-        log_m_V = LN_2 * tl.log2(
-            tl.where(larger_q, beta * shrunk_V + (1 - beta), beta + (1 - beta) * shrunk_V)
-        )
-        q_to_m_V = tl.where(larger_q, 0.0, ratio_V) - log_m_V
-        dz_V = (1 - beta) * q_V * (q_to_m_V - row_of_q)
-        if LOSS:
-            of_p += tl.sum(p_V * (q_to_m_V - ratio_V), axis=1)
-            of_q += tl.sum(q_V * q_to_m_V, axis=1)
+    dz_V, terms_p_V, terms_q_V = _terms(log_q_V, log_p_V, row_of_q, beta, KIND)
+    if LOSS:
+        if KIND != "reverse":
+            of_p += tl.sum(terms_p_V, axis=1)
+        if KIND != "forward":
+            of_q += tl.sum(terms_q_V, axis=1)
     if GRADIENT:
         dz_V *= give
         if SOFTCAP:
-            u_V = x_V / (inverse * softcap)
-            dz_V *= 1 - u_V * u_V
+            dz_V = _through_cap(dz_V, x_V, inverse, softcap)
         if MASKED:
             dz_V = tl.where(offs_V < V, dz_V, 0.0)
             tl.store(x_ptr + offs_V, dz_V.to(x_ptr.dtype.element_ty), mask=offs_V < W)
@@ -272,17 +294,20 @@ def _rows_reference(
         loss_C.masked_fill_(ignored_C, 0)
     if dloss_C is None:
         return
-    q_CV = log_q_CV.exp()
-    if beta == 0:
-        dz_CV = q_CV - log_p_CV.exp()
-    else:
-        log_m_CV = log_p_CV
-        if beta < 1:
-            log_m_CV = torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log(1 - beta))
-            dloss_C = (1 - beta) * dloss_C
-        gap_CV = log_q_CV - log_m_CV
-        dz_CV = q_CV * (gap_CV - (q_CV * gap_CV).sum(1, keepdim=True))
-    dz_CV *= dloss_C[:, None] / temperature
+    dz_CV = gradient_reference(log_p_CV, log_q_CV, beta).mul_(dloss_C[:, None] / temperature)
     if softcaps[0]:
         dz_CV *= 1 - (final_logits(x_CV, softcaps[0], 1.0) / softcaps[0]).square_()
     x_CV.copy_(dz_CV if ignored_C is None else dz_CV.masked_fill_(ignored_C[:, None], 0))
+
+
+def gradient_reference(log_p_CV: Tensor, log_q_CV: Tensor, beta: float) -> Tensor:
+    """Return the gradient of `divergence` over the logits that `log_q_CV` is the softmax of."""
+    q_CV = log_q_CV.exp()
+    if beta == 0:
+        return q_CV - log_p_CV.exp()
+    log_m_CV = log_p_CV
+    if beta < 1:
+        log_m_CV = torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log(1 - beta))
+    gap_CV = log_q_CV - log_m_CV
+    dz_CV = q_CV * (gap_CV - (q_CV * gap_CV).sum(1, keepdim=True))
+    return dz_CV if beta == 1 else dz_CV.mul_(1 - beta)

@@ -43,6 +43,7 @@ SHARED = {
     "linear_cross_entropy": "cross_entropy",
     "linear_log_prob": "cross_entropy",
     "info_nce": "cross_entropy",
+    "linear_topk_kl_div": "linear_kl_div",
 }
 """Operations that use the kernel of another."""
 
@@ -79,7 +80,8 @@ def fall_back(*ops: str) -> None:
     Args:
         ops: names as they are imported from `kernels`, such as "rope" or "AdamW".
             `linear_cross_entropy`, `linear_log_prob` and `info_nce` share the kernel of
-            `cross_entropy`: one of the four takes the others along.
+            `cross_entropy`: one of the four takes the others along. `linear_topk_kl_div` goes with
+            `linear_kl_div`.
 
     Raises:
         ValueError: there "is no kernel" of that name.

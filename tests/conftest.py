@@ -112,6 +112,7 @@ SLOW = (
     "tests/kernels/test_linear_cross_entropy_memory.py::test_no_result_depends_on_the_number_of_chunks",
     "tests/kernels/test_linear_kl_div.py::test_gradient_in_float64",
     "tests/kernels/test_linear_log_prob.py::test_gradient_in_float64",
+    "tests/kernels/test_linear_topk_kl_div.py::test_gradient_in_float64",
     "tests/kernels/test_loss_calls.py::test_one_compilation_serves_all_lengths",
     "tests/kernels/test_opinfo.py",
     "tests/kernels/test_qk_norm_rope.py::test_gradient_in_float64",

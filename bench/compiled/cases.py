@@ -20,6 +20,7 @@ from tritium.kernels.layer_norm import add_layer_norm, layer_norm
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
 from tritium.kernels.linear_kl_div import linear_kl_div
 from tritium.kernels.linear_log_prob import linear_log_prob
+from tritium.kernels.linear_topk_kl_div import linear_topk_kl_div
 from tritium.kernels.mse_loss import mse_loss
 from tritium.kernels.optimizers import MultiTensorOptimizer
 from tritium.kernels.optimizers.adagrad import Adagrad
@@ -209,6 +210,17 @@ def _linear_kl_div(dtype: torch.dtype, V: int, **options) -> Case:
     return Case(label, lambda: _train(loss, hidden, weight), limits=limits)
 
 
+def _linear_topk_kl_div(dtype: torch.dtype, V: int, K: int, **options) -> Case:
+    hidden, weight = torch.empty(T, 64, dtype=dtype), torch.empty(V, 64, dtype=dtype)
+    label = f"{_label(dtype, T, 64)} × {_label(dtype, V, 64, classes=K, **options)}"
+    loss = partial(
+        linear_topk_kl_div, indices=torch.zeros(T, K, dtype=torch.int64),
+        log_prob=torch.empty(T, K), **options,
+    )  # fmt: skip
+    limits = {"_linear_topk_kl_div_kernel": Limit(2 * hidden.element_size())}
+    return Case(label, lambda: _train(loss, hidden, weight), limits=limits)
+
+
 def _loss_limits(logits: Tensor, soft: bool, most: float) -> dict[str, Limit]:
     moved = 2 * logits.element_size() + (4 if soft else 0)
     return {"_cross_entropy_kernel": Limit(moved, most)}
@@ -393,6 +405,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         *(_linear_kl_div(dtype, 50257) for dtype in (F32, BF16)),
         *(_linear_kl_div(BF16, 128256, beta=beta) for beta in (0.0, 1.0, 0.5)),
     ],
+    "linear_topk_kl_div": lambda: [_linear_topk_kl_div(BF16, 128256, 64, tail=True)],
     "dropout_add": lambda: [
         _dropout_add(*dtypes) for dtypes in ((F32, F32), (BF16, F32), (BF16, BF16))
     ],

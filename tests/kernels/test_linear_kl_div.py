@@ -10,15 +10,11 @@ from check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritium.kernels import linear_kl_div as op
+from tritium.kernels import _linear_kl_div as module
 from tritium.kernels import runtime
 from tritium.kernels._kl_div_rows import Divergence, rows
-from tritium.kernels.linear_kl_div import (
-    _launch,
-    _operator,
-    linear_kl_div,
-    linear_kl_div_reference,
-)
+from tritium.kernels._linear_kl_div import _launch, _operator
+from tritium.kernels.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from tritium.model.activation_checkpointing import Ledger
 
 PLAIN = Divergence(0.0, 1.0, 0.0, 0.0)
@@ -189,9 +185,9 @@ def test_a_frozen_input_costs_no_product(frozen, device, monkeypatch):
     """A head without gradient has no dweight, a hidden state without gradient no dhidden."""
     (hidden, weight, _), teacher = layer(12, 4, 9, device), layer(12, 5, 9, device)[:2]
     (weight if frozen == "hidden" else hidden).requires_grad_()
-    shapes, product = [], op.__globals__["_product"]
-    monkeypatch.setitem(
-        op.__globals__, "_product",
+    shapes, product = [], module._product
+    monkeypatch.setattr(
+        module, "_product",
         lambda a, b, out, **k: shapes.append(tuple(out.shape)) or product(a, b, out, **k),
     )  # fmt: skip
     linear_kl_div(hidden, weight, *teacher, chunk_bytes=8 * 9 * 4).backward()
@@ -215,7 +211,7 @@ def test_logits_exist_in_chunks_only(path, device):
     T, D, V, C = 64, 8, 640, 4
     (hidden, weight, _), teacher = layer(T, D, V, device), layer(T, D, V, device)
     dloss, mask = torch.ones(T, device=device), torch.ones(T, device=device) > 0
-    tensors = hidden, weight, None, *teacher, mask, dloss
+    tensors = hidden, weight, None, *teacher, None, None, mask, dloss
     with Ledger([x for x in tensors if x is not None]) as ledger:
         _launch(*tensors, C, True, True, False, *PLAIN)
     gradients, logits = 4 * (T + T * D + V * D), 4 * 2 * C * V
@@ -243,8 +239,8 @@ def test_is_a_well_formed_operator(device):
     for wants, beta in (((True, True, True), 0.0), ((True, False, False), 0.5)):
         torch.library.opcheck(
             _operator.overload,
-            (hidden, weight, bias, *teacher, mask, torch.rand(6, device=device), 4, *wants,
-             beta, 2.0, 30.0, 20.0),
+            (hidden, weight, bias, *teacher, None, None, mask, torch.rand(6, device=device), 4,
+             *wants, beta, 2.0, 30.0, 20.0),
         )  # fmt: skip
 
 

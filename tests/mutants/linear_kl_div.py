@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _row = partial(Mutant, file="kernels/_kl_div_rows.py")
+_chunks = partial(Mutant, file="kernels/_linear_kl_div.py")
 _mutant = partial(Mutant, file="kernels/linear_kl_div.py")
 
 MUTANTS = [
@@ -15,28 +16,28 @@ MUTANTS = [
     ),
     _row(
         what="the forward loss weighed by the student",
-        original="of_p += tl.sum(p_V * -ratio_V, axis=1)",
-        replacement="of_p += tl.sum(q_V * -ratio_V, axis=1)",
+        original="terms_p_V = p_V * -ratio_V",
+        replacement="terms_p_V = q_V * -ratio_V",
     ),
     _row(
         what="the reverse gradient without the divergence",
-        original="dz_V = q_V * (ratio_V - row_of_q)\n",
-        replacement="dz_V = q_V * ratio_V\n",
+        original="dz_V = q_V * (q_to_m_V - row_of_q)",
+        replacement="dz_V = q_V * q_to_m_V",
     ),
     _row(
         what="the reverse loss weighed by the teacher",
-        original="of_q += tl.sum(q_V * ratio_V, axis=1)",
-        replacement="of_q += tl.sum(p_V * ratio_V, axis=1)",
+        original="return dz_V, terms_p_V, q_V * q_to_m_V",
+        replacement="return dz_V, terms_p_V, p_V * q_to_m_V",
     ),
     _row(
-        what="the gradient between without the divergence",
-        original="dz_V = (1 - beta) * q_V * (q_to_m_V - row_of_q)",
-        replacement="dz_V = (1 - beta) * q_V * q_to_m_V",
+        what="the loss of p between, by the ratio of q",
+        original="        terms_p_V = p_V * (q_to_m_V - ratio_V)",
+        replacement="        terms_p_V = p_V * q_to_m_V",
     ),
     _row(
         what="the gradient between without its weight",
-        original="dz_V = (1 - beta) * q_V * (q_to_m_V - row_of_q)",
-        replacement="dz_V = q_V * (q_to_m_V - row_of_q)",
+        original="            dz_V *= 1 - beta\n",
+        replacement="            dz_V *= 1\n",
     ),
     _row(
         what="the mixture's weights exchanged where q is larger",
@@ -80,13 +81,13 @@ MUTANTS = [
     ),
     _row(
         what="slope of the cap forgotten",
-        original="            dz_V *= 1 - u_V * u_V\n",
-        replacement="            dz_V *= 1\n",
+        original="dz_V * (1 - u_V * u_V))",
+        replacement="dz_V)",
     ),
     _row(
         what="slope of the cap at the scaled logits",
-        original="u_V = x_V / (inverse * softcap)",
-        replacement="u_V = x_V / softcap",
+        original="u_V = z_V / (inverse * softcap)",
+        replacement="u_V = z_V / softcap",
     ),
     _row(
         what="the student's cap for the teacher",
@@ -130,8 +131,8 @@ MUTANTS = [
     ),
     _row(
         what="reference: the gradient between without its weight",
-        original="            dloss_C = (1 - beta) * dloss_C\n",
-        replacement="",
+        original="return dz_CV if beta == 1 else dz_CV.mul_(1 - beta)",
+        replacement="return dz_CV",
     ),
     _row(
         what="reference: slope of the cap forgotten",
@@ -143,52 +144,52 @@ MUTANTS = [
         original="dz_CV if ignored_C is None else ",
         replacement="dz_CV if True else ",
     ),
-    _mutant(
+    _chunks(
         what="the first chunk's teacher for all",
         original="_logits(teacher_hidden[chunk], ",
         replacement="_logits(teacher_hidden[: h_CD.shape[0]], ",
     ),
-    _mutant(
+    _chunks(
         what="the first chunk's mask for all",
         original="None if counts_T is None else counts_T[chunk]",
         replacement="None if counts_T is None else counts_T[: h_CD.shape[0]]",
     ),
-    _mutant(
+    _chunks(
         what="the weight's gradient of the last chunk only",
         original="_product(x_CV.T, h_CD, dweight_VD, add=start > 0)",
         replacement="_product(x_CV.T, h_CD, dweight_VD)",
     ),
-    _mutant(
+    _chunks(
         what="the bias's gradient of the last chunk only",
         original="dbias_V += x_CV.sum(0, dtype=dbias_V.dtype)",
         replacement="dbias_V.copy_(x_CV.sum(0, dtype=dbias_V.dtype))",
     ),
-    _mutant(
+    _chunks(
         what="dweight of a frozen head",
         original="        if want_weight:\n",
         replacement="        if want_weight or want_hidden:\n",
     ),
-    _mutant(
+    _chunks(
         what="dhidden of a frozen hidden state",
         original="        if want_hidden:\n",
         replacement="        if want_hidden or want_weight:\n",
     ),
-    _mutant(
+    _chunks(
         what="all logits at once",
-        original="    buffers = hidden_TD.new_empty(2, ",
-        replacement="    chunk_rows = max(T, 1)\n    buffers = hidden_TD.new_empty(2, ",
+        original="    buffers = hidden_TD.new_empty(",
+        replacement="    chunk_rows = max(T, 1)\n    buffers = hidden_TD.new_empty(",
     ),
     _mutant(
         what="one buffer's worth of rows for two buffers",
         original="chunk_rows(OP, hidden_TD, 2 * V, dtype",
         replacement="chunk_rows(OP, hidden_TD, V, dtype",
     ),
-    _mutant(
+    _chunks(
         what="float16 gradients before their loss scale",
         original=" and dtype != torch.float16:",
         replacement=":",
     ),
-    _mutant(
+    _chunks(
         what="the mean over masked tokens, too",
         original="if mask_T is None else mask_T.to(dtype)",
         replacement="if True else mask_T",
