@@ -108,7 +108,7 @@ class Plan(NamedTuple):
 
     dtype: torch.dtype
     chunk_rows: int
-    wants: tuple[bool, bool, bool]
+    wants: tuple[bool, ...]
 
 
 class Tensors(NamedTuple):

@@ -129,10 +129,11 @@ def linear_kl_div(
     per_chunk = chunk_rows(OP, hidden_TD, 2 * V, dtype, False, chunk_bytes)
     layers = hidden_TD, linear_weight, linear_bias, teacher_hidden, teacher_weight, teacher_bias
     if runtime.REFERENCE or sees_through() or input.is_meta:
-        low = [None if x is None else x.to(dtype) for x in layers]
+        biases = [None if x is None else x.to(dtype) for x in (linear_bias, teacher_bias)]
         with nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False):
             loss = linear_kl_div_reference(
-                low[0], low[1], low[3], low[4], linear_bias=low[2], teacher_bias=low[5],
+                hidden_TD.to(dtype), linear_weight.to(dtype), teacher_hidden.to(dtype),
+                teacher_weight.to(dtype), linear_bias=biases[0], teacher_bias=biases[1],
                 mask=mask_T, reduction=reduction, beta=beta, temperature=temperature,
                 softcap=softcap, teacher_softcap=teacher_softcap,
             )  # fmt: skip

@@ -129,11 +129,12 @@ def linear_topk_kl_div(
     indices_TK = indices.reshape(-1, indices.shape[-1]).long().contiguous()
     log_prob_TK = log_prob.reshape(-1, indices.shape[-1])
     if runtime.REFERENCE or sees_through() or input.is_meta:
-        low = [None if x is None else x.to(dtype) for x in (hidden_TD, linear_weight, linear_bias)]
+        bias = None if linear_bias is None else linear_bias.to(dtype)
         with nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False):
             loss = linear_topk_kl_div_reference(
-                low[0], low[1], indices_TK, log_prob_TK, linear_bias=low[2], mask=mask_T,
-                reduction=reduction, beta=beta, temperature=temperature, softcap=softcap, tail=tail,
+                hidden_TD.to(dtype), linear_weight.to(dtype), indices_TK, log_prob_TK,
+                linear_bias=bias, mask=mask_T, reduction=reduction, beta=beta,
+                temperature=temperature, softcap=softcap, tail=tail,
             )  # fmt: skip
         return loss.view(shape) if reduction == "none" else loss
     options = Divergence(beta, temperature, softcap or 0.0, 0.0)

@@ -102,7 +102,7 @@ class Found:
 
     @property
     def tests_ended(self) -> str:
-        """How the last run of the tests ended, and how many it did not reach."""
+        """End of the last run of the tests, and the number that it did not reach."""
         last = self.of("tests")[-1]
         if last["how"] != "cut":
             return last["how"]

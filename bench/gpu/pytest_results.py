@@ -60,7 +60,7 @@ def sample_order(names: list[str], seconds: Mapping[str, float]) -> list[str]:
 
 
 def doublings(seconds: float) -> float:
-    """How often one second is doubled until it is `seconds`; 0 for less than one."""
+    """Doublings of one second until it is `seconds`; 0 for less than one."""
     return math.inf if seconds == math.inf else math.ceil(math.log2(max(seconds, 1.0)))
 
 
