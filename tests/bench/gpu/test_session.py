@@ -129,7 +129,7 @@ def test_turns_are_merged(quick, tmp_path):
     assert found.drifting == [task.each for task in found.rows]
 
 
-class Tests:
+class SlowSuite:
     """Stands for the suite, and its clock: it collects for some seconds, then runs without end."""
 
     missing, command, process, running, now = "", ["pytest"], None, False, 0.0
@@ -159,7 +159,7 @@ def test_tests_run_for_half_their_share_where_pytest_was_slow(
     quick, tmp_path, monkeypatch, collects, ends
 ):
     """They end with their share; later where pytest took it to collect them, within a limit."""
-    suite = Tests(collects)
+    suite = SlowSuite(collects)
     monkeypatch.setattr(session, "Suite", lambda *a, **k: suite)
     monkeypatch.setattr(session, "time", suite)
     at = session.Session(tmp_path, 2.0, CPU, False, Console(quiet=True), start=0.0)
