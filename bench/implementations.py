@@ -50,6 +50,18 @@ def cut_cross_entropy() -> Callable:
     return import_module("cut_cross_entropy").linear_cross_entropy
 
 
+def cut_cross_entropy_log_prob() -> Callable:
+    """Load the same as the log-probability of each target."""
+    loss = cut_cross_entropy()
+    return lambda h, w, target: -loss(h, w, target, reduction="none")
+
+
+def fla_kl_div() -> Callable:
+    """Load the linear KL divergence of flash-linear-attention."""
+    loss = _import("fla.modules.fused_kl_div", "fused_kl_div_loss")()
+    return lambda h, w, teacher_h, teacher_w: loss(h, teacher_h, w, teacher_w)
+
+
 def cross_entropy_inplace() -> Callable:
     """Load Tritium's cross_entropy, overwriting the logits."""
     inplace = own("cross_entropy", inplace=True)()
@@ -99,11 +111,25 @@ def _info_nce(query: Tensor, key: Tensor) -> Tensor:
     return F.cross_entropy(similarity / 0.07, torch.arange(len(query), device=query.device))
 
 
+def _linear_log_prob(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return -F.cross_entropy(F.linear(h, w), target, reduction="none")
+
+
+def _linear_kl_div(h: Tensor, w: Tensor, teacher_h: Tensor, teacher_w: Tensor) -> Tensor:
+    student, teacher = (
+        F.linear(h, w).log_softmax(-1),
+        F.linear(teacher_h, teacher_w).log_softmax(-1),
+    )
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
 EAGER: dict[str, Callable] = {
     "softmax": lambda x: x.softmax(-1),
     "log_softmax": lambda x: x.log_softmax(-1),
     "cross_entropy": F.cross_entropy,
     "linear_cross_entropy": lambda h, w, target: F.cross_entropy(F.linear(h, w), target),
+    "linear_log_prob": _linear_log_prob,
+    "linear_kl_div": _linear_kl_div,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "layer_norm": _layer_norm,

@@ -137,6 +137,10 @@ def _activation(name: str, inputs: int, peers: dict[str, Loader], **options) -> 
     )  # fmt: skip
 
 
+def _layer(make: Make, T: int, D: int, V: int) -> tuple[Tensor, ...]:
+    return make(T, D), make(V, D, scale=D**-0.5), make.integers(V, T)
+
+
 def _rope_inputs(make: Make, T: int, H: int, K: int) -> tuple[Tensor, ...]:
     L = min(T, 4096)
     return make(T // L, L, H, K), *make.angles(L, K)
@@ -164,7 +168,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "linear_cross_entropy": Operation(
         LAYERS, "D", {"T": 64, "D": 64, "V": 1000},
-        lambda make, T, D, V: (make(T, D), make(V, D, scale=D**-0.5), make.integers(V, T)),
+        _layer,
         {"Tritium": own("linear_cross_entropy")},
         EAGER["linear_cross_entropy"],
         {
@@ -175,6 +179,21 @@ OPERATIONS: dict[str, Operation] = {
         shared=(1,),
         gradient_in_forward=("Tritium", "liger", "quack"),
         rows=("T", 8192, 64),
+        cpu_shapes=1,
+    ),
+    "linear_log_prob": Operation(
+        LAYERS, "D", {"T": 64, "D": 64, "V": 1000}, _layer,
+        {"Tritium": own("linear_log_prob")}, EAGER["linear_log_prob"],
+        {"cut-cross-entropy": implementations.cut_cross_entropy_log_prob},
+        shared=(1,), rows=("T", 8192, 64), cpu_shapes=1,
+    ),
+    "linear_kl_div": Operation(
+        LAYERS, "D", {"T": 64, "D": 64, "V": 1000},
+        lambda make, T, D, V: (*_layer(make, T, D, V)[:2],
+                               *(x.detach() for x in _layer(make, T, D, V)[:2])),
+        {"Tritium": own("linear_kl_div")}, EAGER["linear_kl_div"],
+        {"liger": liger("fused_linear_jsd", jsd_beta=0.0), "fla": implementations.fla_kl_div},
+        shared=(1, 3), gradient_in_forward=("Tritium", "liger", "fla"), rows=("T", 8192, 64),
         cpu_shapes=1,
     ),
     "rms_norm": _norm("rms_norm", norm("rms_norm", 1e-6), 1, 1, {

@@ -9,8 +9,9 @@ Operations count a multiplication, an addition, an exponential or a division as 
 matrix products are counted apart, because they run at another rate.
 
 A loss needs no gradient from above, so its gradient can be made in the pass that reads the inputs:
-`both` of `cross_entropy`, `linear_cross_entropy` and `mse_loss` is less than the sum of forward and
-backward. With inplace=True `cross_entropy` saves a buffer, but no byte of its bound.
+`both` of `cross_entropy`, `linear_cross_entropy`, `linear_kl_div` and `mse_loss` is less than the
+sum of forward and backward. With inplace=True `cross_entropy` saves a buffer, but no byte of its
+bound.
 """
 
 from collections.abc import Callable
@@ -176,7 +177,7 @@ def _mse_loss(s: int, N: int) -> Passes:
     return (Work(2 * N * s, 3 * N),), (Work(3 * N * s, 2 * N),), (Work(3 * N * s, 4 * N),)
 
 
-def _linear_cross_entropy(s: int, T: int, D: int, V: int) -> Passes:
+def _linear_cross_entropy(s: int, T: int, D: int, V: int) -> tuple[Phases, Phases, Phases]:
     """Three products, and between them the logits are read once and overwritten."""
     layer = (T * D + V * D) * s
     product = Work(layer, 0, 2 * T * D * V)
@@ -188,9 +189,16 @@ def _linear_cross_entropy(s: int, T: int, D: int, V: int) -> Passes:
 def _linear_log_prob(s: int, T: int, D: int, V: int) -> Passes:
     """Four products: the backward pass recomputes the logits and overwrites them."""
     forward, rows, _ = _linear_cross_entropy(s, T, D, V)
-    assert rows is not None
     backward = (forward[0], *rows)
     return forward, backward, (*forward, *backward)
+
+
+def _linear_kl_div(s: int, T: int, D: int, V: int) -> Passes:
+    """Four products, two of them logits, of a student and a teacher of the same width."""
+    (product, _), (_, gradients), _ = _linear_cross_entropy(s, T, D, V)
+    loss, rows = Work(2 * T * V * s, 12 * T * V), Work(3 * T * V * s, 8 * T * V)
+    both = Work(3 * T * V * s, 20 * T * V)
+    return (product, product, loss), (rows, gradients), (product, product, both, gradients)
 
 
 def _info_nce(s: int, B: int, D: int) -> Passes:
@@ -253,6 +261,7 @@ OTHERS: dict[str, tuple[str, Callable[..., Passes]]] = {
     "cross_entropy": ("TV", _cross_entropy),
     "linear_cross_entropy": ("TDV", _linear_cross_entropy),
     "linear_log_prob": ("TDV", _linear_log_prob),
+    "linear_kl_div": ("TDV", _linear_kl_div),
     "mse_loss": ("N", _mse_loss),
     "info_nce": ("BD", _info_nce),
     "qk_norm_rope": ("THGK", _qk_norm_rope),

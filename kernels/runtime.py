@@ -36,13 +36,14 @@ OPERATIONS = frozenset({
     "softmax", "log_softmax", "cross_entropy", "mse_loss", "rms_norm", "add_rms_norm",
     "layer_norm", "add_layer_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu_squared",
     "dropout_add", "embedding", "clip_grad_norm_", "clip_grad_norms_", "AdamW", "Adam", "SGD",
-    "RMSprop", "Adagrad", "Lion", "Muon",
+    "RMSprop", "Adagrad", "Lion", "Muon", "linear_kl_div",
 })  # fmt: skip
 """Operations that `fall_back` accepts."""
 SHARED = {
     "linear_cross_entropy": "cross_entropy",
     "linear_log_prob": "cross_entropy",
     "info_nce": "cross_entropy",
+    "linear_topk_kl_div": "linear_kl_div",
 }
 """Operations that use the kernel of another."""
 
@@ -79,7 +80,8 @@ def fall_back(*ops: str) -> None:
     Args:
         ops: names as they are imported from `kernels`, such as "rope" or "AdamW".
             `linear_cross_entropy`, `linear_log_prob` and `info_nce` share the kernel of
-            `cross_entropy`: one of the four takes the others along.
+            `cross_entropy`: one of the four takes the others along. `linear_topk_kl_div` goes with
+            `linear_kl_div`.
 
     Raises:
         ValueError: there "is no kernel" of that name.

@@ -18,7 +18,9 @@ from tritium.kernels.embedding import embedding
 from tritium.kernels.geglu import geglu
 from tritium.kernels.layer_norm import add_layer_norm, layer_norm
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
+from tritium.kernels.linear_kl_div import linear_kl_div
 from tritium.kernels.linear_log_prob import linear_log_prob
+from tritium.kernels.linear_topk_kl_div import linear_topk_kl_div
 from tritium.kernels.mse_loss import mse_loss
 from tritium.kernels.optimizers import MultiTensorOptimizer
 from tritium.kernels.optimizers.adagrad import Adagrad
@@ -196,6 +198,27 @@ def _linear_log_prob(dtype: torch.dtype, V: int, **options) -> Case:
     log_prob = partial(linear_log_prob, target=target, **options)
     limits = {"_log_prob_backward_kernel": Limit(2 * hidden.element_size(), 16)}
     return Case(label, lambda: _train(log_prob, hidden, weight), limits=limits)
+
+
+def _linear_kl_div(dtype: torch.dtype, V: int, **options) -> Case:
+    hidden, weight = torch.empty(T, 64, dtype=dtype), torch.empty(V, 64, dtype=dtype)
+    label = f"{_label(dtype, T, 64)} × {_label(dtype, V, 64, **options)}"
+    loss = partial(
+        linear_kl_div, teacher_input=hidden.clone(), teacher_weight=weight.clone(), **options
+    )
+    limits = {"_linear_kl_div_kernel": Limit(3 * hidden.element_size())}
+    return Case(label, lambda: _train(loss, hidden, weight), limits=limits)
+
+
+def _linear_topk_kl_div(dtype: torch.dtype, V: int, K: int, **options) -> Case:
+    hidden, weight = torch.empty(T, 64, dtype=dtype), torch.empty(V, 64, dtype=dtype)
+    label = f"{_label(dtype, T, 64)} × {_label(dtype, V, 64, classes=K, **options)}"
+    loss = partial(
+        linear_topk_kl_div, indices=torch.zeros(T, K, dtype=torch.int64),
+        log_prob=torch.empty(T, K), **options,
+    )  # fmt: skip
+    limits = {"_linear_topk_kl_div_kernel": Limit(2 * hidden.element_size())}
+    return Case(label, lambda: _train(loss, hidden, weight), limits=limits)
 
 
 def _loss_limits(logits: Tensor, soft: bool, most: float) -> dict[str, Limit]:
@@ -378,6 +401,11 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         *(_linear_log_prob(dtype, 50257) for dtype in (F32, BF16)),
         _linear_log_prob(BF16, 128256, return_entropy=True),
     ],
+    "linear_kl_div": lambda: [
+        *(_linear_kl_div(dtype, 50257) for dtype in (F32, BF16)),
+        _linear_kl_div(BF16, 128256, beta=0.5),
+    ],
+    "linear_topk_kl_div": lambda: [_linear_topk_kl_div(BF16, 128256, 64, tail=True)],
     "dropout_add": lambda: [
         _dropout_add(*dtypes) for dtypes in ((F32, F32), (BF16, F32), (BF16, BF16))
     ],

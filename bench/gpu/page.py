@@ -18,6 +18,7 @@ from tritium.data import atomic
 from tritium.kernels.roofline import Device, duration, quantity
 
 SHOWN = 20  # names of a list
+NOTHING = "Not reached."
 DRIFT = 0.05  # of the time: beyond it the turns of a measurement disagree, and the page says so
 CPU = (
     "**Measured on a CPU, not a GPU, at shapes cut to size. The figures show that the instrument "
@@ -100,10 +101,19 @@ class Found:
         return len(self.tasks) - len(self.unreached)
 
     @property
+    def tests_ended(self) -> str:
+        """End of the last run of the tests, and the number that it did not reach."""
+        last = self.of("tests")[-1]
+        if last["how"] != "cut":
+            return last["how"]
+        left = last["left"]
+        return f"cut, {left} not reached" if left is not None else "cut before any was collected"
+
+    @property
     def summary(self) -> str:
         """The measurements and tests reached, in a sentence or three."""
         outcomes = Counter(entry["outcome"] for entry in self.tests.values())
-        how = f" ({self.ended[-1]})" if self.ended else ""
+        how = f" ({self.tests_ended})" if self.ended else ""
         tests = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))
         said = f"Tests: {tests or 'none'}{how}. {self.measured} of {len(self.tasks)} measurements"
         if not self.unreached:
@@ -144,7 +154,8 @@ def lines_of(found: Found) -> Iterator[str]:
     yield from _conditions(found, session)
     yield from ("![Tests, steps and operations in one picture](results.png)", "")
     for title, part in PARTS.items():
-        if lines := list(part(found)):
+        lines = list(part(found)) or ([NOTHING] if part is not _without_numbers else [])
+        if lines:
             yield from (f"## {title}", "", *lines, "")
 
 
@@ -176,6 +187,7 @@ def _median(values: list[float]) -> float:
 
 def _tests(found: Found) -> Iterator[str]:
     if not found.tests:
+        yield f"None ended: {found.tests_ended}." if found.ended else "Not asked for."
         return
     files = {name.partition("::")[0] for name in found.tests}
     yield f"{len(found.tests)} tests of {len(files)} files ran; `{found.tests_command}`."

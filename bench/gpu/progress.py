@@ -35,7 +35,7 @@ class Progress:
         """Show how many tests ran, and how many compilations wait."""
         path = self.folder / RESULTS
         lines = path.read_bytes().splitlines() if path.exists() else []
-        ran = sum(b'"outcome": "started"' not in line for line in lines)
+        ran = sum(b'"seconds": ' in line for line in lines)
         failed = sum(b'"outcome": "failed"' in line for line in lines)
         text = f"tests: {ran} ran, {failed} failed"
         if compilations:

@@ -1,17 +1,20 @@
 """Plugin of pytest: each result to the disk as it comes, and an order that samples every file."""
 
+import math
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from tritium.bench.gpu.journal import Journal
 from tritium.bench.gpu.process import die_with_parent
-from tritium.bench.gpu.suite import FOLDER, KNOWN, RESULTS
+from tritium.bench.gpu.suite import BEGUN, COLLECTED, FOLDER, KNOWN, RESULTS, STARTED, costs
 
 UNUSABLE = 70  # exit status of a process whose GPU context is broken
 LONGEST = 300  # characters of a reason
+SLOW = 2.0  # seconds that a test marked slow takes at least
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,30 +26,42 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what ran before, and take one test of every file after the other."""
-    known = {*(Path(os.environ[FOLDER]) / KNOWN).read_text().splitlines()}
+    """Leave out what ran before; take one test of every file after the other, quick ones first."""
+    folder = Path(os.environ[FOLDER])
+    known = {*(folder / KNOWN).read_text().splitlines()}
     left_out = [item for item in items if item.nodeid in known]
     config.hook.pytest_deselected(items=left_out)
     by_name = {item.nodeid: item for item in items if item.nodeid not in known}
-    items[:] = [by_name[name] for name in sample_order(list(by_name))]
+    took = costs(folder)
+    seconds = {
+        name: took.get(name.partition("[")[0], SLOW if item.get_closest_marker("slow") else 0.0)
+        for name, item in by_name.items()
+    }
+    items[:] = [by_name[name] for name in sample_order(list(by_name), seconds)]
 
 
-def sample_order(names: list[str]) -> list[str]:
+def sample_order(names: list[str], seconds: Mapping[str, float]) -> list[str]:
     """Order names of tests so that a run that is cut has seen as much of each file as it could.
 
-    First the first case of the first function of each file, then of the second, and so on; then
-    the second case of each function.
+    First those that take up to one of their `seconds`, then those up to two, up to four, and so
+    on. Of each: first the first case of the first function of each file, then of the second, and so
+    on; then the second case of each function.
     """
     seen: Counter[str] = Counter()
     functions: Counter[str] = Counter()
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[str, tuple[float, int, int]] = {}
     for name in names:
         function, file = name.partition("[")[0], name.partition("::")[0]
         if not seen[function]:
             functions[file] += 1
-        places[name] = (seen[function], functions[file])
+        places[name] = (doublings(seconds[name]), seen[function], functions[file])
         seen[function] += 1
     return sorted(names, key=places.__getitem__)  # stable: files keep their order
+
+
+def doublings(seconds: float) -> float:
+    """Doublings of one second until it is `seconds`; 0 for less than one."""
+    return math.inf if seconds == math.inf else math.ceil(math.log2(max(seconds, 1.0)))
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
@@ -65,7 +80,26 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.journal = Journal(path)
-        self.journal.append(test="", outcome="started")
+        self.journal.append(test="", outcome=STARTED)
+        self.collected = False
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Take the tests that this process has collected, to run them itself."""
+        self._collected(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        """Take the tests that a process of pytest-xdist has collected, as they all do."""
+        self._collected(ids)
+
+    def _collected(self, tests: Sequence[object]) -> None:
+        if tests and not self.collected:
+            self.collected = True
+            self.journal.append(test="", outcome=COLLECTED, tests=len(tests))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Take the name of a test that begins: one that never ends is last the next time."""
+        self.journal.append(test=nodeid, outcome=BEGUN)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take a report of one phase of a test: of its call, or of what went wrong around it."""

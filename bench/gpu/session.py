@@ -38,6 +38,7 @@ from tritium.training.run.fingerprint import code_version
 JOURNAL, WORKER_LOG = "rows.jsonl", "worker.log"
 SECONDS = {"cuda": 0.1, "cpu": 0.03}  # of one timing
 TESTS_SHARE, TESTS_MOST = 0.35, 300.0  # of the minutes; seconds
+TESTS_LATEST = 0.6  # of the minutes, where pytest took most of the share to collect its tests
 PAGE_SHARE, PAGE_LEAST = 0.03, 5.0  # of the minutes, for the page and the picture; seconds
 LEAST = 2.0  # seconds below which no measurement is begun
 PAGE_EVERY = 30.0  # seconds between pages while it runs
@@ -108,6 +109,7 @@ class Session:
         """Do as much as the time allows; the page and the picture are made at the end."""
         with (self.folder / WORKER_LOG).open("ab") as self.log:
             try:
+                self.spare = self._start()  # imports what it needs while the tests run
                 self._tests_and_compilations(tests)
                 self._measurements()
             finally:
@@ -127,6 +129,7 @@ class Session:
     def _tests_and_compilations(self, tests: bool) -> None:
         share = min(TESTS_SHARE * self.seconds, TESTS_MOST)
         until = min(self.start + share, self.deadline)
+        latest = min(max(self.start + TESTS_LATEST * self.seconds, until), self.deadline)
         cuda = self.device.type == "cuda"
         suite = Suite(self.folder, processes_here(cuda), cuda=cuda) if tests else None
         ended = {entry["how"] for entry in self.journal.of("tests")}
@@ -140,12 +143,15 @@ class Session:
                         break
                     progress.tests(until - time.monotonic(), compiling and compiling.tasks.qsize())
                     time.sleep(0.2)
+                    if suite and suite.running and suite.left is None:  # half of it is for running
+                        until = min(max(until, time.monotonic() + share / 2), latest)
         finally:
             if compiling is not None:
                 compiling.end()
             if suite is not None and (suite.process is not None or suite.missing):
                 words = " ".join(suite.command).replace(sys.executable, "python")
-                self.journal.append(kind="tests", how=suite.missing or suite.end(), command=words)
+                how = suite.missing or suite.end()
+                self.journal.append(kind="tests", how=how, left=suite.left, command=words)
 
     def _ahead(self) -> ahead.Ahead:
         known = {entry["key"] for entry in self.journal.of("ahead")}

@@ -1,5 +1,7 @@
 """Tests' part of a session: a sample of every file, in parallel, each result kept at once."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -7,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from tritium.bench.gpu.journal import Journal
 from tritium.bench.gpu.process import ROOT, end, environment
 
 TESTS = ("tests/kernels", "tests/model")
 CPU_TESTS = tuple(f"tests/kernels/test_{op}.py" for op in ("relu_squared", "swiglu", "mse_loss"))
 EXAMPLES = "4"  # of a property
 RESULTS, KNOWN, LOG = "tests.jsonl", "tests-known.txt", "tests.log"
+STARTED, COLLECTED, BEGUN = "started", "collected", "begun"  # entries that are no test's result
 PLUGIN = "tritium.bench.gpu.pytest_results"
 FOLDER = "TRITIUM_BENCH_FOLDER"
 
@@ -72,6 +74,19 @@ class Suite:
         """Whether tests run."""
         return self.process is not None and self.process.poll() is None
 
+    @property
+    def left(self) -> int | None:
+        """Tests that this run has collected and not ended; None while it collects."""
+        collected, ended = None, set()
+        for entry in _entries(self.folder):
+            if entry["outcome"] == STARTED:
+                collected, ended = None, set()
+            elif entry["outcome"] == COLLECTED:
+                collected = entry["tests"]
+            elif entry["outcome"] != BEGUN:
+                ended.add(entry["test"])
+        return None if collected is None else collected - len(ended)
+
     def end(self) -> str:
         """End it; return how it ended: complete, cut, or with what status."""
         if self.process is None:
@@ -94,9 +109,25 @@ def command(processes: int, tests: tuple[str, ...]) -> list[str]:
 
 def results(folder: Path) -> dict[str, dict]:
     """The last result of each test that ran, by name."""
+    entries = (x for x in _entries(folder) if x["test"] and x["outcome"] != BEGUN)
+    return {entry["test"]: entry for entry in entries}
+
+
+def _entries(folder: Path) -> list[dict]:
+    """The complete lines of the results; pytest may be writing another."""
     path = folder / RESULTS
-    entries = Journal(path).entries if path.exists() else []
-    return {entry["test"]: entry for entry in entries if entry["test"]}
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def costs(folder: Path) -> dict[str, float]:
+    """Seconds that each test function took, in its longest case; inf where the end cut one."""
+    found: dict[str, float] = {}
+    last = {entry["test"]: entry for entry in _entries(folder) if entry["test"]}
+    for name, entry in last.items():
+        function = name.partition("[")[0]
+        found[function] = max(found.get(function, 0.0), entry.get("seconds", math.inf))
+    return found
 
 
 def processes_here(cuda: bool) -> int:

@@ -1,5 +1,6 @@
 """Prove that every implementation has its rows, with figures or with the reason for none."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -96,8 +97,10 @@ def test_every_operation_is_called_as_it_wants(name, dtype):
         assert row.problem is None, row.problem
         if row.implementation in operation.tritium:
             assert row.error is not None
-            # One rounding in bfloat16; in float32 also those of the sums.
-            assert row.error < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype], row
+            # One rounding in bfloat16; in float32 also those of the sums. A divergence is of two
+            # rounded rows of logits, whose errors add up as squares do.
+            roundings = math.sqrt(2) if name == "linear_kl_div" else 1.0
+            assert row.error < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype] * roundings, row
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

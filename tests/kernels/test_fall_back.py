@@ -29,6 +29,8 @@ CALLS = {
     "cross_entropy": lambda f, x: f(x, TARGET),
     "linear_cross_entropy": lambda f, x: f(x, torch.ones(5, 4), TARGET),
     "linear_log_prob": lambda f, x: f(x, torch.ones(5, 4), TARGET),
+    "linear_kl_div": lambda f, x: f(x, torch.ones(5, 4), x.detach(), torch.ones(5, 4)),
+    "linear_topk_kl_div": lambda f, x: f(x, torch.ones(5, 4), TARGET[:, None], x[:, :1].detach()),
     "info_nce": lambda f, x: f(x, x),
     "mse_loss": lambda f, x: f(x, torch.zeros_like(x)),
     "rms_norm": lambda f, x: f(x, 4),

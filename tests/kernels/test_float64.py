@@ -34,6 +34,20 @@ calls = {
     "linear_cross_entropy": [
         lambda: kernels.linear_cross_entropy(x, tensor(8, 32), classes, **odd)
     ],
+    "linear_kl_div": [
+        lambda beta=beta: kernels.linear_kl_div(
+            x, tensor(8, 32), x.detach(), tensor(8, 32).detach(), beta=beta, temperature=0.3,
+            softcap=0.7, teacher_softcap=0.9,
+        )
+        for beta in (0.0, 1.0, 0.1)
+    ],
+    "linear_topk_kl_div": [
+        lambda beta=beta: kernels.linear_topk_kl_div(
+            x, tensor(8, 32), classes[:, None], x[:, :1].detach(), beta=beta, temperature=0.3,
+            softcap=0.7, tail=True,
+        )
+        for beta in (0.0, 1.0, 0.1)
+    ],
     "info_nce": [lambda: kernels.info_nce(x, tensor(4, 32), temperature=0.07)],
     "softmax": [lambda n=n: kernels.softmax(tensor(2, n), -1, scale=0.3) for n in (8, 40000)],
     "log_softmax": [

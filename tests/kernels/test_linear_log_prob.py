@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from tritium.kernels import linear_log_prob as op
 from tritium.kernels import runtime
+from tritium.kernels._cross_entropy_options import LossOptions
 from tritium.kernels.linear_log_prob import (
     _backward,
     _launch_backward,
+    _rows_backward,
     linear_log_prob,
     linear_log_prob_reference,
 )
@@ -156,6 +158,19 @@ def test_logits_exist_in_chunks_only(device, request):
     copies = 5 if "reference" in request.node.name else 1  # the kernel makes none
     assert gradients + logits <= ledger.peak <= gradients + copies * logits + 16 * C
     assert ledger.peak < 4 * T * V
+
+
+def test_padding_stays_0(device):
+    """Columns beyond the classes, which a product may read, get no gradient."""
+    V = 70
+    x = torch.zeros(3, 128, device=device)
+    x[:, :V] = torch.randn(3, V, device=device) - 500
+    m, log_s = x[:, :V].amax(1), torch.full((3,), 3.0, device=device)
+    target = torch.tensor([0, V - 1, IGNORE], device=device)
+    one = x.new_ones(3)
+    _rows_backward(x, V, target, (m, log_s, one), one, one, LossOptions(IGNORE, 0.0, 0.0, 0.0, 1.0))
+    assert (x[:, V:] == 0).all()
+    assert (x[:2, :V] != 0).all()
 
 
 def test_is_a_well_formed_operator(device):

@@ -60,6 +60,8 @@ def test_reproduces_the_published_table(op, dims, pass_name, microseconds):
         ("info_nce", {"B": 3, "D": 5}, 2 * 15, 4 * 15, 6 * 15),
         # hidden and weight for each product, and the logits read and overwritten in between
         ("linear_cross_entropy", {"T": 3, "D": 5, "V": 2}, 31, 12 + 50, 25 + 12 + 50),
+        # two products of logits, both read and one overwritten
+        ("linear_kl_div", {"T": 3, "D": 5, "V": 2}, 50 + 12, 18 + 50, 50 + 18 + 50),
         # backward recomputes the logits
         ("linear_log_prob", {"T": 3, "D": 5, "V": 2}, 31, 25 + 12 + 50, 31 + 87),
     ],

@@ -16,6 +16,8 @@ from tritium.kernels import runtime
 from tritium.kernels.cross_entropy import cross_entropy
 from tritium.kernels.info_nce import info_nce
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
+from tritium.kernels.linear_kl_div import linear_kl_div
+from tritium.kernels.linear_log_prob import linear_log_prob
 from tritium.kernels.mse_loss import mse_loss
 from tritium.kernels.softmax import log_softmax, softmax
 
@@ -66,6 +68,12 @@ CALLS = {
     "cross_entropy, in place": lambda x, w, t, **o: cross_entropy(x @ w.mT, t, inplace=True, **o),
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy, in chunks": partial(linear_cross_entropy, chunk_bytes=500),
+    "linear_log_prob, in chunks": lambda x, w, t, **o: linear_log_prob(
+        x, w, t if t.dim() == 1 else t.argmax(-1), chunk_bytes=500
+    ),
+    "linear_kl_div, in chunks": lambda x, w, t, **o: linear_kl_div(
+        x, w, x.detach() * 2, w.detach(), chunk_bytes=500, beta=0.5
+    ),
     "info_nce": lambda x, w, t, **o: info_nce(x, x * 2, **o),
     "info_nce, in chunks": lambda x, w, t, **o: info_nce(x, x + 1, chunk_bytes=30, **o),
     "mse_loss": lambda x, w, t, **o: mse_loss(x, x.detach() * 2, **o),
@@ -94,7 +102,7 @@ def test_nothing_unwritten_is_read_or_returned(call, T, D, V, dtype, soft, reduc
     with pytest.MonkeyPatch.context() as patch, Products() as products:
         patch.setattr(runtime, "REFERENCE", path == "reference")
         if path == "rows":  # the rows' reference within the chunks
-            patch.setattr(runtime, "_fallen", frozenset({"cross_entropy"}))
+            patch.setattr(runtime, "_fallen", frozenset({"cross_entropy", "linear_kl_div"}))
         loss = CALLS[call](x, w, target, reduction=reduction)
         loss.sum().backward()
     assert products.seen or call == "mse_loss"

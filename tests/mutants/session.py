@@ -40,6 +40,16 @@ MUTANTS = [
         replacement="fcntl.LOCK_SH | fcntl.LOCK_NB",
     ),
     _session(
+        what="tests have no time where pytest was slow to collect them",
+        original="until = min(max(until, time.monotonic() + share / 2), latest)",
+        replacement="until = min(until, latest)",
+    ),
+    _session(
+        what="a pytest that never collects has all the time",
+        original="until = min(max(until, time.monotonic() + share / 2), latest)",
+        replacement="until = max(until, time.monotonic() + share / 2)",
+    ),
+    _session(
         what="what was begun is not noted",
         original='self.journal.append(kind="begin", key=task.key)',
         replacement="pass",

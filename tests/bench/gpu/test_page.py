@@ -69,11 +69,12 @@ def test_shows_each_part(tmp_path):
             )
         )
     )  # fmt: skip
-    ended = {"kind": "tests", "how": "cut", "command": "python -m pytest tests/kernels"}
+    command = "python -m pytest tests/kernels"
+    ended = {"kind": "tests", "how": "cut", "left": 7, "command": command}
     text = "\n".join(lines(found_of(tmp_path, [*ENTRIES, ended])))
     for said in (
         "# a device",
-        "Tests: 1 failed, 1 passed (cut). ",
+        "Tests: 1 failed, 1 passed (cut, 7 not reached). ",
         "- `b.py::two`: 1 is not 2",
         "`python -m pytest tests/kernels`",
         "clocks.sm 1700 to 1980 (median 1840)",
@@ -85,6 +86,16 @@ def test_shows_each_part(tmp_path):
     ):
         assert said in text, said
     assert page.CPU not in text
+
+
+def test_a_part_without_results_says_so(tmp_path):
+    text = "\n".join(lines(found_of(tmp_path, [])))
+    assert "## Tests\n\nNot asked for.\n" in text
+    for part in ("Training step", "Optimizers", "Operations"):
+        assert f"## {part}\n\nNot reached.\n" in text
+    ended = {"kind": "tests", "how": "cut", "left": None, "command": "python -m pytest"}
+    text = "\n".join(lines(found_of(tmp_path, [ended])))
+    assert "## Tests\n\nNone ended: cut before any was collected.\n" in text
 
 
 def test_says_that_it_was_a_cpu(tmp_path):

@@ -129,6 +129,48 @@ def test_turns_are_merged(quick, tmp_path):
     assert found.drifting == [task.each for task in found.rows]
 
 
+class SlowSuite:
+    """Stands for the suite, and its clock: it collects for some seconds, then runs without end."""
+
+    missing, command, process, running, now = "", ["pytest"], None, False, 0.0
+
+    def __init__(self, collects: float) -> None:
+        self.collects = collects
+
+    def start(self) -> None:
+        self.running, self.process = True, True
+
+    @property
+    def left(self) -> int | None:
+        return None if self.now < self.collects else 5
+
+    def end(self) -> str:
+        return "cut"
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("collects", "ends"), [(0, 42), (15, 42), (30, 51), (60, 72), (90, 72)])
+def test_tests_run_for_half_their_share_where_pytest_was_slow(
+    quick, tmp_path, monkeypatch, collects, ends
+):
+    """They end with their share; later where pytest took it to collect them, within a limit."""
+    suite = SlowSuite(collects)
+    monkeypatch.setattr(session, "Suite", lambda *a, **k: suite)
+    monkeypatch.setattr(session, "time", suite)
+    at = session.Session(tmp_path, 2.0, CPU, False, Console(quiet=True), start=0.0)
+    at.tasks = []
+    at.open(2.0)
+    at.run(tests=True)
+    assert suite.now == pytest.approx(ends, abs=0.5)
+    (ended,) = at.journal.of("tests")
+    assert ended["left"] == (None if collects > ends else 5)
+
+
 @pytest.mark.parametrize("name", ["device", "code", "versions"])
 def test_refuses_to_mix_devices_and_code(quick, tmp_path, name):
     run(tmp_path, tasks_of("Tritium", turns=1))

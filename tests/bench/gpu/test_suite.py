@@ -1,6 +1,7 @@
 """Prove that a session's tests are named on the disk as they end, sampled and continued."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -87,13 +88,14 @@ def test_results_of_a_run_that_is_cut_are_there_and_the_next_takes_the_rest(tree
     made.start()
     deadline = time.monotonic() + 120
     try:
-        while b"test_fails" not in (log.read_bytes() if log.exists() else b""):
+        while b'"outcome": "failed"' not in (log.read_bytes() if log.exists() else b""):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         how = made.end()
     assert how == "cut"
     first = suite.results(tree.parent / "out")
+    assert made.left == 7 - len(first)
     assert "test_last" not in outcomes(first)
     assert outcomes(first)["test_fails"] == "failed"
     (tree / "hang").unlink()
@@ -124,13 +126,42 @@ NAMES = st.lists(
 def test_a_cut_order_has_seen_as_much_of_each_file_as_it_could(cases):
     cases.sort(key=lambda case: case[:2])  # pytest collects file by file, function by function
     names = [f"{file}.py::{function}[{x}]" for file, function, x in cases]
-    order = pytest_results.sample_order(names)
+    quick = dict.fromkeys(names, 0.5)
+    order = pytest_results.sample_order(names, quick)
     assert sorted(order) == sorted(names)
-    assert order == pytest_results.sample_order(list(names))
+    assert order == pytest_results.sample_order(list(names), quick)
     functions = {name.partition("[")[0] for name in names}
     assert {name.partition("[")[0] for name in order[: len(functions)]} == functions
     files = {name.partition("::")[0] for name in names}
     assert {name.partition("::")[0] for name in order[: len(files)]} == files
+
+
+@given(NAMES, st.randoms(use_true_random=False))
+def test_a_cut_order_has_the_quick_tests_first(cases, random):
+    """Seconds count in powers of two, and what the end cut comes last."""
+    names = [f"{file}.py::{function}[{x}]" for file, function, x in sorted(cases)]
+    seconds = {name: random.choice([0.0, 0.7, 1.5, 1.9, 60.0, math.inf]) for name in names}
+    order = pytest_results.sample_order(names, seconds)
+    assert sorted(order) == sorted(names)
+    about = {0.0: 0, 0.7: 0, 1.5: 1, 1.9: 1, 60.0: 6, math.inf: math.inf}
+    steps = [about[seconds[name]] for name in order]
+    assert steps == sorted(steps)
+
+
+def test_what_a_test_took_is_known_of_its_other_cases(tmp_path):
+    """The longest case stands for a function; one that the end cut comes last the next time."""
+    entries = [
+        {"test": "a.py::f[1]", "outcome": "begun"},
+        {"test": "a.py::f[1]", "outcome": "passed", "seconds": 0.5},
+        {"test": "a.py::f[2]", "outcome": "failed", "seconds": 3.0},
+        {"test": "a.py::f[3]", "outcome": "passed", "seconds": 2.0},
+        {"test": "a.py::g", "outcome": "begun"},
+    ]
+    cut = b'{"test": "a.py::h", "outc'  # a line that pytest is writing
+    lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
+    (tmp_path / suite.RESULTS).write_bytes(b"".join([*lines, cut]))
+    assert suite.costs(tmp_path) == {"a.py::f": 3.0, "a.py::g": math.inf}
+    assert list(suite.results(tmp_path)) == ["a.py::f[1]", "a.py::f[2]", "a.py::f[3]"]
 
 
 def test_the_plugin_leaves_triton_to_the_tests():
