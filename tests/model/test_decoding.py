@@ -94,9 +94,14 @@ def test_other_models_are_replayed_too(config, dtype, captured):
         generate(model, prompts, 12, cuda_graph=which, **options) for which in (True, False)
     )
     assert [x.tolist() for x in graphed] == [x.tolist() for x in plain]
+    for row, prompt in zip(graphed, prompts, strict=True):
+        with torch.no_grad():  # each token is the best behind those before it, read at once
+            best = model(row[None, :-1])[0].argmax(-1)
+        found = best == row[1:]
+        assert found[len(prompt) - 1 :].all() or dtype == torch.bfloat16
 
 
-def step_of(model, prompts, at, **options):
+def step_of(model, prompts, at):
     """A `GraphedDecoding` that is about to draw token number `at`."""
     tokens, begin = sampling._padded(model, prompts)
     draw = sampling._Draw(0.7, 9, 0.9, 0.01, seeded(1), 1.2)
@@ -148,11 +153,10 @@ def test_the_host_looks_every_16_tokens(captured, monkeypatch):
 
     monkeypatch.setattr(GraphedDecoding, "check", counted)
     model = build(ModelConfig(**{**vars(SMALL), "max_seq_len": 99}))
-    options = dict(stops=torch.tensor([39]), draw=sampling._Draw(1.0, None, None, None, None, 1.0))
-    tokens = torch.tensor([[1, 2]])
+    draw, never = sampling._Draw(1.0, None, None, None, None, 1.0), torch.tensor([100])
     rows = GraphedDecoding(
-        model, tokens, None, 40, options["draw"], options["stops"] * 0 + 100, False,
-        generator=None, on_failure=pytest.fail,
+        model, torch.tensor([[1, 2]]), None, 40, draw, never, False, generator=None,
+        on_failure=pytest.fail,
     )  # fmt: skip
     assert len(list(decoded(rows, 40, stops=True, on_cpu=False))) == 40
     assert looks == [2 + CHECK_EVERY, 2 + 2 * CHECK_EVERY, 42]
