@@ -25,6 +25,7 @@ tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "
 gc.disable()  # imports leave little garbage; looking for it took 0.6 of the 2.1 s of --help
 
 import torch
+import torch.nn.functional as F
 
 from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
 from tritium.data.shards import open_prepared
@@ -341,13 +342,14 @@ def accumulate_gradients(
     batch, however it is divided, over ranks too. Autocast converts each weight once, for all.
     """
     device = model.embedding.weight.device
-    n_targets = (batch[1] >= 0).sum()  # on the host, except in a CUDA graph
-    n_targets = parallel.ranks.sum(n_targets).clamp(min=1)
+    # Counted for all micro-batches at once, on the host, except in a CUDA graph.
+    counted = F.pad((batch[1] >= 0).sum(1), (0, -len(batch[1]) % micro_batch))
+    counted = counted.view(-1, micro_batch).sum(1)
+    shares = counted / parallel.ranks.sum(counted.sum()).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=device)
     micro_batches = [*zip(*(x.split(micro_batch) for x in batch), strict=True)]
     with cast:
-        for i, inputs in enumerate(micro_batches, 1):
-            share = (inputs[1] >= 0).sum() / n_targets
+        for i, (inputs, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
             with parallel.micro_batch(model, last=i == len(micro_batches)) as forward:
                 loss = forward(*(x.to(device, non_blocking=True) for x in inputs)) * share
                 with torch.autocast(device.type, enabled=False):

@@ -29,13 +29,20 @@ class Cache:
         n_layers: layers of the model.
         max_length: the most tokens of a row.
         windows: the window of each layer, None for those that have none. None: no layer has one.
+        fixed: keep all `max_length` tokens of every layer, windows or not, in memory that stays
+            where it is until the cache is dropped, as a CUDA graph needs it: 2 · n_layers · B ·
+            max_length · G · K elements, zeros at first.
 
     Attributes:
         length: tokens of each row so far.
     """
 
-    def __init__(self, n_layers: int, max_length: int, windows: Sequence[int | None] | None = None):
+    def __init__(
+        self, n_layers: int, max_length: int, windows: Sequence[int | None] | None = None,
+        *, fixed: bool = False,
+    ):  # fmt: skip
         self.n_layers, self.max_length, self.length = n_layers, max_length, 0
+        self._fixed = fixed
         self._windows = [None] * n_layers if windows is None else [*windows]
         self._layers: list[_Held | None] = [None] * n_layers
         self._position_BS: Tensor | None = None
@@ -119,9 +126,13 @@ class Cache:
         """Return new memory of layer `i`, with what the next tokens see."""
         oldest, window = self._oldest(i, self.length), self._windows[i]
         room = self.max_length
-        if window is not None:
+        if window is not None and not self._fixed:
             room = min(room, max(2 * window, self.length + k_BLGK.shape[1] - oldest))
         k_BSGK, v_BSGK = (x.new_empty(x.shape[0], room, *x.shape[2:]) for x in (k_BLGK, v_BLGK))
+        if (
+            self._fixed
+        ):  # what no token has written is multiplied by weights of 0, and may be no NaN
+            k_BSGK.zero_(), v_BSGK.zero_()
         if held is not None:
             seen, n = slice(oldest - held.first, self.length - held.first), self.length - oldest
             k_BSGK[:, :n], v_BSGK[:, :n] = held.keys[:, seen], held.values[:, seen]
@@ -132,10 +143,70 @@ class Cache:
         return None if self._layers[0] is None else self._layers[0].keys.shape[0]
 
 
+class Cursor:
+    """The place behind the tokens of a fixed `Cache`, as a number on the device.
+
+    `Transformer.next_hidden` reads one token of each row there. Everything it does has the same
+    shapes at every place, and none of it is known to the host: it can be captured in a CUDA graph.
+
+    Args:
+        cache: fixed, in which tokens have been read.
+        rows: of which each begins in its own column; False: all of them in column 0.
+
+    Attributes:
+        cache: the same.
+        place_1: the column of the next token, `[1]` int64.
+    """
+
+    def __init__(self, cache: Cache, rows: bool):
+        held = cache._layers[0]
+        assert held is not None
+        assert cache._fixed
+        self.cache, device = cache, held.keys.device
+        B, S = held.keys.shape[:2] if rows else (1, held.keys.shape[1])
+        self._slot_S = torch.arange(S, device=device)
+        self._begin_B1 = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.place_1 = torch.zeros(1, dtype=torch.long, device=device)
+
+    def seek(self, begin_B1: Tensor | None) -> None:
+        """Go behind the tokens that the cache holds now, of which each row's begin in a column."""
+        self.place_1.fill_(self.cache.length)
+        if begin_B1 is not None:
+            self._begin_B1.copy_(begin_B1)
+
+    def advance(self) -> None:
+        """Go to the next place, on the device."""
+        self.place_1 += 1
+
+    def position(self) -> Tensor:
+        """Return the place of the next token in its own row, `[B, 1]`, or `[1, 1]` for all rows."""
+        return (self.place_1 - self._begin_B1).clamp(min=0)
+
+    def masks(self, window: int | None) -> tuple[Tensor, Tensor | None]:
+        """Return what the next token sees, `[B, 1, 1, S]`, in layers without and with a window."""
+        seen_BS = (self._slot_S <= self.place_1) & (self._slot_S >= self._begin_B1)
+        full_B11S = seen_BS[:, None, None]
+        if window is None:
+            return full_B11S, None
+        return full_B11S, full_B11S & (self._slot_S > self.place_1 - window)
+
+    def layer(self, i: int) -> LayerCache:
+        """Return the part of layer `i`."""
+        return LayerCache(self, i)
+
+    def append(self, i: int, k_B1GK: Tensor, v_B1GK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values of layer `i` at the place; return the memory of all, `[B, S]`."""
+        held = self.cache._layers[i]
+        assert held is not None
+        for x_BSGK, x_B1GK in ((held.keys, k_B1GK), (held.values, v_B1GK)):
+            x_BSGK.index_copy_(1, self.place_1, x_B1GK.to(x_BSGK.dtype))
+        return held.keys, held.values
+
+
 class LayerCache:
     """One layer's part of a `Cache`."""
 
-    def __init__(self, cache: Cache, i: int):
+    def __init__(self, cache: Cache | Cursor, i: int):
         self._cache, self._i = cache, i
 
     def append(self, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:

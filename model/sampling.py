@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from typing import NamedTuple, Protocol, overload
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from tritium.kernels import softmax
 from tritium.model.config import ModelConfig
-from tritium.model.kv_cache import Cache
+from tritium.model.decoding import Decoding, GraphedDecoding, decoded, obstacle
+from tritium.model.kv_cache import Cache, Cursor
 
 
 class LanguageModel(Protocol):
@@ -25,14 +27,18 @@ class LanguageModel(Protocol):
         """The device of the model."""
         ...
 
-    def new_cache(self, max_length: int | None = None, /) -> Cache:
-        """Return an empty cache of keys and values."""
+    def new_cache(self, max_length: int | None = None, /, *, fixed: bool = False) -> Cache:
+        """Return an empty cache of keys and values, `fixed` for `next_hidden`."""
         ...
 
     def hidden(
         self, tokens: Tensor, cache: Cache | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Return the output of the last block for tokens behind those of the cache."""
+        ...
+
+    def next_hidden(self, token: Tensor, cursor: Cursor) -> Tensor:
+        """Return the output of the last block for one token more, without asking the host."""
         ...
 
     def logits(self, h_BLD: Tensor, /) -> Tensor:
@@ -53,9 +59,9 @@ class _Draw(NamedTuple):
     generator: torch.Generator | None
     repetition_penalty: float
 
-    def __call__(self, logits_BV: Tensor, tokens_BL: Tensor) -> Tensor:
-        if self.repetition_penalty != 1:
-            logits_BV = _penalised(logits_BV, tokens_BL, self.repetition_penalty)
+    def __call__(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
+        if seen_BV is not None:
+            logits_BV = _penalised(logits_BV, seen_BV, self.repetition_penalty)
         return sample(logits_BV, *self[:-1])
 
 
@@ -71,10 +77,17 @@ def stream(
     repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
+    cuda_graph: bool = True,
+    log: Callable[[str], object] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, `[B, 1]`, as soon as it is drawn.
 
-    The arguments are those of `generate`, and checked at once.
+    With stop tokens on a GPU they come in groups of 16, after which the host looks for them. The
+    arguments are those of `generate`, and checked at once.
+
+    Args:
+        log: called with a line that says whether a CUDA graph is used, or why not, where one is
+            called for. None: why not is a warning.
     """
     tokens_BL, begin_B1 = _padded(model, tokens)
     draw = _Draw(temperature, top_k, top_p, min_p, generator, repetition_penalty)
@@ -83,43 +96,34 @@ def stream(
     for stop in stop_tokens:
         if not 0 <= index(stop) < V:
             raise ValueError(f"generate: stop_tokens must be in [0, {V}), got {stop}")
-    return _drawn(model, tokens_BL, begin_B1, max_new_tokens, draw, list(stop_tokens))
+    if not len(tokens_BL):
+        return iter(())
+    stops = torch.tensor(list(stop_tokens), dtype=torch.long, device=tokens_BL.device)
+    what = model, tokens_BL, begin_B1, max_new_tokens, draw, stops, repetition_penalty != 1
+    decoding = _decoding(what, generator, cuda_graph, log)
+    on_cpu = tokens_BL.device.type == "cpu"
+    return decoded(decoding, max_new_tokens, bool(stop_tokens), on_cpu)
 
 
-@torch.no_grad()
-def _drawn(
-    model: LanguageModel, tokens: Tensor, begin_B1: Tensor | None, max_new_tokens: int,
-    draw: _Draw, stop_tokens: list[int],
-) -> Iterator[Tensor]:  # fmt: skip
-    if not len(tokens):
-        return
-    limit = model.config.max_seq_len
-    room = min(limit, tokens.shape[1] + max_new_tokens)
-    cache, unread, stops = None, tokens[:, -limit:], tokens.new_tensor(stop_tokens)
-    stopped_B1 = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
-    for _ in range(max_new_tokens):
-        positions = None
-        if cache is None or cache.length + unread.shape[1] > limit:
-            if cache is not None:
-                unread = tokens[:, -max(1, limit // 2) :]
-            cache = model.new_cache(room)
-            positions = _positions(unread, tokens.shape[1] - unread.shape[1], begin_B1)
-        logits_BV = model.logits(model.hidden(unread, cache, positions)[:, -1])
-        unread = torch.where(stopped_B1, tokens[:, -1:], draw(logits_BV, tokens))
-        tokens = torch.cat((tokens, unread), dim=1)
-        yield unread
-        if stop_tokens:
-            stopped_B1 = torch.isin(unread, stops)
-            if stopped_B1.all():
-                return
+def _decoding(
+    what: tuple, generator: torch.Generator | None, cuda_graph: bool,
+    log: Callable[[str], object] | None,
+) -> Decoding:  # fmt: skip
+    """Return what draws: by a CUDA graph where one is asked and called for, and possible."""
 
+    def without(reason: str) -> None:
+        line = f"No CUDA graph is captured: {reason}"
+        warnings.warn(f"generate: {line}", stacklevel=2) if log is None else log(line)
 
-def _positions(unread_BL: Tensor, first: int, begin_B1: Tensor | None) -> Tensor | None:
-    """Return the positions of tokens from column `first` on, 0 for what is only padding."""
-    if begin_B1 is None or begin_B1.max() <= first:
-        return None
-    place_L = torch.arange(first, first + unread_BL.shape[1], device=unread_BL.device)
-    return (place_L - begin_B1.clamp(min=first)).clamp(min=0)
+    model, _, _, max_new_tokens, *_ = what
+    reason = obstacle(model, max_new_tokens) if cuda_graph else ""
+    if reason is None:
+        if log is not None:
+            log("Each token is the replay of a CUDA graph")
+        return GraphedDecoding(*what, generator=generator, on_failure=without)
+    if reason:
+        without(reason)
+    return Decoding(*what)
 
 
 def _padded(model: LanguageModel, prompts: Prompts) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +168,7 @@ def generate(
     model: LanguageModel, tokens: Tensor, max_new_tokens: int, *,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (),
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, cuda_graph: bool = True,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -173,7 +177,7 @@ def generate(
     model: LanguageModel, tokens: Sequence[Sequence[int] | Tensor], max_new_tokens: int, *,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (),
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, cuda_graph: bool = True,
 ) -> list[Tensor]: ...  # fmt: skip
 
 
@@ -189,6 +193,7 @@ def generate(
     repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
+    cuda_graph: bool = True,
 ) -> Tensor | list[Tensor]:
     """Continue prompts by sampling from the model.
 
@@ -210,6 +215,10 @@ def generate(
         stop_tokens: ids, such as a tokenizer's `eot`, with which a row ends. The first one drawn
             is repeated while other rows last, and sampling ends with the last row.
         generator: source of randomness on the model's device; None for PyTorch's global one.
+        cuda_graph: on a GPU, for 64 new tokens or more, make each token behind the prompt one
+            launch, the replay of a CUDA graph; a warning says why where that cannot be. The tokens
+            are the same, to rounding, and up to 16 more may be drawn behind the last row's end.
+            `tritium.model.decoding.GraphedDecoding` says what memory it holds meanwhile.
 
     Returns:
         `[B, L + max_new_tokens]` ids, or fewer where all rows have ended; a batch of no rows as it
@@ -217,11 +226,12 @@ def generate(
 
     Raises:
         ValueError: an argument is out of its range, a prompt is empty, or an id is unknown.
+        RuntimeError: logits are not finite.
     """
     drawn = stream(
         model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, stop_tokens=stop_tokens,
-        generator=generator,
+        generator=generator, cuda_graph=cuda_graph,
     )  # fmt: skip
     if isinstance(tokens, Tensor):
         return torch.cat((tokens, *drawn), dim=1)
@@ -245,7 +255,11 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one id per row, `[B, 1]`; the arguments are those of `generate`."""
+    """Draw one id per row, `[B, 1]`; the arguments are those of `generate`.
+
+    It draws as `torch.multinomial` does, but does not wait for the device to look at the
+    probabilities: where logits are NaN, so may be what it draws.
+    """
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
     p_BV, ids_BV = softmax(logits_BV.float(), scale=1 / temperature).sort(-1, descending=True)
@@ -256,13 +270,13 @@ def sample(
         p_BV = torch.where(before_BV < top_p, p_BV, 0)  # the most probable token always stays
     if min_p is not None:
         p_BV = torch.where(p_BV >= min_p * p_BV[:, :1], p_BV, 0)
-    return ids_BV.gather(-1, torch.multinomial(p_BV, 1, generator=generator))
+    time_BV = torch.empty_like(p_BV).exponential_(generator=generator)  # the first to arrive wins
+    return ids_BV.gather(-1, (p_BV / time_BV).argmax(-1, keepdim=True))
 
 
-def _penalised(logits_BV: Tensor, tokens_BL: Tensor, penalty: float) -> Tensor:
-    seen_BL = logits_BV.gather(-1, tokens_BL.long())
-    seen_BL = torch.where(seen_BL > 0, seen_BL / penalty, seen_BL * penalty)
-    return logits_BV.scatter(-1, tokens_BL.long(), seen_BL)
+def _penalised(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    less_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, less_BV, logits_BV)
 
 
 def _check(max_new_tokens: int, draw: _Draw) -> None:
@@ -332,18 +346,20 @@ def write_stream(
     repetition_penalty: float = 1.0,
     seed: int = 1,
     on_token: Callable[[], object] = bool,
+    cuda_graph: bool = True,
+    log: Callable[[str], object] | None = None,
 ) -> Iterator[str]:
     """Yield a prompt and the text that the model continues it with, up to the end of text.
 
     The prompt is encoded as the training data were. An empty one is the beginning of a
     document. The global random number generators are not used. `on_token` is called after each
-    token that was drawn.
+    token that was drawn; `cuda_graph` and `log` are those of `stream`.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eot]
     drawn = stream(
         model, [ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, stop_tokens=[tokenizer.eot],
-        generator=torch.Generator(model.device).manual_seed(seed),
+        generator=torch.Generator(model.device).manual_seed(seed), cuda_graph=cuda_graph, log=log,
     )  # fmt: skip
     return spoken(tokenizer, _followed(ids, drawn, on_token))
 
@@ -363,12 +379,14 @@ def write_on(
     """Return `prompt` and what the model continues it with, at temperature 0.8 and top-p 0.95.
 
     The model is put back to training or evaluation, as it was; the global random number generators
-    are not used.
+    are not used. No CUDA graph is captured: a capture that fails may leave PyTorch's generators
+    unusable, and with them the training around it.
     """
     assert isinstance(model, nn.Module)
     training = model.training
     model.eval()
     try:
-        return "".join(write_stream(model, tokenizer, prompt, max_new_tokens, seed=seed))
+        pieces = write_stream(model, tokenizer, prompt, max_new_tokens, seed=seed, cuda_graph=False)
+        return "".join(pieces)
     finally:
         model.train(training)

@@ -25,8 +25,8 @@ from tritium.model.attention import as_multiplied
 from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
 from tritium.model.initialisation import initialise
-from tritium.model.kv_cache import Cache
-from tritium.model.masks import make_masks
+from tritium.model.kv_cache import Cache, Cursor
+from tritium.model.masks import Masks, make_masks
 from tritium.model.modules import AddedNorm
 from tritium.model.old_weights import pack_projections
 from tritium.model.reversible import residual_stack
@@ -281,42 +281,63 @@ class Transformer(nn.Module):
                     f"{self.config.n_layers}; take one of its new_cache()"
                 )
             positions = cache.positions(tokens, positions)
-        x_BLD, residual_BLD = self.embedding(tokens), None
+        x_BLD = self.embedding(tokens)
         masks = make_masks(self.config, tokens.shape[1], end, positions, x_BLD)
         if self.position_embedding is not None:
             if positions is None:
                 positions = torch.arange(start, end, device=tokens.device)
             x_BLD = x_BLD + self.position_embedding(positions[..., -tokens.shape[1] :])
+        # Angles run on through a row's documents: attention sees their differences alone.
+        cos_LK, sin_LK = self._tables(x_BLD.device)
+        h_BLD = self._through_blocks(x_BLD, (cos_LK[start:end], sin_LK[start:end], masks), cache)
+        if cache is not None:
+            cache.length = end
+        return h_BLD
+
+    def next_hidden(self, token: Tensor, cursor: Cursor) -> Tensor:
+        """Return the output of the last block for one more token of each row, `[B, 1, D]`.
+
+        It is that of `hidden`, to rounding: attention goes over all of the cache's memory. Nothing
+        in it depends on the host, so that a CUDA graph of it serves every place.
+
+        Args:
+            token: `[B, 1]` ids.
+            cursor: at a fixed cache that has room; takes the keys and values of the token. It does
+                not advance, nor does the cache's `length`.
+        """
+        x_B1D = self.embedding(token)
+        if self.position_embedding is not None:
+            x_B1D = x_B1D + self.position_embedding(cursor.position())
+        tables = self._tables(x_B1D.device)  # empty where positions are learned
+        if self.config.positions == "rope":
+            tables = tuple(x_LK.index_select(0, cursor.place_1) for x_LK in tables)
+        masks = Masks(*cursor.masks(self.config.window))
+        return self._through_blocks(x_B1D, (*tables, masks), cursor)
+
+    def _through_blocks(self, x_BLD: Tensor, places: tuple, cache: Any) -> Tensor:
         if self.config.reversible:  # in the dtype of the weights, unless another is asked for
             x_BLD = x_BLD.to(self.residual_dtype or x_BLD.dtype)
         elif self.residual_dtype is None:
             x_BLD = as_multiplied(x_BLD)
-        # Angles run on through a row's documents: attention sees their differences alone.
-        cos_LK, sin_LK = self._tables(x_BLD.device)
-        places = cos_LK[start:end], sin_LK[start:end], masks
         if self.config.reversible:
             dropout = self.dropout if self.training else 0.0
-            x_BLD = residual_stack(self.blocks, x_BLD, places, cache, dropout)
-            if cache is not None:
-                cache.length = end
-            return self.norm(x_BLD)
+            return self.norm(residual_stack(self.blocks, x_BLD, places, cache, dropout))
+        residual_BLD = None
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             x_BLD, residual_BLD = checkpointing.run_block(
                 self.activation_checkpointing, i, block, (x_BLD, residual_BLD, places, layer),
                 draws=self.dropout > 0,
             )  # fmt: skip
-        if cache is not None:
-            cache.length = end
         return self.norm.add(x_BLD, residual_BLD)[0]
 
-    def new_cache(self, max_length: int | None = None) -> Cache:
+    def new_cache(self, max_length: int | None = None, *, fixed: bool = False) -> Cache:
         """Return an empty cache of keys and values, for `max_length` tokens of each row.
 
-        None: for as many as the context holds.
+        None: for as many as the context holds. `fixed` is `Cache`'s.
         """
         windows = [self.config.window_of(i) for i in range(self.config.n_layers)]
-        return Cache(len(windows), max_length or self.config.max_seq_len, windows)
+        return Cache(len(windows), max_length or self.config.max_seq_len, windows, fixed=fixed)
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Return the logits `[..., V]` of hidden states `[..., D]`."""

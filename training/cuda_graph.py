@@ -9,9 +9,8 @@ from torch import Tensor
 
 from tritium.kernels import runtime
 from tritium.kernels.runtime import fallen_back
+from tritium.model.replay import WARM_UP, Replay
 from tritium.training.optim import Optimizer
-
-WARM_UP = 3  # steps that make the optimizer's state, compile kernels and choose algorithms
 
 Batch = tuple[Tensor, ...]
 Step = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -83,7 +82,6 @@ class GraphedStep:
     def __init__(self, take: Step, optimizer: Optimizer):
         self._take, self._optimizer = take, optimizer
         self._device = optimizer.param_groups[0]["params"][0].device
-        self._stream = torch.cuda.Stream(self._device)
         self._batch: Batch | None = None
         self._forget()
         optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
@@ -91,17 +89,7 @@ class GraphedStep:
     def __call__(self, batch: Batch, /) -> tuple[Tensor, Tensor]:
         """Take a step; return its loss and gradient norm, in tensors of their own."""
         static = self._copied(batch)
-        if self._graph is None and self._taken < WARM_UP:
-            self._taken += 1
-            results = self._on_a_side_stream(static)
-        else:
-            if self._graph is None:
-                torch.cuda.empty_cache()  # the graph has a pool of its own
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self._results = self._take(static)
-            self._graph.replay()
-            results = self._results
+        results = self._replay(lambda: self._take(static))
         loss, norm = (x.clone() for x in results)  # the next replay overwrites them
         return loss, norm
 
@@ -113,17 +101,7 @@ class GraphedStep:
             static.copy_(x.pin_memory(), non_blocking=True)
         return self._batch
 
-    def _on_a_side_stream(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As PyTorch asks for before a capture: autograd remembers the stream that it ran on."""
-        present = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(present)
-        with torch.cuda.stream(self._stream):
-            results = self._take(batch)
-        present.wait_stream(self._stream)
-        return results
-
     def _forget(self) -> None:
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._taken = 0
+        self._replay = Replay(self._device)
         for group in self._optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self._device)

@@ -31,11 +31,13 @@ def main(
     repetition_penalty: float = 1.0,
     seed: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    cuda_graph: bool = True,
     checkpoint: Literal["best", "newest"] = "best",
 ) -> None:
     """Print, as it is sampled, how a trained model continues a prompt, up to the end of the text.
 
-    The text goes to stdout, the tokens per second to stderr.
+    The text goes to stdout, the tokens per second to stderr, and on a GPU whether a CUDA graph drew
+    them.
 
     Args:
         run: folder of a run, of one checkpoint, or in Hugging Face's layout.
@@ -50,6 +52,8 @@ def main(
         repetition_penalty: divides the logits of what is in the text already; 1 for none.
         seed: seed of a prompt's first continuation; each further one adds 1.
         device: device to sample on. auto: a GPU if there is one.
+        cuda_graph: on a GPU replay a CUDA graph for each token behind a prompt, if there may be 64
+            or more; they come in groups of 16.
         checkpoint: the one of a run with the lowest validation loss, if it was kept, or the newest.
     """
     if samples < 1:
@@ -66,7 +70,7 @@ def main(
         pieces = write_stream(
             model, tokenizer, text, max_new_tokens, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=own_seed,
-            on_token=rate.count,
+            on_token=rate.count, cuda_graph=cuda_graph, log=rate.note,
         )  # fmt: skip
         rate.begin()
         for piece in pieces:
@@ -92,6 +96,7 @@ class _Rate:
 
     def __init__(self):
         self._tokens, self._seconds, self._began = 0, 0.0, 0.0
+        self._way: list[str] = []
 
     def begin(self) -> None:
         self._began = time.perf_counter()
@@ -102,9 +107,13 @@ class _Rate:
     def end(self) -> None:
         self._seconds += time.perf_counter() - self._began
 
+    def note(self, line: str) -> None:
+        """Take a line that says how tokens are drawn; the same one counts once."""
+        self._way = [*dict.fromkeys((*self._way, line))]
+
     def __str__(self) -> str:
         rate = self._tokens / self._seconds if self._seconds else 0.0
-        return f"{self._tokens:,} tokens, {rate:,.0f} tokens/s"
+        return "; ".join((f"{self._tokens:,} tokens, {rate:,.0f} tokens/s", *self._way))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from tritium.bench.gpu import suite
 from tritium.bench.gpu.blocked import Blocked, problem_of
 from tritium.bench.gpu.steps import tokens_per_second
-from tritium.bench.gpu.tasks import OPERATION, OPTIMIZER, PROFILE, STEP, Task
+from tritium.bench.gpu.tasks import CHECK, OPERATION, OPTIMIZER, PROFILE, STEP, Task
 from tritium.bench.harness import PASSES
 from tritium.bench.tables import Row, describe_rates
 from tritium.data import atomic
@@ -210,8 +210,9 @@ def _steps(found: Found) -> Iterator[str]:
             row.implementation, _time(row), f"{tokens_per_second(row):,.0f}",
             f"{row.percent_of_bound:.3g}", memory,
         )  # fmt: skip
-    texts = [x["text"] for x in found.results.values() if x["task"]["kind"] == PROFILE]
-    yield from ("", *texts) if texts else ()
+    for entry in found.results.values():
+        if entry["task"]["kind"] in (PROFILE, CHECK) and entry.get("text"):  # none if it crashed
+            yield from ("", entry["text"])
 
 
 def _optimizers(found: Found) -> Iterator[str]:

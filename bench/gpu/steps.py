@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from tritium.training.precision import ComputeConfig
 
 SAMPLES = 8  # steps of a turn that are timed
 MAX_NORM = 1.0
-Step = Callable[[], object]
+Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ SMALL = ModelConfig(vocab_size=512, n_layers=2, d_model=64, n_heads=4, max_seq_l
 SHAPES = {"cuda": Shape(GPT2, 64), "cpu": Shape(SMALL, 8)}
 
 
-def _tritium(shape: Shape, device: torch.device, micro_batches: int, graph: bool) -> Step:
+def tritium_step(shape: Shape, device: torch.device, micro_batches: int, graph: bool) -> Step:
+    """Make a model, and return its step, which returns loss and gradient norm."""
     model = Transformer(shape.config)
     arithmetic = ComputeConfig(precision="bfloat16").apply(model, device)
     optimizer = OptimizerConfig(max_grad_norm=MAX_NORM).make(model)
@@ -88,10 +90,10 @@ def _batch(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 STEPS: dict[str, Callable[[Shape, torch.device], Step]] = {
-    "Tritium, 2 micro-batches, CUDA graph": lambda s, d: _tritium(s, d, 2, graph=True),
+    "Tritium, 2 micro-batches, CUDA graph": lambda s, d: tritium_step(s, d, 2, graph=True),
     "PyTorch modules, torch.compile, 2": lambda s, d: _plain(s, d, 2, compiled=True),
-    "Tritium, 4 micro-batches, CUDA graph": lambda s, d: _tritium(s, d, 4, graph=True),
-    "Tritium, 4 micro-batches": lambda s, d: _tritium(s, d, 4, graph=False),
+    "Tritium, 4 micro-batches, CUDA graph": lambda s, d: tritium_step(s, d, 4, graph=True),
+    "Tritium, 4 micro-batches": lambda s, d: tritium_step(s, d, 4, graph=False),
     "PyTorch modules, 4": lambda s, d: _plain(s, d, 4, compiled=False),
 }
 """The steps by name, the most important first."""

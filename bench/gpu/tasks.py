@@ -8,12 +8,14 @@ import torch
 
 from tritium.bench import harness
 from tritium.bench.case import own_implementations
+from tritium.bench.gpu.checks import CHECKS
 from tritium.bench.gpu.steps import STEPS
 from tritium.bench.operations import OPERATIONS, Dims
 from tritium.bench.optimizer_shapes import MODELS, SMALLEST, Shapes
 from tritium.bench.optimizer_tasks import TASKS
 
-RATES, STEP, PROFILE, OPTIMIZER, OPERATION = "rates", "step", "profile", "optimizer", "operation"
+RATES, STEP, PROFILE, CHECK = "rates", "step", "profile", "check"
+OPTIMIZER, OPERATION = "optimizer", "operation"
 TURNS = 2  # of each measurement: peers take turns, so that a change of the clock meets all
 LIMIT = 45.0  # seconds of a measurement with its compilation; a peer may take more, and has none
 LONG_LIMIT = 150.0  # of a step, whose compilation is that of a model
@@ -66,7 +68,7 @@ class Task:
     @property
     def limit(self) -> float:
         """Seconds that it may take."""
-        return LONG_LIMIT if self.kind in (STEP, PROFILE) else LIMIT
+        return LONG_LIMIT if self.kind in (STEP, PROFILE, CHECK) else LIMIT
 
 
 def tasks(device: torch.device, compiled: bool) -> Iterator[Task]:
@@ -85,6 +87,8 @@ def tasks(device: torch.device, compiled: bool) -> Iterator[Task]:
             yield Task(STEP, "training step", implementation=name, part="step", turn=turn)
     if device.type == "cuda":
         yield Task(PROFILE)
+        for name in CHECKS:
+            yield Task(CHECK, name)
     yield from _optimizers(device, [name for name in TASKS if name in FIRST])
     firsts, others = _operations(device, compiled)
     yield from firsts

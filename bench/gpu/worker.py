@@ -12,8 +12,10 @@ from tritium.bench import harness, optimizer
 from tritium.bench import step as step_profile
 from tritium.bench.case import Case, Settings, attempt
 from tritium.bench.gpu import steps
+from tritium.bench.gpu.checks import CHECKS
 from tritium.bench.gpu.process import die_with_parent
 from tritium.bench.gpu.tasks import (
+    CHECK,
     OPERATION,
     OPTIMIZER,
     OPTIMIZER_MODELS,
@@ -70,6 +72,9 @@ class Bench:
         if task.kind == PROFILE:
             found = attempt(lambda: _profile(settings))
             return {"text": found}
+        if task.kind == CHECK:
+            shape = steps.SHAPES[self.device.type]
+            return {"text": attempt(lambda: CHECKS[task.name](shape, self.device))}
         row = attempt(lambda: self._row(task, settings))
         if isinstance(row, str):
             row = Row(task.shape, {}, task.implementation, task.part, problem=row)

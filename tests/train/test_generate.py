@@ -15,7 +15,7 @@ from tokenizers import processors
 from tritium.data import Tokenizer
 from tritium.model import Transformer
 from tritium.model.saved import read_model
-from tritium.training.generate import main
+from tritium.training.generate import _Rate, main
 from tritium.training.run import checkpoint
 from tritium.training.run.run_state import RunState
 from tritium.training.trained import load_tokenizer
@@ -114,6 +114,13 @@ def test_the_command_line_streams_and_refuses_in_a_sentence(folder):
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert "holds no checkpoint" in wrong.stderr
+
+
+def test_the_last_line_says_how_tokens_were_drawn():
+    rate = _Rate()
+    for line in ("Each token is", "Each token is", "No CUDA graph"):
+        rate.note(line)
+    assert str(rate) == "0 tokens, 0 tokens/s; Each token is; No CUDA graph"
 
 
 def test_the_config_of_a_run_makes_its_shape_again(folder):

@@ -10,7 +10,7 @@ import torch
 from doubling import RATES as A_MACHINE
 
 from tritium.bench.gpu import page, picture, suite
-from tritium.bench.gpu.tasks import OPERATION, OPTIMIZER, RATES, STEP, Task, tasks
+from tritium.bench.gpu.tasks import CHECK, OPERATION, OPTIMIZER, PROFILE, RATES, STEP, Task, tasks
 from tritium.bench.tables import Row
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -48,6 +48,9 @@ ENTRIES = [
     row(Task(OPERATION, *NORM, "liger", "both"), 8.0),
     {"kind": "row", "key": (x := Task(OPERATION, *NORM, "quack", "both")).key, "task": asdict(x),
      "problem": "crashed: SIGSEGV", "fatal": True},
+    {"kind": "row", "key": (x := Task(CHECK, "sampling")).key, "task": asdict(x), "text": "Fast."},
+    {"kind": "row", "key": (x := Task(PROFILE)).key, "task": asdict(x),
+     "problem": "no answer", "fatal": True},
 ]  # fmt: skip
 
 
@@ -82,6 +85,8 @@ def test_shows_each_part(tmp_path):
         "| Tritium, 4 micro-batches, CUDA graph | 130 ms (65.0 ms to 260 ms) | 504,123 |",
         "| GPT-2 1.5B | AdamW float32 | 15.0 ms, 7 %, 2, 1.0e-03 | torch fused 16.0 ms, 6 % |",
         "| rms_norm | GPT-2 124M (T=8 D=16) | 80 / 50 / 25 | – / – / 12 | 4.00 ms | 1.0e-03 | 1.05",
+        "\n\nFast.\n",
+        "- profile: no answer",
         "- quack: crashed: SIGSEGV (rms_norm, GPT-2 124M, both)",
     ):
         assert said in text, said

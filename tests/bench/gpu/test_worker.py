@@ -1,15 +1,20 @@
 """Prove that a worker measures each kind of task, and that an order to warm up measures nothing."""
 
+import re
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 from doubling import RATES as A_MACHINE
 
 from tritium.bench import harness
-from tritium.bench.gpu import ahead, worker
+from tritium.bench.gpu import ahead, checks, worker
+from tritium.bench.gpu.checks import graph_against_none, sampling
+from tritium.bench.gpu.steps import SHAPES, tritium_step
 from tritium.bench.gpu.tasks import (
+    CHECK,
     OPERATION,
     OPTIMIZER,
     ORDER,
@@ -46,6 +51,22 @@ def test_measures_each_kind():
         assert row["percent_of_bound"] > 0
         assert row["dims"].items() >= (dims.items() if task.kind != OPTIMIZER else set())
         assert row["error"] is not None or task.kind == STEP
+
+
+def test_checks_of_graphs_say_what_they_found(monkeypatch):
+    steps = partial(graph_against_none, n_steps=5)
+    assert re.fullmatch(
+        r"5 steps as a CUDA graph and kernel by kernel: losses and gradient norms are the same "
+        r"bits\. From .* first step: [\d.]+ s\.",
+        steps(SHAPES["cpu"], CPU),
+    )
+    made = iter([tritium_step(SHAPES["cpu"], CPU, 2, graph=False) for _ in range(2)])
+    monkeypatch.setattr(checks, "tritium_step", lambda *_, **__: next(made))  # of other seeds
+    assert "gradient norms differ from step 1 on." in steps(SHAPES["cpu"], CPU)
+    monkeypatch.setitem(worker.CHECKS, "sampling", partial(sampling, n_tokens=9))
+    answer = worker.Bench().answer(order(Task(CHECK, "sampling")))
+    assert "9 greedy tokens of one row" in answer["text"]
+    assert "The tokens are the same." in answer["text"]
 
 
 def test_the_inputs_of_a_case_are_kept_until_the_next(monkeypatch):
@@ -99,7 +120,7 @@ def test_everything_has_its_tasks(device, compiled):
     assert {task.name for task in found if task.kind == OPTIMIZER} == {*TASKS}
     assert any("torch.compile" in task.implementation for task in found) == compiled
     assert any(task.kind == PROFILE for task in found) == (device.type == "cuda")
-    turns = Counter(x.each for x in found if x.kind not in (RATES, PROFILE))
+    turns = Counter(x.each for x in found if x.kind not in (RATES, PROFILE, CHECK))
     assert {*turns.values()} == {TURNS}
     kinds = [task.kind for task in found]
     assert kinds[0] == RATES
@@ -121,6 +142,8 @@ def test_an_implementation_of_a_case_is_compiled_once():
     cases = {(*task.group, task.implementation) for task in found}
     assert len(cases) == len(found)
     wanted = {
-        (*x.group, x.implementation) for x in tasks(CUDA, True) if x.kind not in (RATES, PROFILE)
+        (*x.group, x.implementation)
+        for x in tasks(CUDA, True)
+        if x.kind not in (RATES, PROFILE, CHECK)
     }
     assert cases == wanted
