@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tritium.kernels import _packed_rows as packed
 from tritium.kernels._cross_entropy_options import (
     LossOptions,
     Results,
@@ -41,8 +42,16 @@ def launch_rows(
     # the second pass (132 · 2 rows of 100 KB on an H100, whose cache has 50 MB).
     # The entropy's sums need more registers than 32 warps leave to a thread; with edges, whose
     # addresses do too, a multiprocessor would hold one program, idle between its passes.
-    warps = (16 if options.stats or alike else 32) if loss and dx_TV is not None else 8
+    both = loss and dx_TV is not None
+    warps = (16 if options.stats or alike else 32) if both else 8
     block, lanes = max(64, min(512 * warps, power_of_2(V))), 16 // x_TV.element_size()
+    warps, kept, whole = max(1, block // 512), 0, False
+    # What the gradient needs stays in registers, where it needs no more than the logits.
+    plain = not (soft or smoothing or options.stats) and w_V is None
+    if both and plain and (alike or starts == {0}) and packed.keeps_rows(x_TV):
+        kept, whole = packed.kept_blocks(V, 16 if alike else 0)
+    if kept or whole:
+        block, warps = packed.BLOCK, packed.WARPS
     # A short row has no edges: they need a sum of pass 1 for each of their 32 columns.
     edges = block // lanes >= 32 and (V % 16 != 0 or alike)
     lead = 16 if edges and alike else 0
@@ -66,9 +75,9 @@ def launch_rows(
             loss and len(values_RT) == len(Row), soft, w_V is not None,
             smoothing, options.logit_scale != 1, options.softcap > 0,
             loss and options.stats, accumulator(x_TV.dtype), edges, lead,
-            block, lanes,
+            block, lanes, kept, whole,
         ),
-        num_warps=max(1, block // 512),
+        num_warps=warps,
     )  # fmt: skip
     return results
 

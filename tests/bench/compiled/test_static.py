@@ -110,7 +110,10 @@ def test_follows_the_shortest_way_through_each_loop():
 def test_pairs_masked_loops_that_the_compiler_laid_out_in_another_order(swapped):
     """Two alternatives, of which one copies and the other reads twice as much as it writes."""
     ways = [
-        [Access("load", 64, 32 * (1 + i), True, True, "%x"), Access("store", 64, 32, True, True, "")]
+        [
+            Access("load", 64, 32 * (1 + i), True, True, "%x"),
+            Access("store", 64, 32, True, True, ""),
+        ]
         for i in range(2)
     ]
     loops = [
