@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tritium.kernels import _packed_rows as packed
 from tritium.kernels._cross_entropy_options import (
     LossOptions,
     Results,
@@ -26,13 +27,13 @@ Dtypes = tuple[torch.dtype | None, ...]
 @planned
 def _plan(
     shape: torch.Size, row_strides: tuple[int | None, ...], strides: tuple[int, int], rows: int,
-    dtypes: Dtypes, loss: bool, options: LossOptions,
+    dtypes: Dtypes, loss: bool, keeps: bool, options: LossOptions,
 ) -> Plan:  # fmt: skip
     """Plan a launch on `[T, V]` logits, of which `rows` statistics are stored or read.
 
     `row_strides` are those of the logits, their gradient and soft targets, where there are any,
     `strides` those of the incoming gradient and of the statistics; `dtypes` those of logits,
-    targets, class weights and incoming gradient.
+    targets, class weights and incoming gradient. `keeps` tells whether rows may stay in registers.
     """
     (T, V), (x_dtype, target_dtype, w_dtype, dloss_dtype) = shape, dtypes
     stride_xT, stride_dxT, stride_qT = row_strides
@@ -47,6 +48,13 @@ def _plan(
     # addresses do too, a multiprocessor would hold one program, idle between its passes.
     warps = (16 if options.stats or alike else 32) if loss and gradient else 8
     block, lanes = max(64, min(512 * warps, power_of_2(V))), 16 // x_dtype.itemsize
+    warps, kept, whole = max(1, block // 512), 0, False
+    # What the gradient needs stays in registers, where it needs no more than the logits.
+    plain = not (soft or smoothing or options.stats) and w_dtype is None
+    if keeps and plain and (alike or starts == {0}):
+        kept, whole = packed.kept_blocks(V, 16 if alike else 0)
+    if kept or whole:
+        block, warps = packed.BLOCK, packed.WARPS
     # A short row has no edges: they need a sum of pass 1 for each of their 32 columns.
     edges = block // lanes >= 32 and (V % 16 != 0 or alike)
     lead = 16 if edges and alike else 0
@@ -61,9 +69,9 @@ def _plan(
             loss and rows == len(Row), soft, w_dtype is not None,
             smoothing, options.logit_scale != 1, options.softcap > 0,
             loss and options.stats, accumulator(x_dtype), edges, lead,
-            block, lanes,
+            block, lanes, kept, whole,
         ),
-        num_warps=max(1, block // 512),
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -104,7 +112,7 @@ def _launch_passes(
         ),
         (dloss_T.stride(0) if dloss_T is not None and dloss_T.ndim else 0, values_RT.stride(0)),
         values_RT.shape[0], (x_TV.dtype, target_T.dtype, dtype_of(w_V), dtype_of(dloss_T)),
-        loss, options,
+        loss, loss and dx_TV is not None and packed.keeps_rows(x_TV), options,
     )  # fmt: skip
     unused = loss_T  # stands in for a pointer that the kernel does not follow
     weighted = w_V is not None and options.label_smoothing > 0 and not soft

@@ -12,6 +12,10 @@ has only the bulk, and a row whose V and stride are multiples of 16 no edges:
     edges  [h, LEAD) and [cut, h + V): fewer than 32 columns, one by one
     bulk   [LEAD, cut): from one multiple of 16 to another, in blocks, the last one masked
 
+Where both passes run, the first KEPT blocks of the bulk may stay in registers for the second pass
+(`_packed_rows.py`), which reads what is left backwards; if WHOLE, that is one masked block, kept
+too.
+
 LEAD is 16 where rows begin anywhere, and all that is as long as a row begins alike; else h and LEAD
 are 0.
 
@@ -31,6 +35,7 @@ import triton
 import triton.language as tl
 
 from tritium.kernels._cross_entropy_options import LOWEST, LOWEST_GAP, Row
+from tritium.kernels._packed_rows import packed_load, packed_offsets, unpacked
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -58,21 +63,22 @@ def _capped(x, logit_scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 
 
 @triton.jit
-def _logits(
-    x_ptr, offs_V, own_V, logit_scale, softcap,
-    MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
-    KEEP: tl.constexpr,
-):  # fmt: skip
+def _read(x_ptr, offs_V, own_V, MASKED: tl.constexpr, KEEP: tl.constexpr):
     if MASKED:
-        x_V = tl.load(x_ptr + offs_V, mask=own_V, other=0.0, eviction_policy=KEEP).to(ACC)
-        # Mask after the cap: a padded lane would otherwise come out as -softcap and be summed.
-        z_V = _capped(x_V, logit_scale, softcap, SCALE, SOFTCAP, ACC)
-        z_V = tl.where(own_V, z_V, float("-inf"))
+        return tl.load(x_ptr + offs_V, mask=own_V, other=0.0, eviction_policy=KEEP)
     else:
-        z_V = _capped(
-            tl.load(x_ptr + offs_V, eviction_policy=KEEP).to(ACC),
-            logit_scale, softcap, SCALE, SOFTCAP, ACC,
-        )  # fmt: skip
+        return tl.load(x_ptr + offs_V, eviction_policy=KEEP)
+
+
+@triton.jit
+def _logits(
+    x_V, own_V, logit_scale, softcap,
+    MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    z_V = _capped(x_V.to(ACC), logit_scale, softcap, SCALE, SOFTCAP, ACC)
+    if MASKED:
+        # Mask after the cap: a padded lane would otherwise come out as -softcap and be summed.
+        z_V = tl.where(own_V, z_V, float("-inf"))
     return z_V
 
 
@@ -98,13 +104,12 @@ def _masses(
 
 @triton.jit
 def _accumulate(
-    m, s, dot, mass, spread, best, x_ptr, q_ptr, w_ptr, offs_V, own_V, start, hit, uniform,
+    m, s, dot, mass, spread, best, x_V, q_ptr, w_ptr, offs_V, own_V, start, hit, uniform,
     logit_scale, softcap,
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
-    KEEP: tl.constexpr,
 ):  # fmt: skip
-    z_V = _logits(x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC, KEEP)
+    z_V = _logits(x_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
     new_m = tl.maximum(m, tl.max(z_V, axis=1))
     gap_V = z_V - new_m[:, None]
     e_V = tl.exp2(gap_V * LOG2_E)
@@ -129,13 +134,11 @@ def _accumulate(
 
 @triton.jit
 def _store_gradient(
-    dx_ptr, x_ptr, q_ptr, w_ptr, offs_V, own_V, m, scale, hit, uniform, logit_scale, softcap,
+    dx_ptr, x_V, q_ptr, w_ptr, offs_V, own_V, m, scale, hit, uniform, logit_scale, softcap,
     MASKED: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    z_V = _logits(
-        x_ptr, offs_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC, "evict_first"
-    )  # fmt: skip
+    z_V = _logits(x_V, own_V, logit_scale, softcap, MASKED, SCALE, SOFTCAP, ACC)
     dz_V = scale * tl.exp2((z_V - m) * LOG2_E)
     if SOFT or SMOOTHING:
         dz_V -= _masses(q_ptr, w_ptr, offs_V, own_V, hit, uniform, MASKED, SOFT, WEIGHT, ACC)
@@ -164,6 +167,7 @@ def _cross_entropy_kernel(
     SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
     EDGES: tl.constexpr, LEAD: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    KEPT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     # LOSS computes the row's statistics (else they are read), GRADIENT uses them; both together
     # may overwrite the logits. Soft targets are `[T, V]`, where target_ptr is otherwise `[T]`.
@@ -183,7 +187,10 @@ def _cross_entropy_kernel(
         offs_E = tl.arange(0, BLOCK_V // LANES)[:, None]  # one column for each sum of pass 1
         edge_V = tl.where(offs_E < LEAD, offs_E, offs_E - LEAD + cut)
         on_edge_V = (edge_V >= h) & (edge_V < h + V) & (offs_E < 16 + LEAD)
-    full = LEAD + (cut - LEAD) // BLOCK_V * BLOCK_V
+    full = LEAD + (KEPT if WHOLE else (cut - LEAD) // BLOCK_V) * BLOCK_V
+    if KEPT or WHOLE:
+        offs_P = packed_offsets(BLOCK_V, LANES)
+        hidden_0 = tl.program_id(1)
     # A multiple of 16 where there are edges: a mask that changes elsewhere is read one by one.
     left = (cut - full) // 16 * 16 if EDGES else cut - full
     tail_V = offs_V < left
@@ -227,23 +234,43 @@ def _cross_entropy_kernel(
             best = tl.full((BLOCK_V // LANES,), NOWHERE, tl.int32)
             # The tail first: sums that enter the loop as constants crash the compiler (3.6, 3.7).
             if EDGES:
+                x_V = _read(x_ptr, edge_V, on_edge_V, True, KEEP)
                 m, s, dot, masses, spread, best = _accumulate(
-                    m, s, dot, masses, spread, best, x_ptr, q_ptr, w_ptr,
+                    m, s, dot, masses, spread, best, x_V, q_ptr, w_ptr,
                     edge_V, on_edge_V, -h, hit, uniform, logit_scale, softcap,
-                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
                 )  # fmt: skip
-            if full < cut:
+            if WHOLE:
+                tail = packed_load(x_ptr, full, offs_P, left)
                 m, s, dot, masses, spread, best = _accumulate(
-                    m, s, dot, masses, spread, best, x_ptr + full, q_ptr + full, w_ptr + full,
+                    m, s, dot, masses, spread, best, unpacked(tail, 0, x_ptr), q_ptr, w_ptr,
                     offs_V, tail_V, full - h, hit, uniform, logit_scale, softcap,
-                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
                 )  # fmt: skip
-            for v in range(LEAD, full, BLOCK_V):
+            elif full < cut:
+                x_V = _read(x_ptr + full, offs_V, tail_V, True, KEEP)
                 m, s, dot, masses, spread, best = _accumulate(
-                    m, s, dot, masses, spread, best, x_ptr + v, q_ptr + v, w_ptr + v,
-                    offs_V, tail_V, v - h, hit, uniform, logit_scale, softcap,
-                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC, KEEP,
+                    m, s, dot, masses, spread, best, x_V, q_ptr + full, w_ptr + full,
+                    offs_V, tail_V, full - h, hit, uniform, logit_scale, softcap,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
                 )  # fmt: skip
+            kept = ()
+            for i in tl.static_range(KEPT):
+                word_P = packed_load(x_ptr, LEAD + i * BLOCK_V, offs_P, None)
+                kept = kept + (word_P,)  # noqa: RUF005 (Triton unpacks no tuples)
+                m, s, dot, masses, spread, best = _accumulate(
+                    m, s, dot, masses, spread, best, unpacked(word_P, 0, x_ptr), q_ptr, w_ptr,
+                    offs_V, tail_V, LEAD + i * BLOCK_V - h, hit, uniform, logit_scale, softcap,
+                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                )  # fmt: skip
+            if not WHOLE:
+                for v in range(LEAD + KEPT * BLOCK_V, full, BLOCK_V):
+                    x_V = _read(x_ptr + v, offs_V, tail_V, False, KEEP)
+                    m, s, dot, masses, spread, best = _accumulate(
+                        m, s, dot, masses, spread, best, x_V, q_ptr + v, w_ptr + v,
+                        offs_V, tail_V, v - h, hit, uniform, logit_scale, softcap,
+                        False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
+                    )  # fmt: skip
             # Merge the lanes.
             row_m = tl.max(m, axis=0)
             row_s = tl.sum(s * tl.exp2((m - row_m) * LOG2_E), axis=0)
@@ -297,22 +324,41 @@ def _cross_entropy_kernel(
             scale = give * total / row_s
             tl.debug_barrier()  # z_t is read before anything overwrites it
             if EDGES:
+                x_V = _read(x_ptr, edge_V, on_edge_V, True, "evict_first")
                 _store_gradient(
-                    dx_ptr, x_ptr, q_ptr, w_ptr, edge_V, on_edge_V, row_m, scale,
+                    dx_ptr, x_V, q_ptr, w_ptr, edge_V, on_edge_V, row_m, scale,
                     give * hit, give * uniform, logit_scale, softcap,
                     True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
                 )  # fmt: skip
-            for v in range(LEAD, full, BLOCK_V):
+            if WHOLE:
                 _store_gradient(
-                    dx_ptr + v, x_ptr + v, q_ptr + v, w_ptr + v, offs_V, tail_V, row_m, scale,
-                    give * hit, give * uniform, logit_scale, softcap,
-                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
-                )  # fmt: skip
-            if full < cut:
-                _store_gradient(
-                    dx_ptr + full, x_ptr + full, q_ptr + full, w_ptr + full, offs_V, tail_V,
+                    dx_ptr + full, unpacked(tail, hidden_0, x_ptr), q_ptr, w_ptr, offs_V, tail_V,
                     row_m, scale, give * hit, give * uniform, logit_scale, softcap,
                     True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
+                )  # fmt: skip
+            elif full < cut:
+                x_V = _read(x_ptr + full, offs_V, tail_V, True, "evict_first")
+                _store_gradient(
+                    dx_ptr + full, x_V, q_ptr + full, w_ptr + full, offs_V, tail_V, row_m, scale,
+                    give * hit, give * uniform, logit_scale, softcap,
+                    True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
+                )  # fmt: skip
+            if not WHOLE:
+                # Backwards: what pass 1 read last is what the cache holds most surely.
+                for back in range(LEAD + KEPT * BLOCK_V, full, BLOCK_V):
+                    v = LEAD + KEPT * BLOCK_V + full - BLOCK_V - back
+                    x_V = _read(x_ptr + v, offs_V, tail_V, False, "evict_first")
+                    _store_gradient(
+                        dx_ptr + v, x_V, q_ptr + v, w_ptr + v, offs_V, tail_V, row_m, scale,
+                        give * hit, give * uniform, logit_scale, softcap,
+                        False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
+                    )  # fmt: skip
+            for i in tl.static_range(KEPT):
+                v = LEAD + i * BLOCK_V
+                _store_gradient(
+                    dx_ptr + v, unpacked(kept[i], hidden_0, x_ptr), q_ptr, w_ptr, offs_V, tail_V,
+                    row_m, scale, give * hit, give * uniform, logit_scale, softcap,
+                    False, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
                 )  # fmt: skip
             if not SOFT:
                 # The target's element, in float32: p - 1 in bfloat16 would lose all of it where p
@@ -338,8 +384,11 @@ def _cross_entropy_kernel(
                 tl.store(argmax_ptr + t, -1)
         if GRADIENT:  # zeros, whatever the logits hold
             zero_V = tl.zeros(offs_V.shape, dx_ptr.dtype.element_ty)
-            for v in range(LEAD, full, BLOCK_V):
-                tl.store(dx_ptr + v + offs_V, zero_V)
+            for i in tl.static_range(KEPT):
+                tl.store(dx_ptr + LEAD + i * BLOCK_V + offs_V, zero_V)
+            if not WHOLE:
+                for v in range(LEAD + KEPT * BLOCK_V, full, BLOCK_V):
+                    tl.store(dx_ptr + v + offs_V, zero_V)
             tl.store(dx_ptr + full + offs_V, zero_V, mask=tail_V)
             if EDGES:
                 zero_E = tl.zeros(offs_E.shape, dx_ptr.dtype.element_ty)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tritium.kernels._cross_entropy_options import LOWEST, LOWEST_GAP, final_logits
 from tritium.kernels._cross_entropy_rows import LN_2, LOG2_E, _capped
-from tritium.kernels.runtime import Launcher, accumulator, power_of_2, uses_triton
+from tritium.kernels.launcher import Launcher
+from tritium.kernels.runtime import accumulator, power_of_2, uses_triton
 
 OP = "linear_kl_div"
 LOWEST_X, LEAST = tl.constexpr(LOWEST), tl.constexpr(LOWEST_GAP)

@@ -27,7 +27,8 @@ from tritium.kernels._kl_div_rows import (
     gradient_reference,
     scores,
 )
-from tritium.kernels.runtime import Launcher, accumulator, power_of_2, uses_triton
+from tritium.kernels.launcher import Launcher
+from tritium.kernels.runtime import accumulator, power_of_2, uses_triton
 
 
 def outcomes_reference(z_TV: Tensor, indices_TK: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 UNFIT = {
     ("_cross_entropy_kernel", "gfx942"): "with gradients it is launched with 32 warps, which are "
     "2,048 threads where a wave has 64 lanes: MI300 takes 1,024",
@@ -37,3 +39,8 @@ class Case:
     """By the name of the kernel."""
     narrow_on: tuple[str, ...] = ()
     """Targets on which tiles move less all the same."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The dtype as labels have it."""
+    return str(dtype).removeprefix("torch.")

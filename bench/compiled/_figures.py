@@ -90,13 +90,10 @@ def find_trips(program: Program, code: Code, threads: int) -> list[list[Trip]] |
 def _pair(loops: list[Pass], routes: list[Route], threads: int) -> dict[int | None, Route]:
     """Give each loop of the program the machine code that moves as much, or a multiple of it.
 
-    In order, if they agree in order. The AMD compiler reorders loops: then, of those that agree, an
-    unmasked loop takes the one with the fewest accesses, and a tail the one with the most.
+    In order, if they agree in order and no other order fits better: the AMD compiler reorders
+    loops, Triton from 3.8 on the branches of an `if`. Else, of those that agree, an unmasked loop
+    takes the one with the fewest accesses, and a tail the one with the most.
     """
-    if len(loops) == len(routes):
-        pairs = list(zip(loops, routes, strict=True))
-        if all(_gap(*pair, threads)[0] < 0.25 for pair in pairs if pair[0].unmasked):
-            return {loop.index: route for loop, route in pairs}
     candidates = sorted(
         (*_gap(loop, route, threads), route.count * (1 if loop.unmasked else -1), i, j)
         for i, loop in enumerate(loops)
@@ -106,6 +103,12 @@ def _pair(loops: list[Pass], routes: list[Route], threads: int) -> dict[int | No
     for *_, i, j in candidates:
         if i not in found and j not in found.values():
             found[i] = j
+    if len(loops) == len(routes):
+        gaps = [_gap(*pair, threads)[0] for pair in zip(loops, routes, strict=True)]
+        fitted = sum(_gap(loops[i], routes[j], threads)[0] for i, j in found.items())
+        pairs = zip(loops, gaps, strict=True)
+        if sum(gaps) <= fitted and all(gap < 0.25 for loop, gap in pairs if loop.unmasked):
+            found = {i: i for i in range(len(loops))}
     return {i: routes[j] for i, j in found.items()}
 
 

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tritium.bench.compiled._case import Case, Limit
+from tritium.bench.compiled._case import Case, Limit, name_of
+from tritium.bench.compiled._optimizer_cases import OPTIMIZER_CASES
 from tritium.kernels.cross_entropy import cross_entropy
 from tritium.kernels.dropout_add import dropout_add
 from tritium.kernels.embedding import embedding
@@ -22,15 +23,6 @@ from tritium.kernels.linear_kl_div import linear_kl_div
 from tritium.kernels.linear_log_prob import linear_log_prob
 from tritium.kernels.linear_topk_kl_div import linear_topk_kl_div
 from tritium.kernels.mse_loss import mse_loss
-from tritium.kernels.optimizers import MultiTensorOptimizer
-from tritium.kernels.optimizers.adagrad import Adagrad
-from tritium.kernels.optimizers.adam import Adam
-from tritium.kernels.optimizers.adamw import AdamW
-from tritium.kernels.optimizers.clip_grad_norm import clip_grad_norm_, clip_grad_norms_
-from tritium.kernels.optimizers.lion import Lion
-from tritium.kernels.optimizers.muon import Muon
-from tritium.kernels.optimizers.rmsprop import RMSprop
-from tritium.kernels.optimizers.sgd import SGD
 from tritium.kernels.qk_norm_rope import qk_norm_rope
 from tritium.kernels.relu_squared import relu_squared
 from tritium.kernels.rms_norm import add_rms_norm, rms_norm
@@ -40,16 +32,12 @@ from tritium.kernels.swiglu import swiglu
 
 T = 64
 MANY = 4096  # rows: enough for softmax to give each a program of its own
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 def _label(dtype: torch.dtype, *shape: int, **options: object) -> str:
     named = [f"{key} {value}" for key, value in options.items() if value is not None]
-    return ", ".join([f"{_name(dtype)} {list(shape)}", *named])
+    return ", ".join([f"{name_of(dtype)} {list(shape)}", *named])
 
 
 def _train(function: Callable, *inputs: Tensor) -> None:
@@ -92,7 +80,7 @@ def _add_norm(dtype: torch.dtype, D: int, stream: torch.dtype, function=add_rms_
     # Backward: dy, the residual, its gradient; the gradients of both where they differ in dtype.
     backward = 2 * own + (2 if own == other else 3) * other
     limits = _norm_limits(function, 2 * own + 2 * other, backward)
-    label = f"{_label(dtype, T, D)}, residual {_name(stream)}"
+    label = f"{_label(dtype, T, D)}, residual {name_of(stream)}"
     return Case(label, lambda: _train(function, x, residual, w), limits=limits)
 
 
@@ -175,10 +163,10 @@ def _cross_entropy(dtype: torch.dtype, V: int, target: Tensor | None = None, **o
         return cross_entropy(x, target, **options)
 
     named = {key: value for key, value in options.items() if key != "weight"}
-    label = _label(dtype, T, V, **named) + (f", targets {_name(target.dtype)}" if soft else "")
+    label = _label(dtype, T, V, **named) + (f", targets {name_of(target.dtype)}" if soft else "")
     label += ", class weights" if "weight" in options else ""
     plain = not (soft or named.keys() - {"inplace"})
-    limits = _loss_limits(logits, soft, 16 if plain else math.inf)
+    limits = _loss_limits(logits, soft, 17 if plain else math.inf)
     return Case(label, lambda: _train(loss, logits), limits=limits)
 
 
@@ -187,7 +175,7 @@ def _linear_cross_entropy(dtype: torch.dtype, V: int, **options) -> Case:
     target = torch.zeros(T, dtype=torch.int64)
     label = f"{_label(dtype, T, 64)} × {_label(dtype, V, 64, **options)}"
     loss = partial(linear_cross_entropy, target=target, **options)
-    limits = _loss_limits(hidden, False, math.inf if options else 16)
+    limits = _loss_limits(hidden, False, math.inf if options else 17)
     return Case(label, lambda: _train(loss, hidden, weight), limits=limits)
 
 
@@ -228,7 +216,7 @@ def _loss_limits(logits: Tensor, soft: bool, most: float) -> dict[str, Limit]:
 
 def _dropout_add(dtype: torch.dtype, stream: torch.dtype) -> Case:
     x, residual = torch.empty(T, 4096, dtype=dtype), torch.empty(T, 4096, dtype=stream)
-    label = f"{_label(dtype, T, 4096)}, residual {_name(stream)}"
+    label = f"{_label(dtype, T, 4096)}, residual {name_of(stream)}"
     limit = Limit(bytes=x.element_size() + 2 * residual.element_size())
     return Case(
         label, lambda: _train(dropout_add, x, residual), limits={"_dropout_add_kernel": limit}
@@ -256,75 +244,6 @@ def _mse_loss(dtype: torch.dtype, **options) -> Case:
     }
     label = _label(dtype, T, 4096, **options)
     return Case(label, lambda: _train(partial(mse_loss, **options), x, y), limits=limits)
-
-
-def _parameters(dtype: torch.dtype, smallest: int = 768) -> list[Tensor]:
-    parameters = [torch.empty(size, dtype=dtype) for size in (smallest, 4097, 100_000)]
-    for p in parameters:
-        p.grad = torch.empty_like(p)
-    return parameters
-
-
-GRAD_NORM = {
-    "_grad_norm_partials_kernel": Limit(bytes=4, instructions=4),
-    "_grad_norm_clip_kernel": Limit(bytes=8, instructions=4),
-}
-
-
-def _optimizer(
-    rule: type[MultiTensorOptimizer],
-    moved: float,
-    *,
-    dtype: torch.dtype = F32,
-    instructions: float = 35,
-    **options,
-) -> Case:
-    """One step of `rule` with `options`, which moves so many bytes per element.
-
-    Multiplications and additions are not fused there, so that all variants of a kernel round alike:
-    up to 10 instructions more, far below what an H100 issues while it moves the bytes.
-    """
-    name = "adam" if rule is AdamW else rule.__name__.lower()
-    limits = GRAD_NORM | {
-        f"_{name}_prepare_kernel": Limit(single=True),
-        f"_{name}_update_kernel": Limit(bytes=moved, instructions=instructions),
-    }
-    # In 8 bits small parameters would be stored in another format, and add a branch.
-    step = rule(_parameters(dtype, smallest=4096), **options).step
-    eight_bits = options.get("state_dtype") == torch.uint8
-    label = ", ".join([_name(dtype), *(f"{key} {value}" for key, value in options.items())])
-    return Case(label, step, limits=limits, narrow_on=("gfx942",) if eight_bits else ())
-
-
-def _muon(dtype: torch.dtype = F32, **options) -> Case:
-    """One step of Muon, of matrices of both orientations and of vectors by AdamW.
-
-    Its products have no limit of bytes or instructions per element: they are bound by arithmetic.
-    """
-    shapes = [(1536, 768), (768, 1536)][: 1 if "splits" in options else 2]
-    matrices = [torch.empty(shape, dtype=dtype) for shape in shapes]
-    others = _parameters(dtype)
-    for p in matrices:
-        p.grad = torch.empty_like(p)
-    limits = GRAD_NORM | {"_muon_prepare_kernel": Limit(single=True)}
-    step = Muon([{"params": matrices}, {"params": others, "use_muon": False}], **options).step
-    label = ", ".join([_name(dtype), *(f"{key} {value}" for key, value in options.items())])
-    return Case(label, step, limits=limits)
-
-
-def _clip_grad_norm_() -> Case:
-    parameters = [*_parameters(F32), *_parameters(BF16), *_parameters(torch.float16)]
-    label = "float32, bfloat16, float16"
-    return Case(label, lambda: clip_grad_norm_(parameters, 1.0), limits=GRAD_NORM)
-
-
-def _clip_grad_norms_() -> Case:
-    layers = [_parameters(dtype) for dtype in (F32, BF16, torch.float16)]
-    limits = GRAD_NORM | {
-        "_grad_norms_layers_kernel": Limit(single=True),
-        "_grad_norms_clip_kernel": Limit(bytes=8, instructions=5),
-    }
-    return Case("layers", lambda: clip_grad_norms_(layers, 1.0), limits=limits)
 
 
 CASES: dict[str, Callable[[], list[Case]]] = {
@@ -387,7 +306,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "cross_entropy": lambda: [
         *(_cross_entropy(dtype, V) for dtype in (F32, BF16) for V in (50304, 50257)),
         _cross_entropy(BF16, 128256),
-        *(_cross_entropy(BF16, V, inplace=True) for V in (50304, 50257)),
+        *(_cross_entropy(BF16, V, inplace=True) for V in (50304, 50257, 128256)),
         _cross_entropy(BF16, 50304, softcap=30.0, z_loss=1e-4),
         _cross_entropy(BF16, 50304, label_smoothing=0.1, weight=torch.empty(50304)),
         _cross_entropy(BF16, 50304, logit_scale=0.5, return_stats=True),
@@ -414,42 +333,4 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         *(_mse_loss(dtype) for dtype in (F32, BF16)),
         _mse_loss(BF16, reduction="none"),
     ],
-    "AdamW": lambda: [
-        *(_optimizer(AdamW, 28, max_grad_norm=norm) for norm in (None, 1.0)),
-        _optimizer(AdamW, 28, dtype=BF16),
-        _optimizer(AdamW, 26, dtype=BF16, master="split"),
-        _optimizer(AdamW, 22, dtype=BF16, master=None, instructions=48),
-        _optimizer(AdamW, 14, dtype=BF16, master=None, state_dtype=BF16, instructions=48),
-        _optimizer(AdamW, 20, state_dtype=BF16, instructions=48),
-        # Two roots and a maximum over the block for each state: bound by memory all the same.
-        _optimizer(AdamW, 16.2, state_dtype=U8, instructions=118),
-        _optimizer(AdamW, 10.2, dtype=BF16, master=None, state_dtype=U8, instructions=118),
-        _optimizer(
-            AdamW,
-            40,
-            max_grad_norm=1.0,
-            ema_decay=0.999,
-            zero_grads=True,
-            record_norms=True,
-            l1=1e-6,
-            instructions=48,
-        ),
-    ],
-    "Adam": lambda: [_optimizer(Adam, 28), _optimizer(Adam, 28, weight_decay=0.1)],
-    "SGD": lambda: [_optimizer(SGD, 12), _optimizer(SGD, 20, momentum=0.9)],
-    "RMSprop": lambda: [
-        _optimizer(RMSprop, 20),
-        _optimizer(RMSprop, 28, momentum=0.9),
-        _optimizer(RMSprop, 28, centered=True),
-        _optimizer(RMSprop, 36, momentum=0.9, centered=True),
-    ],
-    "Adagrad": lambda: [_optimizer(Adagrad, 20)],
-    "Lion": lambda: [_optimizer(Lion, 20)],
-    "Muon": lambda: [
-        _muon(),
-        _muon(BF16, max_grad_norm=1.0, master=None, state_dtype=BF16, record_norms=True),
-        _muon(beta2=0.95, cautious_decay=True, splits=(1024, 512)),
-    ],
-    "clip_grad_norm_": lambda: [_clip_grad_norm_()],
-    "clip_grad_norms_": lambda: [_clip_grad_norms_()],
-}
+} | OPTIMIZER_CASES

@@ -154,15 +154,17 @@ def launch_orthogonalization(plan: Plan, coefs: Tensor, norm: Tensor | None) -> 
         _muon_gram_kernel[(len(batch.gram_tiles),)](
             x, a, batch.matrices, batch.gram_tiles, partials, coefs,
             COEFS=coefs.shape[1] - BASE.value, FIRST=first, EVEN_=batch.even, TILE=TILE,
-            DEPTH=DEPTH, **options,
+            DEPTH=DEPTH, enable_fp_fusion=True, **options,
         )  # fmt: skip
         _muon_square_kernel[(len(batch.gram_tiles),)](
             a, b, batch.matrices, batch.gram_tiles, partials, batch.numbers, step,
-            NUMBERS=n_numbers, FIRST=first, TILE=TILE, DEPTH=DEPTH, **options,
+            NUMBERS=n_numbers, FIRST=first, TILE=TILE, DEPTH=DEPTH,
+            enable_fp_fusion=True, **options,
         )  # fmt: skip
         _muon_product_kernel[(len(batch.tiles),)](
             x, b, y, batch.matrices, batch.tiles, partials, batch.numbers, step,
-            NUMBERS=n_numbers, FIRST=first, EVEN_=batch.even, TILE=TILE, DEPTH=DEPTH, **options,
+            NUMBERS=n_numbers, FIRST=first, EVEN_=batch.even, TILE=TILE, DEPTH=DEPTH,
+            enable_fp_fusion=True, **options,
         )  # fmt: skip
     if n_rows := len(batch.row_tiles):
         sums = new(n_rows, 2, dtype=torch.float32)
@@ -174,4 +176,4 @@ def launch_orthogonalization(plan: Plan, coefs: Tensor, norm: Tensor | None) -> 
             "SMALLEST": SMALLEST_SQUARE,
         }
         for kernel in (_muon_row_moments_kernel, _muon_row_scale_kernel):
-            kernel[(n_rows,)](*tables, **constants, BLOCK=ROW_BLOCK)
+            kernel[(n_rows,)](*tables, **constants, BLOCK=ROW_BLOCK, enable_fp_fusion=True)

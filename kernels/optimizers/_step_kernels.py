@@ -381,6 +381,7 @@ def launch_norms(tables: Tables, sums: Tensor) -> Tensor:
     n_tensors, columns = tables.tensors.shape
     norms = sums.new_empty(n_tensors, SUMS.value)
     _norms_kernel[(n_tensors,)](
-        tables.tensors, sums, norms, COLUMNS=columns, CHUNK=_pointer_table.CHUNK, BLOCK=1024
-    )
+        tables.tensors, sums, norms, COLUMNS=columns, CHUNK=_pointer_table.CHUNK, BLOCK=1024,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return norms

@@ -172,7 +172,7 @@ def _launch_clip(
     _grad_norm_clip_kernel[(len(partials_P),)](
         *tables, partials_P, norm, max_norm, n_chunks, len(partials_P),
         COLUMNS=tables.tensors.shape[1], CHUNK=_pointer_table.CHUNK, BLOCK=CLIP_BLOCK,
-        BLOCK_P=grad_norm.P, num_warps=THREADS.value // 32,
+        BLOCK_P=grad_norm.P, num_warps=THREADS.value // 32, enable_fp_fusion=True,
     )  # fmt: skip
     return norm
 
@@ -189,7 +189,7 @@ def _launch_clip_layers(
     squares_G = sums.new_empty(len(sizes))
     _grad_norms_layers_kernel[(len(sizes),)](
         *tables, sums, upload(torch.tensor([0, *accumulate(sizes)]), sums.device), squares_G,
-        n_tensors, n_chunks, COLUMNS=columns, BLOCK_K=LAYER_BLOCK,
+        n_tensors, n_chunks, COLUMNS=columns, BLOCK_K=LAYER_BLOCK, enable_fp_fusion=True,
     )  # fmt: skip
     if mesh is not None:
         sum_over_ranks(squares_G, mesh)
@@ -197,7 +197,7 @@ def _launch_clip_layers(
     _grad_norms_clip_kernel[(min(grad_norm.P, n_chunks),)](
         *tables, squares_G, norms_G, max_norm, n_chunks, len(sizes),
         COLUMNS=columns, CHUNK=_pointer_table.CHUNK, BLOCK=CLIP_BLOCK, BLOCK_G=LAYER_BLOCK,
-        num_warps=THREADS.value // 32,
+        num_warps=THREADS.value // 32, enable_fp_fusion=True,
     )  # fmt: skip
     return norms_G
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritium.kernels import _cross_entropy_launch as launch
+from tritium.kernels import _packed_rows as packed
 from tritium.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -16,8 +17,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    """Let rows of a few hundred classes take several blocks."""
+    """Let rows of a few hundred classes take several blocks, two at most of them in registers."""
     monkeypatch.setattr(launch, "power_of_2", lambda n: 256)
+    for name, value in (("BLOCK", 256), ("BLOCKS", 2), ("SHORTEST", 0), ("SPARES_REGISTERS", True)):
+        monkeypatch.setattr(packed, name, value)
+    launch._plan.cache_clear()
+    yield
+    launch._plan.cache_clear()
 
 
 @given(
@@ -98,7 +104,7 @@ def test_ignored_rows_get_zeros_and_no_more(device):
 def test_wide_accesses_are_asked_for_wherever_rows_allow(device, monkeypatch):
     """Odd widths and strides take edges; what begins elsewhere than the logits does not."""
     taken = []
-    launcher = SimpleNamespace(launch=lambda plan, *_: taken.append(plan.constants[-4:-2]))
+    launcher = SimpleNamespace(launch=lambda plan, *_: taken.append(plan.constants[-6:-4]))
     monkeypatch.setattr(launch, "_launch", launcher)
     options = launch.LossOptions(-100, 0.0, 0.0, 0.0, 1.0)
 
@@ -115,3 +121,56 @@ def test_wide_accesses_are_asked_for_wherever_rows_allow(device, monkeypatch):
     assert edges(272, 277, 277) == (True, 16)
     assert edges(272, 272, 288) == (False, 0)
     assert edges(272, 277, 272) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("V", "stride", "dtype"),
+    [
+        (257, 257, torch.bfloat16),
+        (497, 497, torch.float16),
+        (513, 528, torch.bfloat16),
+        (1040, 1040, torch.bfloat16),
+    ],
+)
+def test_rows_in_registers_are_those_read_twice(V, stride, dtype, device, monkeypatch):
+    """Loss and gradient are the same bit for bit, whatever part of a row is read once."""
+    torch.manual_seed(V)
+    memory = (4 * torch.randn(4, stride, device=device)).to(dtype)
+    memory[1, V - 1] = memory[2, 0] = 60.0
+    target = torch.tensor([0, V - 1, -100, V // 2], device=device)
+    options = launch.LossOptions(-100, 0.0, 0.01, 30.0, 0.5)
+
+    def results(blocks):
+        monkeypatch.setattr(packed, "BLOCKS", blocks)
+        launch._plan.cache_clear()
+        logits = memory.clone()[:, :V]
+        loss, _, _ = launch.launch_rows(logits, target, None, options, dx_TV=logits)
+        return loss, logits
+
+    for kept in (2, 8):
+        for a, b in zip(results(1), results(kept), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("V", "lead", "kept"),
+    [
+        (256, 0, (0, True)),
+        (257, 16, (0, True)),
+        (272, 0, (1, True)),
+        (273, 16, (1, True)),
+        (272, 16, (0, True)),
+        (512, 0, (1, True)),
+        (513, 16, (1, True)),
+        (528, 0, (1, False)),
+        (529, 16, (1, False)),
+        (544, 16, (1, False)),
+    ],
+)
+def test_the_last_block_in_registers_is_all_the_rest_or_none(V, lead, kept, device):
+    """A row of any start has full blocks to keep, and what is left beyond fits one block."""
+    x = torch.empty(3, V, dtype=torch.bfloat16, device=device)
+    assert packed.kept_blocks(V, lead) == kept
+    assert packed.keeps_rows(x)
+    assert not packed.keeps_rows(x.float())
+    assert not packed.keeps_rows(x[:, 1:])

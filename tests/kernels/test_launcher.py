@@ -1,5 +1,6 @@
 """Prove that a launch without Triton's choice is of the kernel that Triton would have chosen."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -267,3 +268,19 @@ def test_nobody_watching_launches_at_once():
         swiglu(gate, up)
     finally:
         cell.cell_contents = before
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused():
+    """No launch takes the compiler's default, which Triton 3.10 changes; `Plan` says it for its."""
+    silent, seen = [], 0
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                kernel = node.func.value
+                if not isinstance(kernel, ast.Name) or not kernel.id.endswith("kernel"):
+                    continue
+                seen += 1
+                if "enable_fp_fusion" not in {keyword.arg for keyword in node.keywords}:
+                    silent.append(f"{file.name}:{node.lineno}")
+    assert seen >= 9
+    assert not silent

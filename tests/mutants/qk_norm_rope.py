@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _mutant = partial(Mutant, file="kernels/qk_norm_rope.py")
+_on_cpu = partial(Mutant, file="kernels/_qk_norm_rope_cpu.py")
 _in_kernels = partial(Mutant, file="kernels/_qk_norm_rope_kernels.py")
 
 MUTANTS = [
@@ -153,22 +154,22 @@ MUTANTS = [
         original="(_rows(table, qkv.shape[-3], offset) for table in (cos, sin))",
         replacement="(_rows(table, qkv.shape[-3], 0) for table in (cos, sin))",
     ),
-    _mutant(
+    _on_cpu(
         what="hand-written: backward turns forward",
         original="_turn(widen(dk), cos, -sin, ctx.interleaved, g[..., H:, :])",
         replacement="_turn(widen(dk), cos, sin, ctx.interleaved, g[..., H:, :])",
     ),
-    _mutant(
+    _on_cpu(
         what="hand-written: values' gradient left out",
         original="dqkv[..., -G:, :] = dv",
         replacement="dqkv[..., -G:, :] = 0",
     ),
-    _mutant(
+    _on_cpu(
         what="hand-written: all heads in the queries' weight",
         original="dw_NK[:H].sum(0)",
         replacement="dw_NK.sum(0)",
     ),
-    _mutant(
+    _on_cpu(
         what="hand-written: mean of the unscaled gradient",
         original="mean = gz.mul_(w_NK).mean(-1, keepdim=True)",
         replacement="mean = gz.mean(-1, keepdim=True)",

@@ -12,7 +12,8 @@ import pytest
 
 from tritium.bench.compiled import _machine_code, static
 from tritium.bench.compiled._devices import DEVICES
-from tritium.bench.compiled._figures import Row
+from tritium.bench.compiled._figures import Row, find_trips
+from tritium.bench.compiled._tiles import Access, Pass, Program
 
 ROOT = Path(__file__).parents[3]
 USAGE = "  REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:432 TEXTURE:0 SURFACE:0 SAMPLER:0"
@@ -103,6 +104,29 @@ def test_follows_the_shortest_way_through_each_loop():
     assert (hot.instructions, hot.loads, hot.stores) == (4, {128: 1}, {128: 1})
     assert code.body is not None
     assert code.body.instructions == 8
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_pairs_masked_loops_that_the_compiler_laid_out_in_another_order(swapped):
+    """Two alternatives, of which one copies and the other reads twice as much as it writes."""
+    ways = [
+        [
+            Access("load", 64, 32 * (1 + i), True, True, "%x"),
+            Access("store", 64, 32, True, True, ""),
+        ]
+        for i in range(2)
+    ]
+    loops = [
+        "/*0010*/ LDG.E R4, [R2.64] ;", "/*0020*/ STG.E [R2.64], R4 ;", "/*0030*/ @!P0 BRA 0x10 ;",
+        "/*0040*/ LDG.E.64 R4, [R2.64] ;", "/*0050*/ STG.E [R2.64], R4 ;",
+        "/*0060*/ @!P0 BRA 0x40 ;", "/*0070*/ EXIT ;",
+    ]  # fmt: skip
+    code = _machine_code.read_sass(USAGE, "\n".join(loops))
+    order = [Pass(way, i) for i, way in enumerate(ways[::-1] if swapped else ways)]
+    trips = find_trips(Program([[x] for x in order], order), code, 64)
+    assert trips is not None
+    loads = [trip.route.loads for (trip,) in trips]
+    assert loads == ([{64: 1}, {32: 1}] if swapped else [{32: 1}, {64: 1}])
 
 
 def test_counts_instructions_of_amd():
