@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels._cpu_backward import differentiate, uses_cpu_backward
+from tritium.kernels._cpu_backward import differentiate, needs_no_graph, uses_cpu_backward
 from tritium.kernels._qk_norm_rope_kernels import (
     _qk_norm_rope_backward_kernel,
     _qk_norm_rope_forward_kernel,
@@ -89,6 +89,21 @@ def _kv_heads(qkv: Tensor, kv_heads: int | None) -> int:
     return qkv.shape[-2] // 3 if kv_heads is None else kv_heads
 
 
+def _side_by_side(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    eps: float, G: int, offset: int | Tensor, interleaved: bool,
+) -> tuple[Packed, Tensor | None, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return the results, the roots of the norm and the angles; no graph can be made of it."""
+    H, z, r = qkv.shape[-2] - 2 * G, widen(qkv[..., :-G, :]), None
+    w_NK = _scales(q_weight, k_weight, H, G, z.dtype)
+    if w_NK is not None:
+        r = z.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        z = (z * r).mul_(w_NK)
+    angles = _wide_angles(cos, sin, z, offset, interleaved)
+    y = _turn(z, *angles, interleaved, z.new_empty(z.shape)).to(qkv.dtype)
+    return (y[..., :H, :], y[..., H:, :], qkv[..., -G:, :]), r, angles
+
+
 class _HandWritten(torch.autograd.Function):
     """Queries and keys go through every operator side by side, their gradients in one tensor."""
 
@@ -97,19 +112,15 @@ class _HandWritten(torch.autograd.Function):
         ctx, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor,
         sin: Tensor, eps: float, G: int, offset: int | Tensor, interleaved: bool,
     ) -> Packed:  # fmt: skip
-        H, z, r = qkv.shape[-2] - 2 * G, widen(qkv[..., :-G, :]), None
-        w_NK = _scales(q_weight, k_weight, H, G, z.dtype)
-        if w_NK is not None:
-            r = z.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-            z = (z * r).mul_(w_NK)
-        angles = _wide_angles(cos, sin, z, offset, interleaved)
-        y = _turn(z, *angles, interleaved, z.new_empty(z.shape)).to(qkv.dtype)
+        found, r, angles = _side_by_side(
+            qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved
+        )
         ctx.save_for_backward(qkv, q_weight, k_weight, r, *angles)
-        ctx.heads, ctx.interleaved = (H, G), interleaved
+        ctx.heads, ctx.interleaved = (qkv.shape[-2] - 2 * G, G), interleaved
         ctx.define = partial(
             _of_three, cos=cos, sin=sin, eps=eps, kv_heads=G, offset=offset, interleaved=interleaved
         )
-        return y[..., :H, :], y[..., H:, :], qkv[..., -G:, :]
+        return found
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
@@ -389,6 +400,8 @@ def qk_norm_rope(
             return _HandWritten.apply(
                 qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved
             )
+        if needs_no_graph(qkv, *weights):
+            return _side_by_side(qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved)[0]
         return qk_norm_rope_reference(
             qkv, cos, sin, q_weight, k_weight, eps,
             kv_heads=G, offset=offset, interleaved=interleaved,
