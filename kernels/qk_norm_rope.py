@@ -184,7 +184,8 @@ def _wide_angles(
     """Return cos and sin of `_turn`: `[..., L, 1, K]` and `[..., L, 1, J]`, in the dtype of `x`."""
     cos, sin = (_rows(table.to(x.dtype), x.shape[-3], offset).unsqueeze(-2) for table in (cos, sin))
     cos = cos.repeat_interleave(2, -1) if interleaved else torch.cat([cos, cos], -1)
-    return F.pad(cos, (0, x.shape[-1] - cos.shape[-1]), value=1.0), sin
+    rest = x.shape[-1] - cos.shape[-1]
+    return F.pad(cos, (0, rest), value=1.0) if rest else cos, sin
 
 
 def _tile(elements: int, block_N: int, K: int, J: int) -> tuple[int, int, int, int]:
