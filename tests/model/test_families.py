@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tritium.model import ModelConfig, RopeScaling, Transformer, cpu_linear
 from tritium.model.modules import GEGLU, LayerNorm, LinearCrossEntropyLoss, RMSNorm, SwiGLU
 from tritium.model.rotary import rotary_tables
-from tritium.model.shapes import SHAPES, flops_per_token, main, num_parameters
+from tritium.model.shapes import SHAPES, ShapeName, flops_per_token, main, num_parameters
 
 WINDOWS = dict(window=5, full_every=2, n_layers=2)
 NAMED = (  # Llama is Qwen3 without two norms
@@ -195,16 +196,21 @@ PUBLISHED = {
     "gpt2-xl": 1_557_611_200, "smollm-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248, "qwen3-0.6b": 596_049_920,
 }  # fmt: skip
+OWN = "qwen3-tiny", "qwen3-small", "qwen3-98m"  # of the presets
 
 
 def test_named_shapes_have_the_published_sizes(capsys):
-    assert {name: num_parameters(ModelConfig.named(name)) for name in SHAPES} == PUBLISHED
-    main(["gpt2", "--length", "1024"])
-    line = capsys.readouterr().out.splitlines()[1]
-    weights = 12 * (4 * 768**2 + 8 * 768**2) + 768 * 50257
-    flops = 6 * weights + 12 * 12 * 768 * 1024
-    for figure in ("124,439,808", f"{flops / 1e9:.3f}", "0.25", "1.99", "36,864 B"):
-        assert figure in line
+    assert get_args(ShapeName) == tuple(SHAPES) == (*PUBLISHED, *OWN)
+    for name, size in PUBLISHED.items():
+        assert num_parameters(ModelConfig.named(name)) == size
+    # A training step of GPT-2 on 1,024 tokens: transformer_sizing.ipynb of nanoGPT.
+    assert flops_per_token(ModelConfig.named("gpt2"), 1024) * 1024 == 874_944_921_600
+    main(["llama-3.1-8b", "gpt2", "--length", "1024"])
+    _, llama, gpt2, *_ = capsys.readouterr().out.splitlines()
+    # total_size of model.safetensors.index.json of Llama-3.1-8B, in bytes of bfloat16.
+    assert f"{16_060_522_496 / 1e9:.2f}" in llama
+    for figure in ("124,439,808", f"{874.944921600 / 1024:.3f}", "0.25", "1.99", "36,864 B"):
+        assert figure in gpt2
     with pytest.raises(ValueError, match=r"there is no shape 'gpt-2'; did you mean 'gpt2'\?"):
         ModelConfig.named("gpt-2")
     with pytest.raises(SystemExit):
