@@ -22,8 +22,9 @@ from tritium.model.shapes import SHAPES, ShapeName, flops_per_token, main, num_p
 
 WINDOWS = dict(window=5, full_every=2, n_layers=2)
 NAMED = (  # Llama is Qwen3 without two norms
-    ("gpt2", {}), ("qwen3-0.6b", {}), ("qwen3-0.6b", WINDOWS | dict(attention="softmax")),
-    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True)),
+    ("gpt2", {}, "selective"), ("qwen3-0.6b", {}, "full"),
+    ("qwen3-0.6b", WINDOWS | dict(attention="softmax"), "every-2"),
+    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True), "selective"),
 )  # fmt: skip
 
 
@@ -168,8 +169,9 @@ def test_scaled_angles_are_those_of_transformers(scaling, pairs, theta):
     torch.testing.assert_close(sin, angles.sin() * scale, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "changes"), NAMED)
-def test_every_family_compiles_in_one_graph_and_is_exported(name, changes):
+@pytest.mark.parametrize(("name", "changes", "policy"), NAMED)
+def test_every_family_compiles_in_one_graph_and_is_exported(name, changes, policy):
+    """Forward and backward, with a policy of checkpointing and without; the same loss."""
     small = dict(
         n_layers=1, d_model=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=16, vocab_size=23,
         max_seq_len=16,
@@ -177,10 +179,12 @@ def test_every_family_compiles_in_one_graph_and_is_exported(name, changes):
     model = Transformer(ModelConfig(**SHAPES[name] | small | changes))
     tokens, targets = ids(model.config, 3, 9), ids(model.config, 3, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    losses = [call(tokens, targets) for call in (compiled, model)]
-    torch.testing.assert_close(*losses)
-    gradients = [torch.autograd.grad(x, list(model.parameters())) for x in losses]
-    torch.testing.assert_close(*gradients)
+    for each in (policy, "none"):
+        model.activation_checkpointing = each
+        losses = [call(tokens, targets) for call in (compiled, model)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(x, list(model.parameters())) for x in losses]
+        torch.testing.assert_close(*gradients)
     free = {0: torch.export.Dim("B", min=2, max=64), 1: torch.export.Dim("L", min=2, max=16)}
     exported = torch.export.export(
         model, (tokens, targets), dynamic_shapes=dict(tokens=free, targets=free)
