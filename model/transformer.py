@@ -243,6 +243,8 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: L exceeds max_seq_len, or the tokens are no ids of such a shape.
+            IndexError: an id is not below vocab_size, by PyTorch's embedding on a CPU. On a GPU its
+                kernel stops the process's use of the device: `generate` looks at the ids first.
         """
         h_BLD = self.hidden(tokens, positions=positions)
         if targets is None:
