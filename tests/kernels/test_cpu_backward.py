@@ -199,7 +199,7 @@ def test_applies_only_where_a_gradient_is_wanted():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_without_a_graph_results_are_the_same_bits(dtype):
-    """What a step of generation computes is what training computed of the same inputs."""
+    """A step of generation computes what training computed of the same inputs."""
     x, w = torch.randn(B, L, 4, K).to(dtype), torch.randn(K).to(dtype)
     eps = 0.1
     calls = [
