@@ -43,6 +43,10 @@ VERBS = {
     "pictures": ("runs.pictures", "pictures of a run, for the README"),
     "data": ("runs.data", "speed of preparing text and of loading batches"),
     "throughput": ("runs.throughput", "speed of the trainer, beside a plain PyTorch GPT"),
+    "generation": (
+        "runs.generation",
+        "tokens/s of greedy generation on a CPU, beside transformers' generate",
+    ),
     "contention": ("runs.contention", "cost of another busy process to a run on a CPU"),
 }
 """Each verb's module, whose `main` is called, and what it measures or makes."""

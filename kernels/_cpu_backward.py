@@ -16,10 +16,18 @@ from tritium.kernels import runtime
 
 def uses_cpu_backward(*xs: Tensor) -> bool:
     """Return whether the hand-written backward applies: on a CPU, for a gradient of some `xs`."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in xs) and _runs_on_cpu(xs)
+
+
+def needs_no_graph(*xs: Tensor) -> bool:
+    """Return whether operators run one by one on a CPU where no gradient of `xs` is wanted."""
+    wants = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+    return not wants and _runs_on_cpu(xs)
+
+
+def _runs_on_cpu(xs: tuple[Tensor, ...]) -> bool:
     return (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in xs)
-        and not torch.compiler.is_compiling()  # before any size is asked for, which may be unknown
+        not torch.compiler.is_compiling()  # before any size is asked for, which may be unknown
         and all(x.device.type == "cpu" and x.numel() > 0 for x in xs)
         # Transforms need a setup_context, which would cost every call 15 us.
         and not runtime.sees_through()

@@ -14,6 +14,21 @@ from tritium.kernels.runtime import widen
 Packed = tuple[Tensor, Tensor, Tensor]
 
 
+def side_by_side(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    eps: float, G: int, offset: int | Tensor, interleaved: bool,
+) -> tuple[Packed, Tensor | None, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return the results, the roots of the norm and the angles; no graph can be made of it."""
+    H, z, r = qkv.shape[-2] - 2 * G, widen(qkv[..., :-G, :]), None
+    w_NK = _scales(q_weight, k_weight, H, G, z.dtype)
+    if w_NK is not None:
+        r = z.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        z = (z * r).mul_(w_NK)
+    angles = _wide_angles(cos, sin, z, offset, interleaved)
+    y = _turn(z, *angles, interleaved, z.new_empty(z.shape)).to(qkv.dtype)
+    return (y[..., :H, :], y[..., H:, :], qkv[..., -G:, :]), r, angles
+
+
 class HandWritten(torch.autograd.Function):
     """`reference` with its backward written out.
 
@@ -26,20 +41,16 @@ class HandWritten(torch.autograd.Function):
         sin: Tensor, eps: float, G: int, offset: int | Tensor, interleaved: bool,
         reference: Callable,
     ) -> Packed:  # fmt: skip
-        H, z, r = qkv.shape[-2] - 2 * G, widen(qkv[..., :-G, :]), None
-        w_NK = _scales(q_weight, k_weight, H, G, z.dtype)
-        if w_NK is not None:
-            r = z.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-            z = (z * r).mul_(w_NK)
-        angles = _wide_angles(cos, sin, z, offset, interleaved)
-        y = _turn(z, *angles, interleaved, z.new_empty(z.shape)).to(qkv.dtype)
+        found, r, angles = side_by_side(
+            qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved
+        )
         ctx.save_for_backward(qkv, q_weight, k_weight, r, *angles)
-        ctx.heads, ctx.interleaved = (H, G), interleaved
+        ctx.heads, ctx.interleaved = (qkv.shape[-2] - 2 * G, G), interleaved
         ctx.define = partial(
             _of_three, reference, cos=cos, sin=sin, eps=eps, kv_heads=G, offset=offset,
             interleaved=interleaved,
         )  # fmt: skip
-        return y[..., :H, :], y[..., H:, :], qkv[..., -G:, :]
+        return found
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritium.kernels._cpu_backward import uses_cpu_backward
-from tritium.kernels._qk_norm_rope_cpu import HandWritten, Packed
+from tritium.kernels._cpu_backward import needs_no_graph, uses_cpu_backward
+from tritium.kernels._qk_norm_rope_cpu import HandWritten, Packed, side_by_side
 from tritium.kernels._qk_norm_rope_kernels import (
     _qk_norm_rope_backward_kernel,
     _qk_norm_rope_forward_kernel,
@@ -302,6 +302,8 @@ def qk_norm_rope(
                 qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved,
                 qk_norm_rope_reference,
             )  # fmt: skip
+        if needs_no_graph(qkv, *weights):
+            return side_by_side(qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved)[0]
         return qk_norm_rope_reference(
             qkv, cos, sin, q_weight, k_weight, eps,
             kv_heads=G, offset=offset, interleaved=interleaved,

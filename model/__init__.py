@@ -2,6 +2,7 @@
 
 from tritium.model.config import ModelConfig, RopeScaling
 from tritium.model.heads import Classifier, Embedder, Regressor, pad_sequences
+from tritium.model.kv_cache import Cache
 from tritium.model.modules import (
     GEGLU,
     LayerNorm,
@@ -14,6 +15,7 @@ from tritium.model.transformer import Transformer
 
 __all__ = [
     "GEGLU",
+    "Cache",
     "Classifier",
     "Embedder",
     "LayerNorm",

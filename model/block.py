@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from tritium.kernels import geglu, qk_norm_rope, relu_squared, swiglu
@@ -70,7 +69,7 @@ class Attention(nn.Module):
         """Return the attention's output `[B, L, D]`; `places` are cos, sin and `Masks`."""
         q, k, v = self.heads(x_BLD, places, cache)
         y = attend(q, k, v, self.mask(places), softcap=self.softcap, by=self.by)
-        return self.output(rearrange(y, "B H L K -> B L (H K)").to(x_BLD.dtype))
+        return self.output(y.transpose(1, 2).flatten(2).to(x_BLD.dtype))
 
     def mask(self, places):
         """Return the mask of this layer, out of the `places` of `forward`."""
@@ -79,8 +78,8 @@ class Attention(nn.Module):
     def heads(self, x_BLD, places, cache=None):
         """Return queries `[B, H, L, K]`, keys and values `[B, G, S, K]`, the cache's included."""
         cos_LK, sin_LK, _ = places
-        packed_BLNK = rearrange(
-            float32_on_cpu(self.query_key_value(x_BLD)), "B L (N K) -> B L N K", K=self.head_width
+        packed_BLNK = float32_on_cpu(self.query_key_value(x_BLD)).unflatten(
+            -1, (-1, self.head_width)
         )
         if self.rotates:
             q_weight, k_weight = (

@@ -116,7 +116,7 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """Return a published shape, such as "gpt2" or "llama-3.2-1b": `model.shapes` has them all.
+        """Return a shape by name, such as "gpt2" or "llama-3.2-1b": `model.shapes` has them all.
 
         Raises:
             ValueError: there is none of that name.

@@ -6,7 +6,8 @@
     Qwen3ForCausalLM   the same with normalised queries and keys, without biases; a window in all
                        layers, in all except every n-th, or in none
 
-A config of another kind is refused in both directions, with the reason.
+A config of another kind is refused in both directions, with the reason. Transformers has others
+with parallel blocks (GPT-NeoX and Cohere, with LayerNorm and rotary positions): not written here.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def model_type(config: ModelConfig) -> str:
         wrong.append(f"d_model={config.d_model} (it has a multiple of the {config.n_heads} heads)")
     if wrong:
         raise FormatError(
-            f"no native architecture of transformers holds this model; {ARCHITECTURES[kind]} comes "
-            f"nearest, except for {', '.join(wrong)}"
+            f"none of transformers' {', '.join(ARCHITECTURES.values())} holds this model; "
+            f"{ARCHITECTURES[kind]} comes nearest, except for {', '.join(wrong)}"
         )
     return kind
 
@@ -106,7 +107,7 @@ def config_to_native(config: ModelConfig, dtype: str = "float32", eot: int | Non
         eot: id of the end-of-text token, if there is one.
 
     Raises:
-        FormatError: no native architecture holds it.
+        FormatError: none of these architectures holds it.
     """
     kind = model_type(config)
     common = {
@@ -298,7 +299,7 @@ def layout(config: ModelConfig) -> Iterator[tuple[str, Part]]:
     Embedding and output layer that share their weights come once, as the embedding.
 
     Raises:
-        FormatError: no native architecture holds the config.
+        FormatError: none of these architectures holds the config.
     """
     kind = model_type(config)
     if kind == "gpt2":

@@ -1,4 +1,4 @@
-"""Published shapes by name, and what each takes: python -m tritium.model.shapes [NAME ...].
+"""Shapes by name, and what each takes: python -m tritium.model.shapes [NAME ...].
 
     FLOPs per token = 6 · N + 12 · layers · heads · head width · L
 
@@ -8,6 +8,9 @@ for the forward pass, 4 · N for both gradients. The second term is attention's 
 over all L positions: that causal attention needs half of them, and a window fewer, is not deducted,
 nor is what activation checkpointing recomputes added, as is the custom (PaLM, appendix B; nanoGPT),
 so that figures can be compared.
+
+All are published except for qwen3-tiny, -small and -98m: Qwen3's blocks in the sizes that the
+presets of train.py have, the last of them GPT-2's layers, width, heads and context.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2).
 Grattafiori et al., "The Llama 3 Herd of Models", 2024. https://arxiv.org/abs/2407.21783
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from difflib import get_close_matches
+from typing import Literal
 
 import torch
 
@@ -60,12 +64,22 @@ SHAPES: dict[str, dict] = {
         vocab_size=151936, n_layers=28, d_model=1024, n_heads=16, n_kv_heads=8, d_head=128,
         d_ff=3072, max_seq_len=40960, rope_theta=1e6,
     ),
+    "qwen3-tiny": dict(
+        vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64,
+    ),
+    "qwen3-small": dict(vocab_size=4096, n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
+    "qwen3-98m": dict(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
 }  # fmt: skip
 """Arguments of `ModelConfig` by name."""
+ShapeName = Literal[
+    "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "smollm-135m", "llama-3.2-1b", "llama-3.1-8b",
+    "qwen3-0.6b", "qwen3-tiny", "qwen3-small", "qwen3-98m",
+]  # fmt: skip
+"""Their names, for those who offer a choice of them."""
 
 
 def shape(name: str) -> dict:
-    """Return the arguments of `ModelConfig` for a published shape.
+    """Return the arguments of `ModelConfig` for a named shape.
 
     Raises:
         ValueError: there is none of that name.

@@ -24,6 +24,7 @@ from tritium.model import inspect, pretrained, sampling
 from tritium.model.attention import as_multiplied
 from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
+from tritium.model.cpu_linear import OutputLinear
 from tritium.model.initialisation import initialise
 from tritium.model.kv_cache import Cache, Cursor
 from tritium.model.masks import Masks, make_masks
@@ -78,7 +79,7 @@ class Transformer(nn.Module):
             Block(config, residual_dtype, i) for i in range(config.n_layers)
         )
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = OutputLinear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.dropout = dropout
@@ -242,6 +243,8 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: L exceeds max_seq_len, or the tokens are no ids of such a shape.
+            IndexError: an id is not below vocab_size, by PyTorch's embedding on a CPU. On a GPU its
+                kernel stops the process's use of the device: `generate` looks at the ids first.
         """
         h_BLD = self.hidden(tokens, positions=positions)
         if targets is None:

@@ -97,7 +97,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
         raise SystemExit(0)
     given = _given(arguments)
     if given.get("init-from", ["None"]) != ["None"]:
-        shaping = ("tokenizer", *(x for x in settings() if x.startswith("model.")))
+        shaping = ("tokenizer", "shape", *(x for x in settings() if x.startswith("model.")))
         if wrong := [x for x in shaping if x in given and x != "model.max-seq-len"]:
             raise ConfigError(
                 f"--{wrong[0]} is that of the model which --init-from names; drop one of them"
@@ -109,6 +109,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
         record = _record(run)
         if record and named in (None, record["preset"]):
             preset, usual = record["preset"], _recorded(record, run)
+    if (shape := given.get("shape", ["None"])[0]) != "None":
+        usual = usual.reshaped(shape)
     config = _converted(given, usual)
     lengths = {x.name for x in fields(Length)} & {name.replace("-", "_") for name in given}
     if lengths:

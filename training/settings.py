@@ -14,6 +14,7 @@ import tyro
 
 from tritium.data.corpus import INSTALLED
 from tritium.model.lora import Projection
+from tritium.model.shapes import ShapeName
 from tritium.model.transformer import ModelConfig
 from tritium.training.memory.plan import MemoryConfig
 from tritium.training.monitor.observer import ObserveConfig
@@ -98,8 +99,19 @@ class TrainConfig:
     """Monitoring of the run."""
     memory: Annotated[MemoryConfig, UNPREFIXED] = field(default_factory=MemoryConfig)
     """Memory: micro-batch size and activation checkpointing."""
+    shape: ShapeName | None = None
+    """Shape of the model by name, with the preset's vocabulary and context. None: the preset's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
+
+    def reshaped(self, name: str) -> TrainConfig:
+        """Return these settings with a named shape, of the vocabulary and context that they have.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        sizes = {"vocab_size": self.model.vocab_size, "max_seq_len": self.model.max_seq_len}
+        return replace(self, model=replace(ModelConfig.named(name), **sizes))
 
     def decisive(self) -> dict:
         """Return the settings that decide a run's weights.
@@ -117,10 +129,11 @@ class TrainConfig:
 FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
     "log_every", "compute", "device", "threads", "parallel", "observing", "memory", "length",
+    "shape",  # which the model's fields say
 }  # fmt: skip
 
 GPT2 = TrainConfig(
-    model=ModelConfig(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
+    model=ModelConfig.named("qwen3-98m"),
     batch_size=64,
     memory=MemoryConfig(micro_batch_size=32),
     schedule=Schedule(warmup_steps=100),
@@ -131,7 +144,7 @@ GPT2 = TrainConfig(
 
 PRESETS = {
     "small": TrainConfig(
-        model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
+        model=ModelConfig.named("qwen3-small"),
         length=Length(max_steps=750, max_epochs=EPOCHS),
         schedule=Schedule(learning_rate=6e-3, warmup_steps=30),
         optimizer=OptimizerConfig(name="muon", muon_learning_rate=1.2e-2, row_beta2=0.95),
@@ -141,9 +154,7 @@ PRESETS = {
     "gpt2": GPT2,
     "gpu": replace(GPT2, data=INSTALLED, memory=MemoryConfig(micro_batch_size=16)),
     "tiny": TrainConfig(
-        model=ModelConfig(
-            vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64
-        ),
+        model=ModelConfig.named("qwen3-tiny"),
         batch_size=4,
         length=Length(max_steps=20, max_epochs=EPOCHS),
         schedule=Schedule(warmup_steps=5),

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from tritium.kernels import add_rms_norm, rms_norm, rope, swiglu
-from tritium.kernels._cpu_backward import uses_cpu_backward
+from tritium.kernels import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
+from tritium.kernels._cpu_backward import needs_no_graph, uses_cpu_backward
 from tritium.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from tritium.kernels.rope import rope_reference
 from tritium.kernels.runtime import references
@@ -54,7 +54,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def on_a_cpu():
-    with references("rms_norm", "add_rms_norm", "swiglu", "rope"):
+    with references("rms_norm", "add_rms_norm", "swiglu", "rope", "qk_norm_rope"):
         yield
 
 
@@ -189,5 +189,31 @@ def test_applies_only_where_a_gradient_is_wanted():
     assert not uses_cpu_backward(x.detach())
     assert not uses_cpu_backward(torch.empty(0, requires_grad=True))
     assert not uses_cpu_backward(torch.empty(3, device="meta", requires_grad=True))
+    assert not needs_no_graph(x)
+    assert needs_no_graph(x.detach())
     with torch.no_grad():
         assert not uses_cpu_backward(x)
+        assert needs_no_graph(x)
+        assert not needs_no_graph(torch.empty(3, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_a_graph_results_are_the_same_bits(dtype):
+    """A step of generation computes what training computed of the same inputs."""
+    x, w = torch.randn(B, L, 4, K).to(dtype), torch.randn(K).to(dtype)
+    eps = 0.1
+    calls = [
+        lambda x, w: norm(x, w), lambda x, w: norm(x, w, offset=1.0),
+        lambda x, w: norm(x, w.float()), lambda x, w: add_rms_norm(x, x.float(), w, eps),
+        lambda x, w: qk_norm_rope(x, COS, SIN, w, 2 * w, eps, kv_heads=1, offset=3),
+        lambda x, w: qk_norm_rope(x, COS[:, :2], SIN[:, :2], kv_heads=1, interleaved=True),
+    ]  # fmt: skip
+    for call in calls:
+        with torch.no_grad():
+            found = call(x, w)
+        expected = call(x.clone().requires_grad_(), w.clone().requires_grad_())
+        if isinstance(found, torch.Tensor):
+            found, expected = (found,), (expected,)
+        for y, z in zip(found, expected, strict=True):
+            assert y.dtype == z.dtype
+            assert torch.equal(y, z)

@@ -207,10 +207,3 @@ def test_predicting_takes_no_memory_and_draws_nothing(device):
 def test_refuses_policies_that_are_none(policy, n_layers, message):
     with pytest.raises(ValueError, match=message):
         Transformer(replace(CONFIG, n_layers=n_layers), activation_checkpointing=policy)
-
-
-@pytest.mark.parametrize("policy", ["selective", "full"])
-def test_compiles_in_one_graph_with_checkpointed_blocks(policy, device):
-    step = Step(device, policy, n_layers=1, sequences=1)
-    compiled = torch.compile(step.model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(step.tokens, step.tokens), step.forward())

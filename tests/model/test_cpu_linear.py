@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tritium.model import cpu_linear
-from tritium.model.cpu_linear import Linear
+from tritium.model.cpu_linear import Linear, OutputLinear
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,33 @@ def test_leaves_a_few_rows_to_pytorch(monkeypatch):
     layer, x = Linear(8, 8), torch.randn(2, 2, 8)
     assert "_Product" in type(layer(x).grad_fn.next_functions[0][0]).__name__
     assert "_Product" not in type(layer(x[:1]).grad_fn.next_functions[0][0]).__name__
+
+
+def test_few_rows_of_a_large_weight_go_another_way(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "ROWS", 64)
+    taken = []
+    for name in ("_behind", "_product"):
+        way = getattr(cpu_linear, name)
+        monkeypatch.setattr(cpu_linear, name, lambda *x, n=name, w=way: taken.append(n) or w(*x))
+    for out, wide, rows, expected in (
+        (6144, 256, 1, "_behind"), (6144, 256, 4, "_behind"), (6144, 256, 5, "_product"),
+        (2048, 256, 1, None), (2048, 256, 2, "_product"), (1024, 256, 2, None),
+        (6208, 255, 1, None), (6208, 255, 3, "_product"), (1536, 1025, 1, None),
+    ):  # fmt: skip
+        layer, x = OutputLinear(wide, out, bias=rows == 4), torch.randn(1, rows, wide)
+        with torch.no_grad():
+            y = layer(x)
+        assert y.is_contiguous()
+        assert taken == [expected] * (expected is not None), (out, wide, rows)
+        exact = nn.functional.linear(x.double(), layer.weight.double())
+        exact = exact if layer.bias is None else exact + layer.bias
+        assert (y - exact).norm() < 1e-6 * exact.norm()
+        taken.clear()
+        if expected == "_behind":  # a gradient is made of the usual products
+            layer(x).sum().backward()
+            assert layer.weight.grad is not None
+            assert "_behind" not in taken
+            taken.clear()
 
 
 def test_is_differentiable_twice():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tritium.model import ModelConfig, RopeScaling, Transformer, cpu_linear
 from tritium.model.modules import GEGLU, LayerNorm, LinearCrossEntropyLoss, RMSNorm, SwiGLU
 from tritium.model.rotary import rotary_tables
-from tritium.model.shapes import SHAPES, flops_per_token, main, num_parameters
+from tritium.model.shapes import SHAPES, ShapeName, flops_per_token, main, num_parameters
 
 WINDOWS = dict(window=5, full_every=2, n_layers=2)
 NAMED = (  # Llama is Qwen3 without two norms
-    ("gpt2", {}), ("qwen3-0.6b", {}), ("qwen3-0.6b", WINDOWS | dict(attention="softmax")),
-    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True)),
+    ("gpt2", {}, "selective"), ("qwen3-0.6b", {}, "full"),
+    ("qwen3-0.6b", WINDOWS | dict(attention="softmax"), "every-2"),
+    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True), "selective"),
 )  # fmt: skip
 
 
@@ -167,8 +169,9 @@ def test_scaled_angles_are_those_of_transformers(scaling, pairs, theta):
     torch.testing.assert_close(sin, angles.sin() * scale, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "changes"), NAMED)
-def test_every_family_compiles_in_one_graph_and_is_exported(name, changes):
+@pytest.mark.parametrize(("name", "changes", "policy"), NAMED)
+def test_every_family_compiles_in_one_graph_and_is_exported(name, changes, policy):
+    """Forward and backward, with a policy of checkpointing and without; the same loss."""
     small = dict(
         n_layers=1, d_model=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=16, vocab_size=23,
         max_seq_len=16,
@@ -176,10 +179,12 @@ def test_every_family_compiles_in_one_graph_and_is_exported(name, changes):
     model = Transformer(ModelConfig(**SHAPES[name] | small | changes))
     tokens, targets = ids(model.config, 3, 9), ids(model.config, 3, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    losses = [call(tokens, targets) for call in (compiled, model)]
-    torch.testing.assert_close(*losses)
-    gradients = [torch.autograd.grad(x, list(model.parameters())) for x in losses]
-    torch.testing.assert_close(*gradients)
+    for each in (policy, "none"):
+        model.activation_checkpointing = each
+        losses = [call(tokens, targets) for call in (compiled, model)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(x, list(model.parameters())) for x in losses]
+        torch.testing.assert_close(*gradients)
     free = {0: torch.export.Dim("B", min=2, max=64), 1: torch.export.Dim("L", min=2, max=16)}
     exported = torch.export.export(
         model, (tokens, targets), dynamic_shapes=dict(tokens=free, targets=free)
@@ -195,16 +200,21 @@ PUBLISHED = {
     "gpt2-xl": 1_557_611_200, "smollm-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248, "qwen3-0.6b": 596_049_920,
 }  # fmt: skip
+OWN = "qwen3-tiny", "qwen3-small", "qwen3-98m"  # of the presets
 
 
 def test_named_shapes_have_the_published_sizes(capsys):
-    assert {name: num_parameters(ModelConfig.named(name)) for name in SHAPES} == PUBLISHED
-    main(["gpt2", "--length", "1024"])
-    line = capsys.readouterr().out.splitlines()[1]
-    weights = 12 * (4 * 768**2 + 8 * 768**2) + 768 * 50257
-    flops = 6 * weights + 12 * 12 * 768 * 1024
-    for figure in ("124,439,808", f"{flops / 1e9:.3f}", "0.25", "1.99", "36,864 B"):
-        assert figure in line
+    assert get_args(ShapeName) == tuple(SHAPES) == (*PUBLISHED, *OWN)
+    for name, size in PUBLISHED.items():
+        assert num_parameters(ModelConfig.named(name)) == size
+    # A training step of GPT-2 on 1,024 tokens: transformer_sizing.ipynb of nanoGPT.
+    assert flops_per_token(ModelConfig.named("gpt2"), 1024) * 1024 == 874_944_921_600
+    main(["llama-3.1-8b", "gpt2", "--length", "1024"])
+    _, llama, gpt2, *_ = capsys.readouterr().out.splitlines()
+    # total_size of model.safetensors.index.json of Llama-3.1-8B, in bytes of bfloat16.
+    assert f"{16_060_522_496 / 1e9:.2f}" in llama
+    for figure in ("124,439,808", f"{874.944921600 / 1024:.3f}", "0.25", "1.99", "36,864 B"):
+        assert figure in gpt2
     with pytest.raises(ValueError, match=r"there is no shape 'gpt-2'; did you mean 'gpt2'\?"):
         ModelConfig.named("gpt-2")
     with pytest.raises(SystemExit):

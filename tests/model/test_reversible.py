@@ -187,7 +187,7 @@ def test_generation_with_a_cache_is_that_without():
     assert torch.equal(ragged[1], alone[0])
 
 
-def test_compiles_in_one_graph_to_the_same_loss_and_gradients():
+def test_compiles_in_one_graph_to_the_same_loss_and_gradients_and_is_exported():
     model = build(replace(CONFIG, n_layers=1))
     tokens = ids(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -195,6 +195,12 @@ def test_compiles_in_one_graph_to_the_same_loss_and_gradients():
     torch.testing.assert_close(*losses)
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    free = {0: torch.export.Dim("B", min=2, max=64), 1: torch.export.Dim("L", min=2, max=LENGTH)}
+    exported = torch.export.export(
+        model, (tokens, tokens), dynamic_shapes=dict(tokens=free, targets=free)
+    )
+    other = ids(model, 5, 7)
+    torch.testing.assert_close(exported.module()(other, other), model(other, other))
     torch.compiler.reset()
 
 

@@ -62,12 +62,22 @@ MUTANTS = [
     ),
     _cpu_backward(
         what="never",
-        original="torch.is_grad_enabled()\n",
-        replacement="not torch.is_grad_enabled()\n",
+        original="return torch.is_grad_enabled() and",
+        replacement="return not torch.is_grad_enabled() and",
     ),
     _cpu_backward(
         what="without a graph",
         original="create_graph=True",
         replacement="create_graph=False",
+    ),
+    _cpu_backward(
+        what="no graph where a gradient is wanted",
+        original="return not wants and _runs_on_cpu(xs)",
+        replacement="return _runs_on_cpu(xs)",
+    ),
+    _rms_norm(
+        what="the offset forgotten where there is no graph",
+        original="if weight is None or offset or not",
+        replacement="if weight is None or not",
     ),
 ]

@@ -103,7 +103,7 @@ def test_a_shape_that_cannot_be_exported_is_named_at_the_start(run, tmp_path):
     assert "not exported" not in run.output()
     assert run(tmp_path / "capped", "--max-steps", "1", "--model.softcap", "20") == 0
     said = " ".join(run.output().split())
-    assert "not exported: no native architecture of transformers holds this model" in said
+    assert "not exported: none of transformers' GPT2LMHeadModel, LlamaForCausalLM," in said
     assert "except for softcap=20.0" in said
 
 

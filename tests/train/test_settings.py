@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from train_runs import CrashError, crash, log, losses
 
+from tritium.model.config import ModelConfig
+from tritium.model.shapes import SHAPES
 from tritium.training import settings as presets
 from tritium.training.command_line import ALIASES, ANSWERS, parse
 from tritium.training.help import GROUPS, USUAL, show_help
@@ -166,6 +168,24 @@ def test_the_presets_are_legal():
     for config in presets.PRESETS.values():
         check(config, config)
     assert presets.PRESETS.keys() == presets.ABOUT_PRESETS.keys()
+
+
+def test_a_shape_by_name_has_the_vocabulary_and_context_of_the_preset():
+    tiny = presets.PRESETS["tiny"].model
+    assert tiny == ModelConfig.named("qwen3-tiny")
+    for name in SHAPES:
+        model, kept = parse(["tiny", "--shape", name])[0].model, {}
+        for field in ("vocab_size", "max_seq_len"):
+            kept[field] = getattr(tiny, field)
+        assert model == replace(ModelConfig.named(name), **kept)
+    wider = ["--vocab-size", "50257", "--context", "1024"]
+    assert parse(["tiny", *wider, "--shape", "gpt2"])[0].model == ModelConfig.named("gpt2")
+    assert parse(["tiny", "--shape", "None"])[0].model == tiny
+    assert "shape must be one of gpt2, gpt2-medium" in (answer("--shape", "gpt-2") or "")
+    assert "n_heads must divide d_model" in (answer("--shape", "gpt2", "--n-heads", "7") or "")
+    assert "--shape is that of the model which --init-from names; drop one" in (
+        answer("--shape", "gpt2", "--init-from", "x") or ""
+    )
 
 
 def test_what_people_type_is_a_flag_or_answered():
