@@ -197,6 +197,13 @@ def show_end(run: Path, history: list[dict], sample: str, seconds: float) -> Non
             f"Validation: {measured[-1]['val_loss']:.4f} nats per token, "
             f"{measured[-1]['val_bits_per_byte']:.4f} bits per byte, after {clock(seconds)}"
         )
+    if measured and "report_loss" in measured[-1]:
+        last = measured[-1]
+        console.print(
+            f"Report: {last['report_loss']:.4f} nats per token, {last['report_bits_per_byte']:.4f} "
+            f"bits per byte, after step {last['report_step']:,}, on the validation documents that "
+            "nothing was chosen by"
+        )
     console.print(
         f"Run folder: {run} (loss.png, layers.png, log.jsonl, config.json, tokenizer.json, "
         "checkpoints)"
