@@ -236,6 +236,14 @@ def train(
         parallel.reshard(model)
         return found | {"report_step": of_step}
 
+    def training_text(val_loss: float) -> dict[str, float]:
+        batches = loader.fixed_batches(config.eval_tokens)
+        rows = memory_plan.now.micro_batch_size
+        parts = (part for x in batches for part in zip(*(y.split(rows) for y in x), strict=True))
+        found = evaluate(model, parts, byte_lengths, cast, ranks.sum, "train")
+        parallel.reshard(model)
+        return found | {"gap": val_loss - found["train_loss"]}
+
     # The loop.
     picture = LossPicture(files / "loss.png", f"{run.name}: {count(model)}", console.print)
     display = Display(budget, step, seconds(), run.name, log.entries)
@@ -270,6 +278,8 @@ def train(
                 entries[-1] |= evaluate(model, batches, byte_lengths, cast, ranks.sum)
                 parallel.reshard(model)
                 val_loss = entries[-1]["val_loss"]
+                if loader.epoch > 1:  # before, a step's own loss is of text that is new to it
+                    entries[-1] |= training_text(val_loss)
                 best = state.best
                 if math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
                     state.best = {"step": step, "val_loss": val_loss}

@@ -149,7 +149,7 @@ PRESETS = {
     "characters": TrainConfig(
         tokenizer=CHARACTERS,
         model=ModelConfig(vocab_size=2048, d_model=128, max_seq_len=256, activation="relu_squared"),
-        length=Length(max_steps=750, max_epochs=EPOCHS),
+        length=Length(max_steps=500, max_epochs=EPOCHS),
         schedule=Schedule(learning_rate=8e-3, warmup_steps=30),
         optimizer=OptimizerConfig(name="muon", muon_learning_rate=1.6e-2, row_beta2=0.95),
         batch_size=6,
@@ -173,7 +173,7 @@ PRESETS = {
 
 ABOUT_PRESETS = {
     "small": "2 layers of width 256, 750 steps of Muon: minutes on two CPU cores; what a CPU gets",
-    "characters": "4 layers of width 128, 750 steps of Muon, on characters: minutes on a CPU core",
+    "characters": "4 layers of width 128, 500 steps of Muon, on characters: minutes on a CPU core",
     "gpt2": "12 layers of width 768, 1,000 steps of 65,536 tokens",
     "gpu": "some five minutes on the GPU at hand, on Python's installed packages; what a GPU gets",
     "tiny": "2 layers of width 64, 20 steps: seconds, to try flags",

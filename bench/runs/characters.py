@@ -35,10 +35,13 @@ from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import SCRIPT, UNSEEN, difference
 from tritium.bench.runs.plain_gpt import PlainGPT
 from tritium.data import Tokenizer, TokenLoader, prepare
+from tritium.data.tokenizer import CHARACTERS
 from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import read_lines
+from tritium.training.settings import PRESETS
 
-RESULTS = "characters.md"
+PRESET = "characters"
+RESULTS = f"{PRESET}.md"
 WIDTH = 110
 TEXT = 1_000_000  # characters of the text that is written
 LAYERS, HEADS, D_MODEL, LENGTH, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
@@ -78,13 +81,13 @@ def main(
         raise SystemExit(f"bench characters: --seeds must be at least 1, got {seeds}")
     torch.set_num_threads(1)
     text = write_text(out / "text") if data is None else data
-    folder = prepare(text, tokenizer="characters")
+    folder = prepare(text, tokenizer=CHARACTERS)
     pairs = []
     for seed in range(seeds):
         key = f"{folder.manifest.key} {seed}"
         recipe = _once(out, f"recipe {key}", partial(reference, folder, seed))
         own = partial(preset, text, seed, out, shlex.split(flags))
-        pairs.append((recipe, _once(out, f"preset {key} {flags}", own)))
+        pairs.append((recipe, _once(out, f"preset {key} {PRESETS[PRESET]} {flags}", own)))
     asked = [f"--data {shlex.quote(str(data))}"] if data else []
     asked += [f"--seeds {seeds}"] + ([f"--flags {shlex.quote(flags)}"] if flags else [])
     sizes = {k: sum(x.tokens for x in v) for k, v in folder.manifest.splits.items()}
@@ -149,7 +152,7 @@ def preset(text: Path, seed: int, out: Path, flags: list[str]) -> Run:
     """Train the preset `characters` by train.py, in a process of its own."""
     run = out / f"preset-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     command = [
-        sys.executable, SCRIPT, "characters", "--data", text, "--seed", seed, "--out", run,
+        sys.executable, SCRIPT, PRESET, "--data", text, "--seed", seed, "--out", run,
         "--threads", 1, "--device", "cpu", "--eval-tokens", WHOLE, *UNSEEN, *flags,
     ]  # fmt: skip
     log = run.with_suffix(".txt")

@@ -173,3 +173,27 @@ def test_the_report_is_of_other_documents_and_the_last_weights_when_they_are_bes
     assert last["report_step"] == last["step"] == 4
     assert last["report_loss"] != last["val_loss"]
     assert last["report_loss"] == pytest.approx(last["val_loss"], rel=0.3)
+
+
+def test_the_gap_is_measured_once_text_is_read_again(run, tmp_path, monkeypatch):
+    """By one function for both, in evaluation mode, whatever dropout adds to a step's own loss."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(80):
+        (texts / f"{i}.txt").write_text(f"{i} " + "some words of it " * 8)
+    asked, evaluate = [], train.evaluate
+
+    def noted(*arguments):
+        asked.append(arguments[5:])
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", noted)
+    flags = "--max-epochs", "3", "--eval-every", "2", "--dropout", "0.3"
+    assert run(tmp_path / "run", "--data", str(texts), *flags) == 0
+    measured = [entry for entry in log(tmp_path / "run") if "val_loss" in entry]
+    assert [*{"gap" in x for x in measured}] == [False, True] or measured[0]["epoch"] > 1
+    for entry in measured:
+        assert ("gap" in entry) == (entry["epoch"] > 1)
+        if "gap" in entry:
+            assert entry["gap"] == pytest.approx(entry["val_loss"] - entry["train_loss"])
+    assert ("train",) in asked

@@ -130,6 +130,7 @@ class Display:
 def _validation(entry: dict) -> str:
     return (
         f"validation {entry['val_loss']:.3f} nats/token, {entry['val_bits_per_byte']:.3f} bits/byte"
+        + (f", gap {entry['gap']:+.3f} nats/token" if "gap" in entry else "")
     )
 
 
