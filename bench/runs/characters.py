@@ -109,7 +109,9 @@ def write_text(folder: Path) -> Path:
     length = 0
     for module in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = module.read_text(encoding="utf-8", errors="replace")
-        (folder / module.with_suffix(".txt").name).write_text(text, encoding="utf-8")
+        file = folder / module.with_suffix(".txt").name
+        if not file.exists() or file.read_text(encoding="utf-8") != text:  # else: prepared already
+            file.write_text(text, encoding="utf-8")
         length += len(text)
         if length >= TEXT:
             break

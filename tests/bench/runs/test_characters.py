@@ -55,10 +55,14 @@ def test_what_ended_is_not_trained_again_and_the_table_has_both(text, tmp_path, 
     assert [*table.columns[3].cells] == ["-0.2500"] * 3
 
 
-def test_the_text_that_is_written_is_about_a_megabyte_and_the_same_each_time(tmp_path):
+def test_the_text_that_is_written_is_about_a_megabyte_and_stays_as_it_is(tmp_path):
+    """Not written again, so that what was prepared of it, and the runs' keys, are found again."""
     first, second = (
         {file.name: file.read_text() for file in characters.write_text(tmp_path / name).iterdir()}
         for name in "ab"
     )
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "a").iterdir()}
+    characters.write_text(tmp_path / "a")
+    assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "a").iterdir()}
     assert first == second
     assert 1_000_000 <= sum(map(len, first.values())) < 1_300_000
