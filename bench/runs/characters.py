@@ -6,13 +6,14 @@ Both learn the same text, whose tokens are characters, on one thread each, one r
 for each seed. The recipe is that of nanoGPT's README for a CPU, as plain PyTorch: 4 layers of 4
 heads, 128 wide, 64 characters of context, 2,000 steps of 12 sequences, no dropout; AdamW from 1e-3
 to 1e-4 by a cosine behind 100 steps of warm-up, beta2 0.99, decay 0.1, gradients clipped to 1.
-Losses are those of the half of the validation documents that nothing is chosen by, in nats per
-character, each model with the context that it was trained with. The recipe's seconds leave out
+A tenth of the documents is held out. Losses are those of the half of it that nothing is chosen by,
+in nats per character, each model with the context that it was trained with. The recipe's seconds leave out
 start-up and validation, which those of the preset include.
 
 Karpathy, nanoGPT, 2022. https://github.com/karpathy/nanoGPT
 """
 
+import os
 import resource
 import shlex
 import subprocess
@@ -44,6 +45,8 @@ PRESET = "characters"
 RESULTS = f"{PRESET}.md"
 WIDTH = 110
 TEXT = 1_000_000  # characters of the text that is written
+PIECE = 8_000  # characters of its documents, about
+HELD_OUT = 0.1  # share of the documents, as nanoGPT's
 LAYERS, HEADS, D_MODEL, LENGTH, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 WARM_UP, HIGH, LOW, BETAS, DECAY, CLIP = 100, 1e-3, 1e-4, (0.9, 0.99), 0.1, 1.0
 WHOLE = 1 << 40  # tokens of a validation: all there are
@@ -81,20 +84,20 @@ def main(
         raise SystemExit(f"bench characters: --seeds must be at least 1, got {seeds}")
     torch.set_num_threads(1)
     text = write_text(out / "text") if data is None else data
-    folder = prepare(text, tokenizer=CHARACTERS)
+    folder = prepare(text, tokenizer=CHARACTERS, val_fraction=HELD_OUT)
     pairs = []
     for seed in range(seeds):
         key = f"{folder.manifest.key} {seed}"
         recipe = _once(out, f"recipe {key}", partial(reference, folder, seed))
-        own = partial(preset, text, seed, out, shlex.split(flags))
+        own = partial(preset, folder, seed, out, shlex.split(flags))
         pairs.append((recipe, _once(out, f"preset {key} {PRESETS[PRESET]} {flags}", own)))
     asked = [f"--data {shlex.quote(str(data))}"] if data else []
     asked += [f"--seeds {seeds}"] + ([f"--flags {shlex.quote(flags)}"] if flags else [])
     sizes = {k: sum(x.tokens for x in v) for k, v in folder.manifest.splits.items()}
     lines = (
         f"`python -m tritium.bench characters {' '.join(asked)}`, torch {torch.__version__}, "
-        f"{device_name(torch.device('cpu'))}, one thread",
-        f"Nats per character of half of {sizes['val']:,} characters that neither has seen, after "
+        f"{device_name(torch.device('cpu'))}",
+        f"Nats per character of half of {sizes['val']:,} that neither has seen, after "
         f"training on {sizes['train']:,}; {folder.manifest.vocab_size} ids. The recipe is "
         "nanoGPT's.",
         _summary(pairs),
@@ -104,22 +107,30 @@ def main(
 
 
 def write_text(folder: Path) -> Path:
-    """Write modules of the standard library, in the order of their names, and return the folder."""
+    """Write modules of the standard library, in the order of their names, and return the folder.
+
+    They are cut after whole lines, so that there are enough documents to hold some back.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     length = 0
     for module in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = module.read_text(encoding="utf-8", errors="replace")
-        file = folder / module.with_suffix(".txt").name
-        if not file.exists() or file.read_text(encoding="utf-8") != text:  # else: prepared already
-            file.write_text(text, encoding="utf-8")
-        length += len(text)
+        pieces = [""]
+        for line in module.read_text(encoding="utf-8", errors="replace").splitlines(True):
+            if len(pieces[-1]) >= PIECE:
+                pieces.append("")
+            pieces[-1] += line
+        for i, text in enumerate(pieces):
+            file = folder / f"{module.stem}-{i}.txt"
+            if not file.exists() or file.read_text(encoding="utf-8") != text:  # else: as it was
+                file.write_text(text, encoding="utf-8")
+        length += sum(map(len, pieces))
         if length >= TEXT:
             break
     return folder
 
 
-def reference(folder: str | Path, seed: int, steps: int = STEPS) -> Run:
-    """Train nanoGPT's recipe on a prepared folder."""
+def reference(folder: str | os.PathLike[str], seed: int, steps: int = STEPS) -> Run:
+    """Train nanoGPT's recipe on the folder that `prepare` returned."""
     torch.manual_seed(seed)
     vocab_size = Tokenizer.load(folder).vocab_size
     loader = TokenLoader(folder, "train", batch_size=BATCH, length=LENGTH, seed=seed)
@@ -150,11 +161,11 @@ def reference(folder: str | Path, seed: int, steps: int = STEPS) -> Run:
     return Run(nats / n, *took)
 
 
-def preset(text: Path, seed: int, out: Path, flags: list[str]) -> Run:
+def preset(folder: str | os.PathLike[str], seed: int, out: Path, flags: list[str]) -> Run:
     """Train the preset `characters` by train.py, in a process of its own."""
     run = out / f"preset-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     command = [
-        sys.executable, SCRIPT, PRESET, "--data", text, "--seed", seed, "--out", run,
+        sys.executable, SCRIPT, PRESET, "--data", folder, "--seed", seed, "--out", run,
         "--threads", 1, "--device", "cpu", "--eval-tokens", WHOLE, *UNSEEN, *flags,
     ]  # fmt: skip
     log = run.with_suffix(".txt")
