@@ -7,8 +7,8 @@ for each seed. The recipe is that of nanoGPT's README for a CPU, as plain PyTorc
 heads, 128 wide, 64 characters of context, 2,000 steps of 12 sequences, no dropout; AdamW from 1e-3
 to 1e-4 by a cosine behind 100 steps of warm-up, beta2 0.99, decay 0.1, gradients clipped to 1.
 A tenth of the documents is held out. Losses are those of the half of it that nothing is chosen by,
-in nats per character, each model with the context that it was trained with. The recipe's seconds leave out
-start-up and validation, which those of the preset include.
+in nats per character, each model with the context that it was trained with. The recipe's seconds
+leave out start-up and validation, which those of the preset include.
 
 Karpathy, nanoGPT, 2022. https://github.com/karpathy/nanoGPT
 """
