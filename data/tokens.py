@@ -91,7 +91,9 @@ class Tokens:
         """Return the positions after every document, int64; reads all tokens once."""
         firsts = [0, *self._ends]
         places = [np.flatnonzero(shard == self.eot) for shard in self._shards]
-        return np.concatenate([p + first + 1 for p, first in zip(places, firsts, strict=False)])
+        ends = np.concatenate([p + first + 1 for p, first in zip(places, firsts, strict=False)])
+        cut = not len(ends) or ends[-1] < self.n_tokens  # part of a document that was halved
+        return np.append(ends, self.n_tokens) if cut else ends
 
 
 def _first(shards: list[np.ndarray], n: int) -> np.ndarray:

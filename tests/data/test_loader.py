@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritium.data import DataError, Tokenizer, TokenLoader, prepare
+from tritium.data import DataError, DocumentLoader, Tokenizer, TokenLoader, prepare
 from tritium.data.journal import remove
 from tritium.data.shards import (
     MANIFEST_FILE,
@@ -327,3 +327,10 @@ def test_a_split_too_short_for_two_halves_is_read_whole(folder):
     }  # fmt: skip
     first = next(loaders[29, "report"].fixed_batches(29))[0]
     assert first[0, 0] == 30  # of one document each half has a part
+
+
+def test_part_of_a_document_is_packed_to_its_end(folder):
+    """It has no end-of-text token where it was cut."""
+    loader = DocumentLoader(folder, "val", batch_size=9, length=10, half="choose")
+    ((_, targets, _),) = loader.fixed_batches(30)
+    assert sorted(targets[targets >= 0].tolist()) == [*range(30)]
