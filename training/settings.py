@@ -137,9 +137,7 @@ GPT2 = TrainConfig(
 
 PRESETS = {
     "small": TrainConfig(
-        model=ModelConfig(
-            n_layers=2, d_model=256, n_heads=4, max_seq_len=256, activation="relu_squared"
-        ),
+        model=ModelConfig(n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
         length=Length(max_steps=750, max_epochs=EPOCHS),
         schedule=Schedule(learning_rate=6e-3, warmup_steps=30),
         optimizer=OptimizerConfig(name="muon", muon_learning_rate=1.2e-2, row_beta2=0.95),
