@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
 from tritium.data.shards import open_prepared
+from tritium.data.tokenizer import CHARACTERS
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer, lora
 from tritium.training.card import Card, fit_to_card
@@ -41,7 +42,7 @@ from tritium.training.device import (
     keep_freed_memory,
     set_threads,
 )
-from tritium.training.evaluation import evaluate
+from tritium.training.evaluation import evaluate, kept_model, stalled
 from tritium.training.gc_pause import collected_on_request
 from tritium.training.initial import copy_weights, shaped
 from tritium.training.memory.plan import Planner
@@ -135,7 +136,10 @@ def train(
         LOADERS[config.packing], length=shape.max_seq_len, seed=config.seed, **ranks.place
     )
     loader = make_loader(folder, "train", batch_size=config.batch_size // ranks.size)
-    validation = make_loader(folder, "val", batch_size=memory_plan.first.micro_batch_size)
+    validation, reported = (
+        make_loader(folder, "val", batch_size=memory_plan.first.micro_batch_size, half=half)
+        for half in ("choose", "report")
+    )
     epoch = loader.n_windows / config.batch_size
     config = fit_to_data(config, preset, loader.n_tokens, epoch, console.print)
     tokens_per_step = config.batch_size * shape.max_seq_len
@@ -225,6 +229,22 @@ def train(
         own = used_before + time.perf_counter() - started
         return own if budget.seconds is None else ranks.most(own)
 
+    def report(step: int) -> dict[str, float]:
+        best_step = state.best["step"] if state.best and parallel.alone else step
+        kept, of_step = kept_model(model, run, step, best_step)
+        batches = reported.fixed_batches(config.eval_tokens)
+        found = evaluate(kept, batches, byte_lengths, cast, ranks.sum, "report")
+        parallel.reshard(model)
+        return found | {"report_step": of_step}
+
+    def training_text(val_loss: float) -> dict[str, float]:
+        batches = loader.fixed_batches(config.eval_tokens)
+        rows = memory_plan.now.micro_batch_size
+        parts = (part for x in batches for part in zip(*(y.split(rows) for y in x), strict=True))
+        found = evaluate(model, parts, byte_lengths, cast, ranks.sum, "train")
+        parallel.reshard(model)
+        return found | {"gap": val_loss - found["train_loss"]}
+
     # The loop.
     picture = LossPicture(files / "loss.png", f"{run.name}: {count(model)}", console.print)
     display = Display(budget, step, seconds(), run.name, log.entries)
@@ -259,10 +279,18 @@ def train(
                 entries[-1] |= evaluate(model, batches, byte_lengths, cast, ranks.sum)
                 parallel.reshard(model)
                 val_loss = entries[-1]["val_loss"]
+                if loader.epoch > 1:  # before, a step's own loss is of text that is new to it
+                    entries[-1] |= training_text(val_loss)
                 best = state.best
                 if math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
                     state.best = {"step": step, "val_loss": val_loss}
                     saves = saves or config.saving.keep_best
+                if config.stop_after and state.best:
+                    since = stalled([*log.entries, *entries], state.best["step"])
+                    final = final or since >= config.stop_after
+                    saves = saves or final
+                if final:
+                    entries[-1] |= report(step)
             log.append(entries)
             observer.log(entries)
             display.show(entries, seconds())
@@ -368,8 +396,9 @@ def read_losses(unread: list[dict]) -> list[dict]:
 
 def show_plan(config: TrainConfig) -> None:
     """Print the memory plans that fit; data not prepared yet count by the vocabulary asked for."""
-    given = config.tokenizer or config.data
-    if given and (config.tokenizer or Path(given, "tokenizer.json").is_file()):
+    named = None if config.tokenizer == CHARACTERS else config.tokenizer
+    given = named or config.data
+    if given and (named or Path(given, "tokenizer.json").is_file()):
         vocab_size = Tokenizer.load(given).vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     make_planner(config, choose_device(config.device)).show(console.print)

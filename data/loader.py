@@ -17,7 +17,7 @@ from torch import Tensor
 from tritium.data.error import DataError
 from tritium.data.order import Order
 from tritium.data.shards import SPLITS
-from tritium.data.tokens import Tokens
+from tritium.data.tokens import Half, Tokens
 
 Batch = tuple[Tensor, Tensor]
 _Batch = TypeVar("_Batch", bound=tuple)
@@ -47,6 +47,7 @@ class Loader(ABC, Generic[_Batch]):
         rank: int = 0,
         world_size: int = 1,
         verify: bool = False,
+        half: Half | None = None,
     ):
         """Open a split.
 
@@ -59,6 +60,9 @@ class Loader(ABC, Generic[_Batch]):
             rank: which of the `world_size` equal shares of every global batch to read.
             world_size: number of ranks.
             verify: whether to read all of the split now and compare every shard with its sha256.
+            half: "choose" or "report", one half of the split's documents, to choose settings and
+                checkpoints by or to report the loss of what was chosen. A split too short for two
+                is read whole. None: all documents.
 
         Raises:
             DataError: the folder is incomplete or damaged; the split is shorter than a window, or
@@ -71,7 +75,7 @@ class Loader(ABC, Generic[_Batch]):
                 f"in [0, world_size), seed in [0, 2**64); got {batch_size}, {length}, "
                 f"{world_size}, {rank}, {seed}"
             )
-        self._tokens = Tokens(folder, split, verify)
+        self._tokens = Tokens(folder, split, verify, half, length * world_size + 1)
         self._batch_size, self._length, self._seed = batch_size, length, seed
         self._rank, self._world_size = rank, world_size
         self.vocab_size, self.n_tokens = self._tokens.vocab_size, self._tokens.n_tokens

@@ -34,6 +34,9 @@ PATTERN = (
     r"[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,64}[\r\n]{0,64}"
     r"|\s{0,64}[\r\n]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 )
+CHARACTER = r"[\s\S]"
+CHARACTERS = "characters"
+"""The name of a tokenizer whose tokens are characters, in place of a path."""
 
 
 class Tokenizer:
@@ -65,11 +68,20 @@ class Tokenizer:
         self.variant = hashlib.sha256(others.encode()).hexdigest()[:16]
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 4096) -> "Tokenizer":
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 4096, *, characters: bool = False
+    ) -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` tokens from `texts`.
 
         The same texts give the same tokenizer. Texts with too little to merge give a smaller
         vocabulary; `vocab_size` of the result tells.
+
+        Args:
+            texts: what is learned from.
+            vocab_size: ids to learn at most, the end-of-text token included.
+            characters: let no token be longer than a character. One that is not in the texts, or
+                is too rare for the vocabulary, becomes the tokens of its bytes in UTF-8, so that
+                every text decodes to itself.
 
         Raises:
             DataError: `vocab_size` is below 257, the 256 bytes and the end-of-text token; or
@@ -87,8 +99,9 @@ class Tokenizer:
         # Else every later fork of this process prints a warning; none of Tritium's tokenizes there.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         bpe = Trainable(models.BPE())
+        pattern = Regex(CHARACTER if characters else PATTERN)
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+        split = pre_tokenizers.Split(pattern, behavior="isolated")
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(

@@ -4,15 +4,23 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
+from typing import Literal
 
 import numpy as np
 
 from tritium.data.error import DataError
 from tritium.data.shards import SPLITS, open_prepared, verify
 
+Half = Literal["choose", "report"]
+HALVED = 1 << 25  # tokens of a split that are dealt out to its halves, which are held in memory
+
 
 class Tokens:
     """The shards of one split, as one sequence in which the first token follows the last.
+
+    A half is made of whole documents: each goes to the half that has fewer tokens so far, the first
+    to "choose"; of one document alone each gets a part. Where a half would be shorter than
+    `least`, it is the whole split. Of a split of more than HALVED tokens only so many are halved.
 
     Attributes:
         name: the folder and the split, for messages.
@@ -23,8 +31,19 @@ class Tokens:
         fingerprint: hex digest of the tokenizer and of the tokens.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], split: str, check: bool):
-        """Open `split` of `folder`; with `check`, read all of it and compare it with its sha256."""
+    def __init__(
+        self, folder: str | os.PathLike[str], split: str, check: bool, half: Half | None = None,
+        least: int = 1,
+    ):  # fmt: skip
+        """Open `split` of `folder`; with `check`, read all of it and compare it with its sha256.
+
+        Args:
+            folder: the prepared folder.
+            split: "train" or "val".
+            check: whether to verify the shards.
+            half: which half of the split. None: all of it.
+            least: tokens that each half must have.
+        """
         if split not in SPLITS:
             raise DataError(f"split must be one of {SPLITS}, got {split!r}")
         prepared = open_prepared(folder)
@@ -36,8 +55,13 @@ class Tokens:
             np.asarray(np.memmap(prepared / shard.file, manifest.dtype, mode="r"))
             for shard in shards
         ]
-        self._ends = np.cumsum([shard.tokens for shard in shards]).tolist()
         self.name = f"{folder}: {split}"
+        if half is not None:
+            halves = _halves(_first(self._shards, HALVED), tokenizer.eot)
+            if min(map(len, halves.values())) >= least:
+                self._shards = [halves[half]]
+                self.name += f", the half to {half}"
+        self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
         self.n_tokens = self._ends[-1]
         self.vocab_size, self.eot, self.dtype = manifest.vocab_size, tokenizer.eot, manifest.dtype
         content = json.dumps([manifest.tokenizer, *(shard.sha256 for shard in shards)])
@@ -67,4 +91,28 @@ class Tokens:
         """Return the positions after every document, int64; reads all tokens once."""
         firsts = [0, *self._ends]
         places = [np.flatnonzero(shard == self.eot) for shard in self._shards]
-        return np.concatenate([p + first + 1 for p, first in zip(places, firsts, strict=False)])
+        ends = np.concatenate([p + first + 1 for p, first in zip(places, firsts, strict=False)])
+        cut = not len(ends) or ends[-1] < self.n_tokens  # part of a document that was halved
+        return np.append(ends, self.n_tokens) if cut else ends
+
+
+def _first(shards: list[np.ndarray], n: int) -> np.ndarray:
+    pieces = []
+    for shard in shards:
+        pieces.append(shard[: n - sum(map(len, pieces))])
+    return np.concatenate(pieces)
+
+
+def _halves(ids: np.ndarray, eot: int) -> dict[Half, np.ndarray]:
+    """Deal out the documents of `ids`, in their order."""
+    ends = np.flatnonzero(ids == eot) + 1
+    if len(ends) < 2:
+        middle = len(ids) // 2
+        return {"choose": ids[:middle], "report": ids[middle:]}
+    dealt: dict[Half, list[np.ndarray]] = {"choose": [], "report": []}
+    sizes = dict.fromkeys(dealt, 0)
+    for document in np.split(ids[: ends[-1]], ends[:-1]):
+        half = min(sizes, key=lambda name: sizes[name])
+        dealt[half].append(document)
+        sizes[half] += len(document)
+    return {half: np.concatenate(documents) for half, documents in dealt.items()}

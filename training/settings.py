@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tritium.data.corpus import INSTALLED
+from tritium.data.tokenizer import CHARACTERS
 from tritium.model.lora import Projection
 from tritium.model.shapes import ShapeName
 from tritium.model.transformer import ModelConfig
@@ -40,7 +41,8 @@ class TrainConfig:
     text_field: str = "text"
     """Column of .jsonl and .parquet files that holds the text."""
     tokenizer: str | None = None
-    """Path of a tokenizer.json. None: train one of model.vocab-size tokens on the data."""
+    """Path of a tokenizer.json; or "characters", for tokens that are characters, the others spelled
+    by their bytes. None: train one of model.vocab-size tokens on the data."""
     init_from: str | None = None
     """Begin with weights, shape and tokenizer of a run or of a folder in Hugging Face's layout."""
     lora_rank: int | None = None
@@ -61,7 +63,10 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between validations; the last step is always validated."""
     eval_tokens: int = 32768
-    """Tokens per validation, the same ones every time."""
+    """Tokens per validation, the same ones every time, of one half of the validation documents. As
+    many of the other half give the loss that the end of the run reports."""
+    stop_after: int | None = None
+    """End the run after so many validations in a row without a lower loss. None: at its length."""
     log_every: int = 1
     """Steps between readings of the losses; each makes the host wait for the GPU."""
     batch_size: int = 16
@@ -128,8 +133,8 @@ class TrainConfig:
 
 FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
-    "log_every", "compute", "device", "threads", "parallel", "observing", "memory", "length",
-    "shape",  # which the model's fields say
+    "stop_after", "log_every", "compute", "device", "threads", "parallel", "observing", "memory",
+    "length", "shape",  # which the model's fields say
 }  # fmt: skip
 
 GPT2 = TrainConfig(
@@ -151,6 +156,15 @@ PRESETS = {
         batch_size=8,
         eval_every=125,
     ),
+    "characters": TrainConfig(
+        tokenizer=CHARACTERS,
+        model=ModelConfig(vocab_size=2048, d_model=128, max_seq_len=256, activation="relu_squared"),
+        length=Length(max_steps=500, max_epochs=EPOCHS),
+        schedule=Schedule(learning_rate=8e-3, warmup_steps=30),
+        optimizer=OptimizerConfig(name="muon", muon_learning_rate=1.6e-2, row_beta2=0.95),
+        batch_size=6,
+        eval_every=250,
+    ),
     "gpt2": GPT2,
     "gpu": replace(GPT2, data=INSTALLED, memory=MemoryConfig(micro_batch_size=16)),
     "tiny": TrainConfig(
@@ -167,6 +181,7 @@ PRESETS = {
 
 ABOUT_PRESETS = {
     "small": "2 layers of width 256, 750 steps of Muon: minutes on two CPU cores; what a CPU gets",
+    "characters": "4 layers of width 128, 500 steps of Muon, on characters: minutes on a CPU core",
     "gpt2": "12 layers of width 768, 1,000 steps of 65,536 tokens",
     "gpu": "some five minutes on the GPU at hand, on Python's installed packages; what a GPU gets",
     "tiny": "2 layers of width 64, 20 steps: seconds, to try flags",

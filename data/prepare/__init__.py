@@ -31,8 +31,8 @@ from tritium.data.shards import (
     token_dtype,
     write_manifest,
 )
+from tritium.data.tokenizer import CHARACTERS, Tokenizer
 from tritium.data.tokenizer import FILE as TOKENIZER_FILE
-from tritium.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.05
@@ -67,7 +67,8 @@ def prepare(
         source: one or several of these: a path or string as in `Source`, or a `Source`. None is the
             standard library of the interpreter. A folder that `prepare` made is returned as it is.
         vocab_size: ids to learn, end-of-text included; not used when `tokenizer` is given.
-        tokenizer: a `Tokenizer`, or what `Tokenizer.load` takes, to use instead of learning.
+        tokenizer: a `Tokenizer`, or what `Tokenizer.load` takes, to use instead of learning; or
+            "characters", to learn one whose tokens are characters, `vocab_size` at most.
         field: the column of tables that holds the text, for the sources that name none.
         val_fraction: share of the documents, between 0 and 1, kept for validation.
         deduplicate: whether to leave out documents whose text came before, in any source.
@@ -96,14 +97,15 @@ def prepare(
     sources = _sources(source, field)
     if (folder := _prepared_already(sources)) is not None:
         return _report(open_prepared(folder), console)
-    given = None if tokenizer is None else Tokenizer.load(tokenizer)
+    characters = tokenizer == CHARACTERS
+    given = None if tokenizer is None or characters else Tokenizer.load(tokenizer)
     chosen = {
         "sources": [settings(each) for each in sources],
         "val_fraction": val_fraction,
         "deduplicate": deduplicate,
         "tokenizer": f"{given.fingerprint} {given.variant}"
         if given
-        else f"learned, vocab_size {vocab_size}",
+        else f"learned, vocab_size {vocab_size}" + (", characters" if characters else ""),
     }
     origin = [fingerprint(each) for each in sources]
     key = hashlib.sha256(json.dumps([VERSION, origin, chosen]).encode()).hexdigest()[:24]
@@ -116,7 +118,7 @@ def prepare(
             if (found := _find(folder, key)) is not None:  # made by another process, meanwhile
                 return _report(found, console)
             with publication(folder) as work:
-                used = given or _learn(texts, vocab_size, work, console)
+                used = given or _learn(texts, vocab_size, work, console, characters)
                 used.save(work)
                 splits = _encode(texts, used, val_fraction, work, threads, console)
                 _check(texts, origin, splits, val_fraction)
@@ -185,12 +187,14 @@ def _report(prepared: Prepared, console: Console) -> Prepared:
     return prepared
 
 
-def _learn(texts: Iterable[str], vocab_size: int, work: Path, console: Console) -> Tokenizer:
+def _learn(
+    texts: Iterable[str], vocab_size: int, work: Path, console: Console, characters: bool = False
+) -> Tokenizer:
     if journal.read(work) and (work / TOKENIZER_FILE).exists():
         return Tokenizer.load(work)  # of a run that was killed after this
     begin = time.perf_counter()
     with console.status("learning a tokenizer"):
-        tokenizer = Tokenizer.train(_sample(texts), vocab_size)
+        tokenizer = Tokenizer.train(_sample(texts), vocab_size, characters=characters)
     seconds = time.perf_counter() - begin
     console.print(f"learned a tokenizer of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s")
     return tokenizer

@@ -1,5 +1,6 @@
 """Muon's step of the matrices of a model, in plain PyTorch: all matrices of one shape at once."""
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from tritium.kernels.optimizers._step_reference import (
     update_reference,
 )
 from tritium.kernels.optimizers.grad_norm import squares_reference
+
+LARGE = 128  # rows and columns of a matrix from which on a CPU multiplies it faster in bfloat16
 
 
 class Recipe(NamedTuple):
@@ -64,7 +67,7 @@ def step_matrices_reference(
         t = 0 if item.step is None else int(item.step.add_(1).item())
         keys[i] = key_reference(found.key(item), t) if item.draws else 0
         ahead[i] = momentum_reference(item, g, scale, keys[i], group["momentum"], group["nesterov"])
-    orthogonalize_all(ahead, recipes, moments, _dtype(found))
+    orthogonalize_all(ahead, recipes, moments)
     for i, o in ahead.items():
         item, squares = found.items[i], None if sums is None else sums[i].zero_()
         update_reference(
@@ -77,9 +80,8 @@ def step_matrices_reference(
 
 
 def orthogonalize_all(
-    us: dict[int, Tensor], recipes: dict[int, Recipe], moments: dict[int, Tensor],
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
+    us: dict[int, Tensor], recipes: dict[int, Recipe], moments: dict[int, Tensor]
+) -> None:
     """Orthogonalize and scale every matrix of `us` in place, those of one shape together."""
     alike: dict[tuple, list[tuple[Tensor, Tensor | None]]] = {}
     for i, u in us.items():
@@ -93,6 +95,7 @@ def orthogonalize_all(
             alike.setdefault(key, []).append((part, row))
     for ((n_rows, n_columns), recipe), found in alike.items():
         u_NRC = torch.stack([part for part, _ in found])
+        dtype = _dtype(u_NRC)
         o_NRC = orthogonalize_reference(u_NRC, recipe.coefficients, recipe.eps, dtype).float()
         if recipe.beta2 is not None:
             v_NR1 = torch.stack([row for _, row in found if row is not None])
@@ -109,6 +112,15 @@ def _move(lr: float, o: Tensor, _states: list[Tensor | None]) -> Move:
     return Move(lr, o)
 
 
-def _dtype(found: Tensors) -> torch.dtype:
-    """Return the dtype of products: float32 on a CPU, where few are faster in bfloat16."""
-    return torch.bfloat16 if found.device.type == "cuda" else torch.float32
+def _dtype(u_NRC: Tensor) -> torch.dtype:
+    """Return the dtype of products: bfloat16, but on a CPU only of large ones that it speeds up."""
+    if u_NRC.is_cuda:
+        return torch.bfloat16
+    large = min(u_NRC.shape[1:]) >= LARGE
+    return torch.bfloat16 if large and multiplies_bfloat16() else torch.float32
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported()

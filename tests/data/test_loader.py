@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tritium.data import DataError, Tokenizer, TokenLoader, prepare
+from tritium.data import DataError, DocumentLoader, Tokenizer, TokenLoader, prepare
 from tritium.data.journal import remove
 from tritium.data.shards import (
     MANIFEST_FILE,
@@ -17,6 +19,7 @@ from tritium.data.shards import (
     open_prepared,
     write_manifest,
 )
+from tritium.data.tokens import _halves
 
 N, L = 1003, 10
 M = N // L
@@ -294,3 +297,40 @@ def test_a_flipped_bit_is_found_on_request(folder, shard):
 def test_whole_shards_pass(folder):
     reader = loader(folder, verify=True)
     assert first_tokens(reader, 3) == first_tokens(loader(folder), 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_halves_hold_each_document_once_and_are_balanced(sizes, least):
+    """Documents of one more token each; every half has them whole, in their order."""
+    documents = [np.r_[np.full(n, i + 1), 0] for i, n in enumerate(sizes)]
+    ids = np.concatenate(documents)
+    halves = _halves(ids, 0)
+    choose, report = halves["choose"], halves["report"]
+    assert len(choose) + len(report) == len(ids)
+    assert abs(len(choose) - len(report)) <= max(map(len, documents))
+    if len(sizes) > 1:
+        for half in (choose, report):
+            whole = [documents[i - 1] for i in dict.fromkeys(half.tolist()) if i]
+            assert np.array_equal(half, np.concatenate(whole))
+        assert not {*choose.tolist()} & {*report.tolist()} - {0}
+
+
+def test_a_split_too_short_for_two_halves_is_read_whole(folder):
+    loaders = {
+        (length, half): TokenLoader(folder, "val", batch_size=1, length=length, half=half)
+        for length in (29, 30)
+        for half in ("choose", "report")
+    }
+    assert {k: x.n_tokens for k, x in loaders.items()} == {
+        (29, "choose"): 30, (29, "report"): 30, (30, "choose"): 60, (30, "report"): 60,
+    }  # fmt: skip
+    first = next(loaders[29, "report"].fixed_batches(29))[0]
+    assert first[0, 0] == 30  # of one document each half has a part
+
+
+def test_part_of_a_document_is_packed_to_its_end(folder):
+    """It has no end-of-text token where it was cut."""
+    loader = DocumentLoader(folder, "val", batch_size=9, length=10, half="choose")
+    ((_, targets, _),) = loader.fixed_batches(30)
+    assert sorted(targets[targets >= 0].tolist()) == [*range(30)]

@@ -225,3 +225,21 @@ def test_refuses_a_damaged_file(tmp_path, content):
 def test_refuses_a_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"cannot read the tokenizer .*No such file"):
         Tokenizer.load(tmp_path / "nothing.json")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("ab\r\n é中🇫"), max_size=60)
+)
+def test_characters_are_one_token_each_if_known_and_their_bytes_if_not(text):
+    """Also where neighbours would make a word, and of several bytes."""
+    known = "ab\r\n é中🇫"
+    tokenizer = Tokenizer.train([known * 3], characters=True)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    spelled = [c for c in text if c not in known and ord(c) > 127]
+    least = len(text) - len(spelled)
+    assert len(ids) >= len(text)
+    assert len(ids) <= least + sum(len(c.encode()) for c in spelled)
+    inside = "".join(c for c in text if c in known)
+    assert len(tokenizer.encode(inside)) == len(inside)

@@ -31,7 +31,7 @@ def write(path: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["huge"], "there is no preset 'huge'; choose one of small, gpt2, gpu, tiny"),
+        (["huge"], "there is no preset 'huge'; choose one of small, characters, gpt2, gpu, tiny"),
         (["tiny", "--data", "missing.txt"], "missing.txt"),
         (["tiny", "--data", lambda p: write(p / "empty.txt", "")], "empty"),
         (["tiny", "--data", lambda p: write(p / "bad.txt", b"abc \xff def" * 99)], "UTF-8"),

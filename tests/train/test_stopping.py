@@ -8,12 +8,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from train_runs import RANDOM, CrashError, crash, log
 
 import train
 from tritium.bench.runs import resume
+from tritium.model import Transformer
 from tritium.training.run import checkpoint
 from tritium.training.run.run_folder import lock_folder, read_lines
 
@@ -137,3 +139,61 @@ def test_the_clock_ends_a_run_and_goes_on_after_a_resume(run, tmp_path, monkeypa
     assert rates[-1] < 0.05e-3
     assert run(tmp_path / "run", *minute, "--resume") == 0  # nothing is left to do
     assert log(tmp_path / "run") == entries
+
+
+def test_a_run_ends_when_validation_stalls_and_reports_its_best_weights(run, tmp_path, monkeypatch):
+    """Losses rise from the second validation on: the third without a lower one is the last."""
+    made, evaluate = iter([3.0, 2.0, 2.5, 2.4, 2.0, 1.0]), train.evaluate
+    seen = {}
+
+    def rising(model, batches, byte_lengths, cast, total, name="val"):
+        if name == "report":
+            seen["weights"] = {k: x.clone() for k, x in model.state_dict().items()}
+            return evaluate(model, batches, byte_lengths, cast, total, name)
+        return {"val_loss": next(made), "val_bits_per_byte": 1.0}
+
+    monkeypatch.setattr(train, "evaluate", rising)
+    assert run(tmp_path / "run", "--eval-every", "2", "--stop-after", "3") == 0
+    last = log(tmp_path / "run")[-1]
+    assert last["step"] == 10
+    assert last["report_step"] == 4
+    best = Transformer.load(tmp_path / "run")
+    assert all(torch.equal(x, best.state_dict()[k]) for k, x in seen["weights"].items())
+    assert "after step 4, on the validation documents" in run.output()
+
+
+def test_the_report_is_of_other_documents_and_the_last_weights_when_they_are_best(run, tmp_path):
+    """A text of many documents has two halves, whose losses differ."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(400):
+        (texts / f"{i}.txt").write_text(f"{i} " + "word " * (i % 17) + "z" * (i % 5 * 20))
+    assert run(tmp_path / "run", "--data", str(texts), "--max-steps", "4") == 0
+    last = log(tmp_path / "run")[-1]
+    assert last["report_step"] == last["step"] == 4
+    assert last["report_loss"] != last["val_loss"]
+    assert last["report_loss"] == pytest.approx(last["val_loss"], rel=0.3)
+
+
+def test_the_gap_is_measured_once_text_is_read_again(run, tmp_path, monkeypatch):
+    """By one function for both, in evaluation mode, whatever dropout adds to a step's own loss."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(80):
+        (texts / f"{i}.txt").write_text(f"{i} " + "some words of it " * 8)
+    asked, evaluate = [], train.evaluate
+
+    def noted(*arguments):
+        asked.append(arguments[5:])
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", noted)
+    flags = "--max-epochs", "3", "--eval-every", "2", "--dropout", "0.3"
+    assert run(tmp_path / "run", "--data", str(texts), *flags) == 0
+    measured = [entry for entry in log(tmp_path / "run") if "val_loss" in entry]
+    assert [*{"gap" in x for x in measured}] == [False, True] or measured[0]["epoch"] > 1
+    for entry in measured:
+        assert ("gap" in entry) == (entry["epoch"] > 1)
+        if "gap" in entry:
+            assert entry["gap"] == pytest.approx(entry["val_loss"] - entry["train_loss"])
+    assert ("train",) in asked

@@ -130,6 +130,7 @@ class Display:
 def _validation(entry: dict) -> str:
     return (
         f"validation {entry['val_loss']:.3f} nats/token, {entry['val_bits_per_byte']:.3f} bits/byte"
+        + (f", gap {entry['gap']:+.3f} nats/token" if "gap" in entry else "")
     )
 
 
@@ -196,6 +197,13 @@ def show_end(run: Path, history: list[dict], sample: str, seconds: float) -> Non
         console.print(
             f"Validation: {measured[-1]['val_loss']:.4f} nats per token, "
             f"{measured[-1]['val_bits_per_byte']:.4f} bits per byte, after {clock(seconds)}"
+        )
+    if measured and "report_loss" in measured[-1]:
+        last = measured[-1]
+        console.print(
+            f"Report: {last['report_loss']:.4f} nats per token, {last['report_bits_per_byte']:.4f} "
+            f"bits per byte, after step {last['report_step']:,}, on the validation documents that "
+            "nothing was chosen by"
         )
     console.print(
         f"Run folder: {run} (loss.png, layers.png, log.jsonl, config.json, tokenizer.json, "

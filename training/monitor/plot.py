@@ -26,6 +26,8 @@ SHARE = 0.02  # of the run's time, for pictures before its end
 def plot_losses(entries: list[dict], path: Path, title: str) -> None:
     """Draw training and validation loss against steps, in nats and in bits.
 
+    Also, once a run reads its text again, that of training text measured as validation is.
+
     Args:
         entries: entries of the log, in order; at least one with a finite `val_loss`. Losses that
             are not finite are left out.
@@ -45,6 +47,13 @@ def plot_losses(entries: list[dict], path: Path, title: str) -> None:
         [entry["step"] for entry in measured], [entry["val_loss"] for entry in measured],
         "o-", color="tab:orange", markersize=4, label="validation",
     )  # fmt: skip
+    again = [entry for entry in measured if isfinite(entry.get("train_loss", nan))]
+    if again:
+        axes.plot(
+            [entry["step"] for entry in again], [entry["train_loss"] for entry in again],
+            "o--", color="tab:green", markersize=4,
+            label=f"training text, measured alike: gap {again[-1]['gap']:.3f} at the end",
+        )  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.set_title(_title(title), parse_math=False)
     last = measured[-1]

@@ -17,7 +17,7 @@ from small_training import assert_equal, assert_no_worse, bits
 from torch import nn
 
 from tritium.kernels import AdamW, Muon, runtime
-from tritium.kernels.optimizers import _orthogonalize
+from tritium.kernels.optimizers import _matrices, _orthogonalize
 from tritium.kernels.optimizers._orthogonalize import (
     POLAR_EXPRESS,
     QUINTIC,
@@ -427,3 +427,20 @@ def test_rejects_distributed_matrices():
 
     with pytest.raises(TypeError, match="must be whole on every rank"):
         Muon([nn.Parameter(P.detach().clone().as_subclass(Shard))])
+
+
+@pytest.mark.parametrize(
+    ("native", "shape", "dtype"),
+    [(True, (128, 160), torch.bfloat16), (True, (160, 128), torch.bfloat16),
+     (True, (127, 160), torch.float32), (False, (128, 160), torch.float32)],
+)  # fmt: skip
+def test_a_cpu_multiplies_in_bfloat16_what_it_speeds_up(monkeypatch, native, shape, dtype):
+    """Large matrices, where there are instructions for it; the result is that of the formula."""
+    monkeypatch.setattr(_matrices, "multiplies_bfloat16", lambda: native)
+    u, coefficients = torch.randn(shape), triples("polar_express", 5)
+    recipe = _matrices.Recipe(None, coefficients, 1e-7, lambda rows, columns: 1.0, None)
+    expected = orthogonalize_reference(u[None], coefficients, 1e-7, dtype)[0].float()
+    exact = orthogonalize_reference(u[None].double(), coefficients, 1e-7, torch.float64)[0]
+    _matrices.orthogonalize_all({0: u}, {0: recipe}, {})
+    assert torch.equal(u, expected)
+    assert (u - exact).norm() < (0.05 if dtype == torch.bfloat16 else 1e-4) * exact.norm()

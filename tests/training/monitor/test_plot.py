@@ -39,6 +39,19 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path, monkeypatch):
     assert all(map(math.isfinite, [*training, *smooth, *validation]))
 
 
+def test_the_gap_is_drawn_where_training_text_was_measured_too(tmp_path, monkeypatch):
+    """A line of what was measured alike, and the last gap in the legend."""
+    drawn = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    entries = [dict(entry) for entry in ENTRIES]
+    entries[40] |= {"val_loss": 4.5, "val_bits_per_byte": 2.0, "train_loss": 4.25, "gap": 0.25}
+    plot_losses(entries, tmp_path / "loss.png", "run")
+    axes = drawn[0].axes[0]
+    assert [*axes.lines[3].get_xdata()] == [41]
+    assert [*axes.lines[3].get_ydata()] == [4.25]
+    assert "gap 0.250" in axes.get_legend().get_texts()[-1].get_text()
+
+
 @given(st.integers(1, 400), st.floats(-9, 9), st.floats(-9, 9))
 def test_a_straight_line_stays_as_it_is_when_smoothed(n, slope, start):
     line = start + slope * np.arange(n)
