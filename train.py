@@ -129,11 +129,12 @@ def train(
         config, fitted = fit_to_card(config, PRESETS[preset], card, tokens)
         console.print(fitted)
         shape = config.model
-    memory_plan = MemoryRetry(make_planner(config, device, ranks.size), state.plan, console.print)
+    share = parallel.data  # of the ranks in each batch
+    memory_plan = MemoryRetry(make_planner(config, device, share.size), state.plan, console.print)
     make_loader = partial(
-        LOADERS[config.packing], length=shape.max_seq_len, seed=config.seed, **ranks.place
+        LOADERS[config.packing], length=shape.max_seq_len, seed=config.seed, **share.place
     )
-    loader = make_loader(folder, "train", batch_size=config.batch_size // ranks.size)
+    loader = make_loader(folder, "train", batch_size=config.batch_size // share.size)
     validation = make_loader(folder, "val", batch_size=memory_plan.first.micro_batch_size)
     epoch = loader.n_windows / config.batch_size
     config = fit_to_data(config, preset, loader.n_tokens, epoch, console.print)
@@ -209,7 +210,7 @@ def train(
         def of_batch(micro_batch: int) -> torch.Tensor:
             return accumulate_gradients(model, batch, micro_batch, cast, parallel)
 
-        ranks.seed_step(config.seed, step)
+        share.seed_step(config.seed, step)
         return recovery.mark_spike(parallel.attempt(memory_plan, model, of_batch))
 
     redraws = config.dropout > 0 and config.memory.activation_checkpointing != "none"
@@ -255,7 +256,7 @@ def train(
             meter.read(entries)
             if evaluates:
                 batches = validation.fixed_batches(config.eval_tokens)
-                entries[-1] |= evaluate(model, batches, byte_lengths, cast, ranks.sum)
+                entries[-1] |= evaluate(model, batches, byte_lengths, cast, share.sum)
                 parallel.reshard(model)
                 val_loss = entries[-1]["val_loss"]
                 best = state.best
@@ -342,7 +343,7 @@ def accumulate_gradients(
     """
     device = model.embedding.weight.device
     n_targets = (batch[1] >= 0).sum()  # on the host, except in a CUDA graph
-    n_targets = parallel.ranks.sum(n_targets).clamp(min=1)
+    n_targets = parallel.data.sum(n_targets).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=device)
     micro_batches = [*zip(*(x.split(micro_batch) for x in batch), strict=True)]
     with cast:
@@ -353,7 +354,7 @@ def accumulate_gradients(
                 with torch.autocast(device.type, enabled=False):
                     parallel.backward(loss)
             total += loss.detach()
-    return parallel.ranks.sum(total)
+    return parallel.data.sum(total)
 
 
 def read_losses(unread: list[dict]) -> list[dict]:

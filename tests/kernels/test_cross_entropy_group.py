@@ -1,6 +1,7 @@
 """Prove that losses whose classes are split over ranks equal those of one: loss, gradients, stats.
 
-Classes are split over a process group, or a mesh of DTensors. Two processes on gloo, each of which also computes the unsplit loss, through kernels and references.
+They are split over a process group, or a mesh of DTensors. Two processes on gloo, each of which
+also computes the unsplit loss, through kernels and references.
 """
 
 import math
@@ -43,15 +44,14 @@ def _rank(rank, store, device):
     from tritium.kernels import runtime
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+    for mesh in _meshes(device):
+        _hold_dtensors(rank, device, mesh)
+    _hold_refusals(device)
     for reference in (False, True):
         runtime.REFERENCE = reference
         for options, soft, weighted in product(OPTIONS, (False, True), (False, True)):
             _hold_together(rank, device, options, soft, weighted)
         _hold_masked_ranks(rank, device)
-    runtime.REFERENCE = False
-    for mesh in _meshes(device):
-        _hold_dtensors(rank, device, mesh)
-    _hold_refusals(device)
     dist.destroy_process_group()
 
 
