@@ -114,13 +114,13 @@ MUTANTS = [
     ),
     _parallel(
         what="tp: ranks of a group share a batch",
-        original="alike = [[*range(i, ranks.size, group_size)] for i in range(group_size)]",
-        replacement="alike = [[i * n_groups + j for j in range(n_groups)] for i in range(group_size)]",
+        original="[[*range(i, ranks.size, group_size)] for i in range(group_size)]",
+        replacement="[[*range(i * n_groups, (i + 1) * n_groups)] for i in range(group_size)]",
     ),
     _parallel(
         what="hsdp without its groups",
-        original="            shard(model, arithmetic.dtype, mesh)",
-        replacement="            shard(model, arithmetic.dtype, mesh and mesh[MESHES[self.mode][1]])",
+        original="shard(model, arithmetic.dtype, mesh)",
+        replacement="shard(model, arithmetic.dtype, mesh and mesh[MESHES[self.mode][1]])",
     ),
     _parallel(
         what="tp: no sharding between groups",

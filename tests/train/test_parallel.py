@@ -277,9 +277,12 @@ def test_a_run_cut_by_a_crash_and_a_signal_ends_in_the_same_bits(kind, results, 
     assert losses(folder / f"{kind} cut") == losses(folder / f"{kind} whole")
 
 
-def test_both_kinds_draw_the_same_dropout(results, folder):
+def test_both_kinds_draw_the_same_dropout(results, folder, run, tmp_path):
     assert losses(folder / "ddp whole") == pytest.approx(losses(folder / "fsdp whole"), abs=1e-5)
     assert losses(folder / "ddp whole") != pytest.approx(losses(folder / "ddp"), abs=1e-3)
+    # All ranks of tp have all sequences, and leave out what one process would.
+    assert run(tmp_path / "alone", *DROPOUT) == 0
+    assert losses(folder / "tp whole") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
