@@ -54,6 +54,16 @@ def is_distributed(x: Any) -> bool:
     return hasattr(x, "to_local")
 
 
+def check_plain(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError if one of `tensors`, by the names of arguments, is a DTensor."""
+    for name, x in tensors.items():
+        if is_distributed(x):
+            raise ValueError(
+                f"{op}: {name} must be a plain tensor, got a DTensor; pass its to_local(), of this "
+                "rank's tokens, or its full_tensor(), of all classes"
+            )
+
+
 def local_layer(
     op: str, input: Tensor, weight: Any, bias: Tensor | None, group: ProcessGroup | None,
     weight_grad: Tensor | None,

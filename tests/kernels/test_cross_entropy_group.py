@@ -188,7 +188,7 @@ def _returned(splits):
 
 
 def _hold_refusals(device):
-    """What is not supported says what must hold, and how to get there."""
+    """An error says what must hold, and how to get there."""
     import pytest
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -219,9 +219,13 @@ def _hold_refusals(device):
     ]
     moved = DTensor.from_local(hidden, other, [Replicate(), Replicate()])
     cases.append(("a DTensor as input must be replicated over", moved, rows, {}))
+    classes = {"weight": placed(torch.ones(V, device=device))}
+    cases.append(("weight must be a plain tensor", hidden, rows, classes))
     for words, h, w, options in cases:
         with pytest.raises(ValueError, match=f"^linear_cross_entropy: .*{words}"):
             linear_cross_entropy(h, w, target.to(device), **options)
+    with pytest.raises(ValueError, match="target must be a plain tensor, got a DTensor"):
+        linear_cross_entropy(hidden, rows, placed(target.to(device)))
 
 
 def _hold_masked_ranks(rank, device):
