@@ -137,9 +137,4 @@ MUTANTS = [
         original="count *= mesh.size(dim) if placement.is_replicate() else 1",
         replacement="count *= 1",
     ),
-    _optimizers(
-        what="the norm of one dimension of the mesh",
-        original="    for dim in range(mesh.ndim):\n        torch.distributed.all_reduce(",
-        replacement="    for dim in range(1):\n        torch.distributed.all_reduce(",
-    ),
 ]

@@ -25,6 +25,8 @@ from tritium.training.run import checkpoint, sharded
 from tritium.training.run.ranks import Ranks
 from tritium.training.tensor_parallel import obstacle
 
+pytestmark = pytest.mark.slow
+
 RANKS = 4
 STEPS = 3
 V, L, B = 42, 8, 4  # tokens that four ranks do not divide, sequences, a batch

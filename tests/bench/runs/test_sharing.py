@@ -41,7 +41,7 @@ def test_the_largest_differences_are_found(tmp_path):
 
 def test_every_mode_is_run_and_what_is_resumed_was_run():
     assert {x.mode for x in SHARINGS} == {"ddp", *SHARDED}
-    assert {by for by, _ in RESUMED} <= {*SHARINGS}
+    assert {by for by, _ in RESUMED} <= {x for x in SHARINGS if x.processes == 4}  # run first
     assert len({(x.mode, x.processes) for x in SHARINGS}) == len(SHARINGS)  # names of folders
     assert Sharing(4, "hsdp", 2).flags == ["--parallel", "hsdp", "--group-size", "2"]
     assert str(Sharing(4, "hsdp", 2)) == "4 processes, hsdp, groups of 2"
