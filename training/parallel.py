@@ -270,7 +270,8 @@ def mode_of(config: TrainConfig) -> str:
         raise ConfigError(
             f"--parallel {mode} needs torchrun: {COMMAND} ...; or, in one process, --parallel auto"
         )
-    if config.group_size and mode not in MESHES:
+    # A run that is resumed in another mode has it from its config.json.
+    if config.group_size and mode not in MESHES and not config.resume:
         raise ConfigError(
             f"--group-size is of --parallel hsdp and tp, got {mode}; leave it out, or choose one"
         )

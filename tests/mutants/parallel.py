@@ -72,8 +72,13 @@ MUTANTS = [
     ),
     _parallel(
         what="a group size that nothing reads",
-        original="    if config.group_size and mode not in MESHES:",
+        original="    if config.group_size and mode not in MESHES and not config.resume:",
         replacement="    if False:",
+    ),
+    _parallel(
+        what="no other mode for a run in groups",
+        original="mode not in MESHES and not config.resume:",
+        replacement="mode not in MESHES:",
     ),
     _parallel(
         what="tp: a batch for every process",

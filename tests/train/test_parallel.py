@@ -23,7 +23,7 @@ from tritium.model import Transformer
 from tritium.model.saved import FILES, read_record, read_tensors
 from tritium.model.shapes import num_parameters
 from tritium.training.optim import OptimizerConfig
-from tritium.training.parallel import Parallel, arguments, auto_mode, mode_of
+from tritium.training.parallel import Parallel, arguments, auto_mode, group_size_of, mode_of
 from tritium.training.precision import Arithmetic
 from tritium.training.run import checkpoint
 from tritium.training.run.ranks import SINGLE, Ranks
@@ -139,12 +139,19 @@ def test_modes_and_groups_that_cannot_be_are_refused(size, changes, message, mon
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         mode_of(replace(PRESETS["tiny"], **changes))
-    if "group_size" in changes:
-        return
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of two machines or more
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    if changes == {"parallel": "tp"} or changes == {"parallel": "hsdp"}:
-        assert mode_of(replace(PRESETS["tiny"], **changes)) == changes["parallel"]
+
+
+def test_a_group_is_a_machine_where_no_size_is_given(monkeypatch):
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "-"}
+    for name, value in (environment | {"MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    tiny = PRESETS["tiny"]
+    for mode in ("hsdp", "tp"):
+        assert mode_of(replace(tiny, parallel=mode)) == mode
+    assert group_size_of(tiny, 4) == 2
+    in_groups = replace(tiny, group_size=4)
+    assert group_size_of(in_groups, 4) == 4
+    assert mode_of(replace(in_groups, resume=True)) == "ddp"  # of a run that another mode began
 
 
 @pytest.mark.parametrize(
