@@ -3,10 +3,12 @@
 Four processes on gloo take one check after another; each computes the steps of one process, too.
 """
 
+import sys
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ranks import Ranks as Pool
 
 import train
 from tritium.kernels import runtime
+from tritium.kernels._cross_entropy_ranks import local_layer
 from tritium.model import ModelConfig, Transformer
 from tritium.model.saved import FILES, SHARDS, read_model, read_record, read_tensors
 from tritium.training.consolidate import consolidate
@@ -27,6 +30,7 @@ from tritium.training.tensor_parallel import obstacle
 
 pytestmark = pytest.mark.slow
 
+HEAD = "tritium.kernels.linear_cross_entropy"  # the module, of which kernels names the function
 RANKS = 4
 STEPS = 3
 V, L, B = 42, 8, 4  # tokens that four ranks do not divide, sequences, a batch
@@ -123,11 +127,19 @@ def _trains_as_one_process(case):
     assert sum(sharded.local(p).numel() for p in several[0].parameters()) < 0.75 * sum(
         p.numel() for p in one[0].parameters()
     )
-    several[0].eval()
-    with torch.no_grad():
-        tokens = torch.arange(L)[None] + 3
+    rows = []  # of the head, by which a rank multiplies
+
+    def recorded(*arguments):
+        layer = local_layer(*arguments)
+        rows.append(len(layer.weight))
+        return layer
+
+    tokens = torch.arange(L)[None] + 3
+    with torch.no_grad(), patch.object(sys.modules[HEAD], "local_layer", recorded):
         loss = [model.eval()(tokens, tokens) for model in (several[0], one[0])]
     torch.testing.assert_close(*loss, rtol=1e-5, atol=1e-6)
+    assert all(n <= -(-V // group) for n in rows)
+    assert len(rows) == (mode == "tp")
 
 
 def test_every_mode_reads_what_another_has_saved(ranks, tmp_path):
