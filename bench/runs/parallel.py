@@ -182,6 +182,7 @@ def main(steps: int = 100, write: bool = False) -> None:
     """
     if steps < 2 or steps % 2:
         raise SystemExit(f"bench parallel: steps must be even, at least 2, got {steps}")
+    torch.set_num_threads(1)  # as every process of the runs has
     arguments = ["tiny", "--data", str(TEXT), "--device", "cpu", "--no-self-check"]
     arguments += ["--sample-tokens", "0", "--layer-stats-every", "0"]
     trained = Table("processes", "loss of the last step", "losses apart", "weights apart")
