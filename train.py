@@ -131,11 +131,12 @@ def train(
         config, fitted = fit_to_card(config, PRESETS[preset], card, tokens)
         console.print(fitted)
         shape = config.model
-    memory_plan = MemoryRetry(make_planner(config, device, ranks.size), state.plan, console.print)
+    share = parallel.data  # of the ranks in each batch
+    memory_plan = MemoryRetry(make_planner(config, device, share.size), state.plan, console.print)
     make_loader = partial(
-        LOADERS[config.packing], length=shape.max_seq_len, seed=config.seed, **ranks.place
+        LOADERS[config.packing], length=shape.max_seq_len, seed=config.seed, **share.place
     )
-    loader = make_loader(folder, "train", batch_size=config.batch_size // ranks.size)
+    loader = make_loader(folder, "train", batch_size=config.batch_size // share.size)
     validation, reported = (
         make_loader(folder, "val", batch_size=memory_plan.first.micro_batch_size, half=half)
         for half in ("choose", "report")
@@ -214,7 +215,7 @@ def train(
         def of_batch(micro_batch: int) -> torch.Tensor:
             return accumulate_gradients(model, batch, micro_batch, cast, parallel)
 
-        ranks.seed_step(config.seed, step)
+        share.seed_step(config.seed, step)
         return recovery.mark_spike(parallel.attempt(memory_plan, model, of_batch))
 
     redraws = config.dropout > 0 and config.memory.activation_checkpointing != "none"
@@ -233,7 +234,7 @@ def train(
         best_step = state.best["step"] if state.best and parallel.alone else step
         kept, of_step = kept_model(model, run, step, best_step)
         batches = reported.fixed_batches(config.eval_tokens)
-        found = evaluate(kept, batches, byte_lengths, cast, ranks.sum, "report")
+        found = evaluate(kept, batches, byte_lengths, cast, share.sum, "report")
         parallel.reshard(model)
         return found | {"report_step": of_step}
 
@@ -241,7 +242,7 @@ def train(
         batches = loader.fixed_batches(config.eval_tokens)
         rows = memory_plan.now.micro_batch_size
         parts = (part for x in batches for part in zip(*(y.split(rows) for y in x), strict=True))
-        found = evaluate(model, parts, byte_lengths, cast, ranks.sum, "train")
+        found = evaluate(model, parts, byte_lengths, cast, share.sum, "train")
         parallel.reshard(model)
         return found | {"gap": val_loss - found["train_loss"]}
 
@@ -276,7 +277,7 @@ def train(
             meter.read(entries)
             if evaluates:
                 batches = validation.fixed_batches(config.eval_tokens)
-                entries[-1] |= evaluate(model, batches, byte_lengths, cast, ranks.sum)
+                entries[-1] |= evaluate(model, batches, byte_lengths, cast, share.sum)
                 parallel.reshard(model)
                 val_loss = entries[-1]["val_loss"]
                 if loader.epoch > 1:  # before, a step's own loss is of text that is new to it
@@ -373,7 +374,7 @@ def accumulate_gradients(
     # Counted for all micro-batches at once, on the host, except in a CUDA graph.
     counted = F.pad((batch[1] >= 0).sum(1), (0, -len(batch[1]) % micro_batch))
     counted = counted.view(-1, micro_batch).sum(1)
-    shares = counted / parallel.ranks.sum(counted.sum()).clamp(min=1)
+    shares = counted / parallel.data.sum(counted.sum()).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=device)
     micro_batches = [*zip(*(x.split(micro_batch) for x in batch), strict=True)]
     with cast:
@@ -383,7 +384,7 @@ def accumulate_gradients(
                 with torch.autocast(device.type, enabled=False):
                     parallel.backward(loss)
             total += loss.detach()
-    return parallel.ranks.sum(total)
+    return parallel.data.sum(total)
 
 
 def read_losses(unread: list[dict]) -> list[dict]:

@@ -40,6 +40,7 @@ VERBS = {
         "runs.reversible",
         "reversible models: rounding by depth, and loss of trained ones",
     ),
+    "parallel": ("runs.parallel", "one training shared in every way: losses and weights agree"),
     "report": ("runs.report", "one HTML page that compares runs"),
     "pictures": ("runs.pictures", "pictures of a run, for the README"),
     "data": ("runs.data", "speed of preparing text and of loading batches"),

@@ -147,13 +147,6 @@ def all_reduce(x: Tensor, group: str, how: str) -> Tensor:
     return x
 
 
-def shard(group: dist.ProcessGroup | None, V: int) -> tuple[int, int, str]:
-    """Return `first_class`, `n_classes` and `group` for `LossOptions`; this rank has V classes."""
-    if group is None:
-        return 0, 0, ""
-    return dist.get_rank(group) * V, dist.get_world_size(group) * V, group.group_name
-
-
 def token_stats(
     values_RT: Tensor, argmax_T: Tensor, target_T: Tensor, ignore_index: int, shape: torch.Size
 ) -> TokenStats:

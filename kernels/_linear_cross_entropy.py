@@ -25,11 +25,11 @@ from tritium.kernels._cross_entropy_options import (
     final_logits,
     mean_scale,
     shape_stats,
-    shard,
     stats_reference,
     token_stats,
     token_weights,
 )
+from tritium.kernels._cross_entropy_ranks import Classes, shard
 from tritium.kernels._scale_gradient import scaled
 from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import once_differentiable, operator, sees_through
@@ -283,7 +283,7 @@ def _hand_over(ctx, grads, dtypes, factor: Tensor | None) -> list[Tensor | None]
 def linear_loss(
     op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
     class_weight: Tensor | None, excluded: Tensor | None, options: LossOptions, reduction: str,
-    chunk_bytes: int | None, weight_grad: Tensor | None, group: ProcessGroup | None,
+    chunk_bytes: int | None, weight_grad: Tensor | None, group: ProcessGroup | Classes | None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
     """Compute `linear_cross_entropy`; `op` names the caller in errors, `excluded` masks classes."""
     check_layer(op, hidden, weight, bias, weight_grad)

@@ -45,12 +45,12 @@ from tritium.kernels._cross_entropy_options import (
     reduce_loss,
     rows_reference,
     shape_stats,
-    shard,
     soft_target_gradient,
     stats_reference,
     token_stats,
     token_weights,
 )
+from tritium.kernels._cross_entropy_ranks import shard
 from tritium.kernels._scale_gradient import scale_gradient_
 from tritium.kernels.runtime import (
     apply,

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tritium.kernels._cross_entropy_options import LossOptions, TokenStats, check_options
+from tritium.kernels._cross_entropy_ranks import Classes, check_plain, is_distributed, local_layer
 from tritium.kernels._linear_cross_entropy import chunk_rows as chunk_rows
 from tritium.kernels._linear_cross_entropy import linear_loss
 from tritium.kernels.cross_entropy import cross_entropy_reference
@@ -133,12 +134,18 @@ def linear_cross_entropy(
             rows r·V to (r + 1)·V - 1 of weight and bias, and every rank all of `input`, whose
             gradient is summed over the ranks.
 
+    Weight and bias may be DTensors. Where `fully_shard` has sharded them and each rank has tokens
+    of its own, they are gathered for the call, and their gradients averaged over the ranks. Rows
+    that are split over `group`, a dimension of their mesh, stay so: logits are gathered nowhere.
+    An input that is a DTensor itself, replicated over the same mesh, needs no group. Target, class
+    weight and loss are plain tensors.
+
     Returns:
         The loss in nats: a scalar, or with reduction "none" the leading axes of `input`; float32
         (float64 for float64 `input`). With `return_stats` a pair.
 
     Raises:
-        ValueError: an argument has another shape, dtype or range than documented above.
+        ValueError: an argument has another shape, dtype, range or placement than documented above.
     """
     op = "linear_cross_entropy"
     check_options(op, reduction, label_smoothing, z_loss, softcap, logit_scale)
@@ -149,11 +156,17 @@ def linear_cross_entropy(
             f"{op}: ignore_index is for class indices, got {ignore_index} with probabilities; "
             "leave it out"
         )
+    check_plain(op, target=target, weight=weight)
+    split: ProcessGroup | Classes | None = group
+    if any(map(is_distributed, (input, linear_weight, linear_bias))):
+        input, linear_weight, linear_bias, split = local_layer(
+            op, input, linear_weight, linear_bias, group, linear_weight_grad
+        )
     chosen = LossOptions(
         -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap or 0.0,
         logit_scale, return_stats,
     )  # fmt: skip
     return linear_loss(
         op, input, linear_weight, target, linear_bias, weight, None, chosen, reduction,
-        chunk_bytes, linear_weight_grad, group,
+        chunk_bytes, linear_weight_grad, split,
     )  # fmt: skip

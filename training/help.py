@@ -19,7 +19,7 @@ GROUPS = {
     "length": ("length",),
     "learning rate": ("schedule",),
     "optimizer and loss": ("batch_size", "optimizer", "dropout", "label_smoothing", "z_loss"),
-    "precision and speed": ("device", "threads", "parallel", "compute"),
+    "precision and speed": ("device", "threads", "parallel", "group_size", "compute"),
     "memory": ("memory",),
     "data": ("data", "text_field", "tokenizer", "packing", "seed"),
     "checkpoints": ("out", "resume", "resume_anyway", "saving"),

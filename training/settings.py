@@ -81,9 +81,12 @@ class TrainConfig:
     """Device to train on. auto: a GPU if there is one."""
     threads: int = 0
     """CPU threads. 0: all that this process may use."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Sharing of each batch by the processes of torchrun. ddp: every one has the whole model.
-    fsdp: every one has a part of each weight. auto: ddp under torchrun."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp", "tp"] = "auto"
+    """Sharing of the work by the processes of torchrun. ddp: every one has the whole model. fsdp:
+    every one has a part of each weight. hsdp: fsdp within groups. tp: groups share each product,
+    fsdp between them. auto: under torchrun ddp if it fits in memory, else fsdp."""
+    group_size: int | None = None
+    """Processes of a group of --parallel hsdp or tp. None: those of one machine."""
     packing: Literal["contiguous", "documents"] = "contiguous"
     """Packing of sequences: contiguous text, or complete documents, each attending to itself."""
     length: Annotated[Length, UNPREFIXED] = field(
@@ -133,8 +136,9 @@ class TrainConfig:
 
 FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
-    "stop_after", "log_every", "compute", "device", "threads", "parallel", "observing", "memory",
-    "length", "shape",  # which the model's fields say
+    "stop_after", "log_every", "compute", "device", "threads", "parallel", "group_size",
+    "observing", "memory", "length",
+    "shape",  # which the model's fields say
 }  # fmt: skip
 
 GPT2 = TrainConfig(

@@ -61,7 +61,7 @@ RANGES = {
     "seed": Range("be in [0, 2**64)", 0, 2**64 - 1, whole=True),
     "eval_every": _whole(1, STEPS), "eval_tokens": _whole(1, STEPS), "log_every": _whole(1, STEPS),
     "stop_after": _whole(1, STEPS),
-    "batch_size": _whole(1), "threads": _whole(0, 1024),
+    "batch_size": _whole(1), "group_size": _whole(1), "threads": _whole(0, 1024),
     "label_smoothing": RATE, "z_loss": AT_LEAST_0, "dropout": RATE,
     "lora_rank": _whole(1, 2**20), "lora_alpha": ABOVE_0,
     # Length and Schedule

@@ -96,6 +96,9 @@ def _layout(x: Tensor) -> tuple | None:
 
 
 def sum_over_ranks(x: Tensor, mesh: "DeviceMesh") -> None:
-    """Add `x` over all ranks of `mesh`, in place."""
+    """Add `x` over all ranks of `mesh`, in place: at once where they are all that there are."""
+    if mesh.size() == torch.distributed.get_world_size():
+        torch.distributed.all_reduce(x)
+        return
     for dim in range(mesh.ndim):
         torch.distributed.all_reduce(x, group=mesh.get_group(dim))

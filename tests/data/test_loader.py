@@ -122,6 +122,21 @@ def test_resumes_back_and_with_other_batches(folder):
     assert first_tokens(other, 1) == starts[15:17]
 
 
+def test_the_sequence_does_not_depend_on_how_many_ranks_read_on(folder):
+    """One global batch of 12, read by one number of ranks after another, over two epochs."""
+    whole, state = loader(folder, batch_size=12), None
+    for world_size, batches in ((4, 5), (2, 4), (1, 3), (3, 2), (12, 2), (6, 1)):
+        places = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
+        ranks = [loader(folder, batch_size=12 // world_size, **place) for place in places]
+        for rank in ranks:
+            rank.load_state(state or rank.state())
+        for _ in range(batches):
+            read = torch.cat([rank.next_batch()[0] for rank in ranks])
+            assert torch.equal(read, whole.next_batch()[0])
+        state = json.loads(json.dumps(ranks[-1].state()))
+        assert state == whole.state()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _combine = partial(Mutant, file="kernels/_cross_entropy_options.py")
+_ranks = partial(Mutant, file="kernels/_cross_entropy_ranks.py")
 _kernel = partial(Mutant, file="kernels/_cross_entropy_rows.py")
 
 MUTANTS = [
@@ -33,10 +34,60 @@ MUTANTS = [
         original="found_T = (gap_T == 0) & (argmax_T >= 0)",
         replacement="found_T = argmax_T >= 0",
     ),
-    _combine(
+    _ranks(
         what="classes of the other rank",
-        original="return dist.get_rank(group) * V,",
-        replacement="return (1 - dist.get_rank(group)) * V,",
+        original="return Classes(dist.get_rank(group) * V,",
+        replacement="return Classes((1 - dist.get_rank(group)) * V,",
+    ),
+    _ranks(
+        what="DTensors: classes of the other rank",
+        original="Classes(mesh.get_local_rank(dim) * rows,",
+        replacement="Classes((1 - mesh.get_local_rank(dim)) * rows,",
+    ),
+    _ranks(
+        what="DTensors: the first class as if ranks had equally many",
+        original="mesh.get_local_rank(dim) * rows, V,",
+        replacement="mesh.get_local_rank(dim) * (V // ranks), V,",
+    ),
+    _ranks(
+        what="DTensors: classes of one rank alone",
+        original="* rows, V, name)",
+        replacement="* rows, V, '')",
+    ),
+    _ranks(
+        what="DTensors: gradients added over the ranks",
+        original="if part.requires_grad and ranks > 1:",
+        replacement="if False:",
+    ),
+    _ranks(
+        what="DTensors: gradients of this rank's tokens",
+        original="placed[dim], returned[dim] = Replicate(), Partial()",
+        replacement="placed[dim] = returned[dim] = Replicate()",
+    ),
+    _ranks(
+        what="DTensors: a group that splits no classes",
+        original="_dim_of_group(op, weight, group)\n        tokens",
+        replacement="None\n        tokens",
+    ),
+    _ranks(
+        what="DTensors: classes gathered over their own dimension",
+        original="for d in range(mesh.ndim) if d != dim]",
+        replacement="for d in range(mesh.ndim)]",
+    ),
+    _ranks(
+        what="DTensors: a rank without classes",
+        original="if rows * (ranks - 1) >= V:",
+        replacement="if False:",
+    ),
+    _ranks(
+        what="DTensors: an input that is sharded",
+        original="if input.device_mesh != mesh or not replicated or",
+        replacement="if input.device_mesh != mesh or",
+    ),
+    _ranks(
+        what="DTensors: columns taken for classes",
+        original="if placement.is_shard(0):",
+        replacement="if True:",
     ),
     _combine(
         what="ignored rows summed over the ranks",

@@ -77,6 +77,16 @@ MUTANTS = [
         replacement="    for dim in range(1):\n        torch",
     ),
     _shards(
+        what="a sum for each dimension of a mesh of all ranks",
+        original="if mesh.size() == torch.distributed.get_world_size():",
+        replacement="if False:",
+    ),
+    _shards(
+        what="the largest of all ranks of a mesh of them all",
+        original="all_reduce(x)\n",
+        replacement="all_reduce(x, torch.distributed.ReduceOp.MAX)\n",
+    ),
+    _shards(
         what="the largest of all ranks, not their sum",
         original="torch.distributed.all_reduce(x, group=",
         replacement="torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=",

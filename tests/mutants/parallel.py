@@ -12,7 +12,7 @@ _train = partial(Mutant, file="train.py")
 MUTANTS = [
     _parallel(
         what="gradients averaged over ranks instead of added",
-        original="(loss if self.ranks.size == 1 else loss * self.ranks.size).backward()",
+        original="(loss if self.data.size == 1 else loss * self.data.size).backward()",
         replacement="loss.backward()",
     ),
     _parallel(
@@ -32,13 +32,78 @@ MUTANTS = [
     ),
     _parallel(
         what="a batch that the ranks do not divide",
-        original="if config.batch_size % size:",
+        original="if config.batch_size % sharing:",
         replacement="if False:",
     ),
     _parallel(
         what="Muon on parts of matrices",
-        original='mode == "fsdp" and config.optimizer.name == "muon"',
-        replacement="False",
+        original='    if config.optimizer.name == "muon":',
+        replacement="    if False:",
+    ),
+    _parallel(
+        what="a reversible model in parts",
+        original="    if config.model.reversible:",
+        replacement="    if False:",
+    ),
+    _parallel(
+        what="adapters split with their layers",
+        original='    if mode == "tp" and config.lora_rank is not None:',
+        replacement="    if False:",
+    ),
+    _parallel(
+        what="groups that do not divide the processes",
+        original="    if size % own:",
+        replacement="    if False:",
+    ),
+    _parallel(
+        what="groups of one process",
+        original="    if own == 1:",
+        replacement="    if False:",
+    ),
+    _parallel(
+        what="hsdp of one group",
+        original='    if mode == "hsdp" and own == size:',
+        replacement="    if False:",
+    ),
+    _parallel(
+        what="heads that a group does not divide",
+        original='    if mode == "tp" and (why :=',
+        replacement="    if False and (why :=",
+    ),
+    _parallel(
+        what="a group size that nothing reads",
+        original="    if config.group_size and mode not in MESHES and not config.resume:",
+        replacement="    if False:",
+    ),
+    _parallel(
+        what="no other mode for a run in groups",
+        original="mode not in MESHES and not config.resume:",
+        replacement="mode not in MESHES:",
+    ),
+    _parallel(
+        what="tp: a batch for every process",
+        original='size // group_size_of(config, size) if mode == "tp" else size',
+        replacement="size",
+    ),
+    _parallel(
+        what="auto: memory of one process counted for all",
+        original="free_memory(device) // each",
+        replacement="free_memory(device)",
+    ),
+    _parallel(
+        what="auto: fsdp of what it refuses",
+        original='(why := _obstacle(config, "fsdp", ranks.size)) is not None',
+        replacement='(why := _obstacle(config, "ddp", ranks.size)) is not None',
+    ),
+    _parallel(
+        what="auto: always ddp",
+        original="if not ranks.most(2 * needed > free):",
+        replacement="if True:",
+    ),
+    _parallel(
+        what="tp: the groups of hsdp",
+        original='"tp": ("data", tensor_parallel.DIMENSION)',
+        replacement='"tp": (tensor_parallel.DIMENSION, "data")',
     ),
     _parallel(
         what="a restart that finds no run",
@@ -97,22 +162,22 @@ MUTANTS = [
     ),
     _train(
         what="the same share of the batch on every rank",
-        original="seed=config.seed, **ranks.place",
-        replacement="seed=config.seed, **ranks.place | {'rank': 0}",
+        original="seed=config.seed, **share.place",
+        replacement="seed=config.seed, **share.place | {'rank': 0}",
     ),
     _train(
         what="the mean of a rank's own targets",
-        original="n_targets = parallel.ranks.sum(n_targets).clamp(min=1)",
-        replacement="n_targets = (n_targets * parallel.ranks.size).clamp(min=1)",
+        original="n_targets = parallel.data.sum(n_targets).clamp(min=1)",
+        replacement="n_targets = (n_targets * parallel.data.size).clamp(min=1)",
     ),
     _train(
         what="the loss of one rank",
-        original="return parallel.ranks.sum(total)",
-        replacement="return total * parallel.ranks.size",
+        original="return parallel.data.sum(total)",
+        replacement="return total * parallel.data.size",
     ),
     _train(
         what="no seed for a step",
-        original="        ranks.seed_step(config.seed, step)\n",
+        original="        share.seed_step(config.seed, step)\n",
         replacement="",
     ),
     Mutant(

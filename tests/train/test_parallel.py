@@ -21,7 +21,9 @@ from train_runs import log, losses
 import train
 from tritium.model import Transformer
 from tritium.model.saved import FILES, read_record, read_tensors
-from tritium.training.parallel import Parallel, arguments, mode_of
+from tritium.model.shapes import num_parameters
+from tritium.training.optim import OptimizerConfig
+from tritium.training.parallel import Parallel, arguments, auto_mode, group_size_of, mode_of
 from tritium.training.precision import Arithmetic
 from tritium.training.run import checkpoint
 from tritium.training.run.ranks import SINGLE, Ranks
@@ -29,7 +31,7 @@ from tritium.training.settings import PRESETS
 from tritium.training.validation import ConfigError
 
 ROOT = Path(__file__).parents[2]
-STEPS = 8
+STEPS = 6
 BASE = (
     "--max-steps",
     str(STEPS),
@@ -46,6 +48,7 @@ NARROW = ("--max-steps", "4", "--precision", "bfloat16")
 KINDS = {
     "ddp": ("--micro-batch-size", "1"),
     "fsdp": ("--parallel", "fsdp", "--micro-batch-size", "1", "--activation-checkpointing", "full"),
+    "tp": ("--parallel=tp", "--micro-batch-size=2", "--activation-checkpointing", "selective"),
 }
 
 
@@ -61,7 +64,7 @@ def results(folder, corpus, home):
     for kind, flags in KINDS.items():
         runs.add(kind, *BASE, *flags)
         runs.add(f"{kind} bfloat16", *NARROW, *flags)
-        asynchronous = (*DROPOUT, *flags, *["--save-async"] * (kind == "fsdp"))
+        asynchronous = (*DROPOUT, *flags, *["--save-async"] * (kind != "ddp"))
         runs.add(f"{kind} whole", *DROPOUT, *flags)
         runs.add(f"{kind} crash", *asynchronous, out=f"{kind} cut", crash=5)
         runs.add(f"{kind} signal", *asynchronous, "--resume", out=f"{kind} cut", signal=[1, 1])
@@ -107,6 +110,67 @@ def test_what_does_not_combine_is_refused_at_the_start(flags, message, run, tmp_
     assert output.startswith("train.py: rank 1: ")
     assert message in output
     assert not (tmp_path / "run").exists()
+
+
+SHAPE = PRESETS["tiny"].model
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "message"),
+    [
+        (2, {"parallel": "hsdp"}, "needs two groups or more, got one of 2 processes"),
+        (2, {"group_size": 2}, "--group-size is of --parallel hsdp and tp, got ddp"),
+        (4, {"parallel": "tp", "group_size": 3}, "--group-size must divide the 4 processes, got 3"),
+        (2, {"parallel": "tp", "group_size": 1}, "a group of two processes or more, got 1"),
+        (4, {"parallel": "tp"}, "with --parallel tp n_kv_heads must be divisible by the 4"),
+        (2, {"parallel": "tp", "lora_rank": 2}, "adapters .* are not split by --parallel tp"),
+        (4, {"parallel": "hsdp", "group_size": 2, "batch_size": 6}, "by the 4 processes, got 6"),
+        (4, {"parallel": "tp", "group_size": 2, "batch_size": 3}, "by the 2 groups of processes"),
+        (2, {"parallel": "fsdp", "model": replace(SHAPE, reversible=True)}, "halves of blocks"),
+        (
+            6, {"parallel": "tp", "group_size": 2, "batch_size": 6},
+            "d_model must be divisible by the 3 groups of --parallel tp, got 64",
+        ),
+    ],
+)  # fmt: skip
+def test_modes_and_groups_that_cannot_be_are_refused(size, changes, message, monkeypatch):
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size), "MASTER_ADDR": "-"}
+    for name, value in (environment | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        mode_of(replace(PRESETS["tiny"], **changes))
+
+
+def test_a_group_is_a_machine_where_no_size_is_given(monkeypatch):
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "-"}
+    for name, value in (environment | {"MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    tiny = PRESETS["tiny"]
+    for mode in ("hsdp", "tp"):
+        assert mode_of(replace(tiny, parallel=mode)) == mode
+    assert group_size_of(tiny, 4) == 2
+    in_groups = replace(tiny, group_size=4)
+    assert group_size_of(in_groups, 4) == 4
+    assert mode_of(replace(in_groups, resume=True)) == "ddp"  # of a run that another mode began
+
+
+@pytest.mark.parametrize(
+    ("free", "changes", "chosen", "reason"),
+    [
+        (40, {}, "ddp", "fit in half of the free memory"),
+        (20, {}, "fsdp", "exceed half of the free memory)"),
+        (20, {"optimizer": OptimizerConfig(name="muon")}, "ddp", "but muon needs whole matrices"),
+    ],
+)
+def test_auto_takes_ddp_where_it_fits_and_says_why(free, changes, chosen, reason, monkeypatch):
+    config = replace(PRESETS["tiny"], **changes)
+    per_rank = free * num_parameters(config.model)
+    monkeypatch.setattr("tritium.training.parallel.free_memory", lambda _: 2 * per_rank)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    mode, said = auto_mode(config, SINGLE, torch.device("cpu"))
+    assert mode == chosen
+    assert reason in said
+    assert reason in str(Parallel(Ranks(0, 2), mode, reason=said))
 
 
 def test_a_restart_needs_a_folder_and_resumes_the_run_in_it(monkeypatch):
@@ -201,8 +265,7 @@ def test_two_ranks_train_as_one_process(kind, results, folder, run, tmp_path):
     assert run(tmp_path / "alone", *BASE) == 0
     assert_near(folder / kind, tmp_path / "alone")
     # What two ranks saved, one process resumes.
-    for undone in (6, 8):
-        checkpoint.remove(folder / kind / "checkpoints" / f"step-{undone:08d}")
+    checkpoint.remove(folder / kind / "checkpoints" / f"step-{STEPS:08d}")
     assert run(folder / kind, *BASE, *ALONE, "--resume", "--resume-anyway") == 0
     assert [entry["step"] for entry in log(folder / kind)] == [*range(1, STEPS + 1)]
     assert_near(folder / kind, tmp_path / "alone")
@@ -215,6 +278,9 @@ def test_a_step_communicates_no_more_than_it_must(kind, results):
     wanted = {
         "ddp": {"reduce": 3},  # torch reduces the gradients in C++
         "fsdp": {"reduce": 4, "gather": 2 * (3 + 2), "scatter": 3},
+        # A signal, the clip; of each micro-batch two for the loss, one for its gradient. What the
+        # blocks add up torch reduces by functions of its own.
+        "tp": {"reduce": 2 + 2 * 3},
     }
     assert [x["calls"] for x in results[kind]] == [wanted[kind]] * 2
 
@@ -243,9 +309,12 @@ def test_a_run_cut_by_a_crash_and_a_signal_ends_in_the_same_bits(kind, results, 
     assert losses(folder / f"{kind} cut") == losses(folder / f"{kind} whole")
 
 
-def test_both_kinds_draw_the_same_dropout(results, folder):
+def test_both_kinds_draw_the_same_dropout(results, folder, run, tmp_path):
     assert losses(folder / "ddp whole") == pytest.approx(losses(folder / "fsdp whole"), abs=1e-5)
     assert losses(folder / "ddp whole") != pytest.approx(losses(folder / "ddp"), abs=1e-3)
+    # All ranks of tp have all sequences, and leave out what one process would.
+    assert run(tmp_path / "alone", *DROPOUT) == 0
+    assert losses(folder / "tp whole") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -105,6 +105,8 @@ def snapshot(
     parts = sharded.is_sharded(model)
     both = weights, _optimizer_tensors(model, optimizer)
     tensors: dict[str, dict[str, Tensor]] = dict(zip(FILES, both, strict=True))
+    if parts:
+        tensors = sharded.as_in_one_process(model, tensors)
     if copy:
         tensors = {
             file: {name: sharded.on_host(x) for name, x in named.items()}
@@ -212,7 +214,7 @@ def load(
         _check_config(checkpoint, record["model"], model.config)
     parameters = dict(model.named_parameters())
     if sharded.is_sharded(model):
-        weights, moments = (sharded.read(checkpoint, x, record, parameters) for x in FILES)
+        weights, moments = (sharded.read(checkpoint, x, record, model) for x in FILES)
     else:
         weights, moments = (read_tensors(checkpoint, name, record) for name in FILES)
     shapes = {name: p.shape for name, p in parameters.items()}

@@ -7,6 +7,8 @@ is a pickle, as torch writes it: read checkpoints only from those whom you trust
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -15,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tritium.model.saved import SHARDS, check_files, prefix_of, read_shards, read_tensors
+from tritium.training.tensor_parallel import in_model_order, in_rank_order, packed
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -39,14 +43,50 @@ def on_host(x: Tensor) -> Tensor:
     """Return a copy in the memory of the host, sharded as the tensor is."""
     if not is_distributed(x):
         return x.to("cpu", copy=True)
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-    mesh = x.device_mesh
-    if mesh.device_type != "cpu":
-        mesh = DeviceMesh("cpu", mesh.mesh)
     part = x.to_local().to("cpu", copy=True)
-    return DTensor.from_local(part, mesh, x.placements, shape=x.shape, stride=x.stride())
+    return DTensor.from_local(
+        part, _mesh_on_host(x.device_mesh), x.placements, run_check=False, shape=x.shape,
+        stride=x.stride(),
+    )  # fmt: skip
+
+
+@cache  # a mesh makes process groups
+def _mesh_on_host(mesh: DeviceMesh) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if mesh.device_type == "cpu":
+        return mesh
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+
+
+def as_in_one_process(
+    model: nn.Module, tensors: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Return a model's tensors, by file and name, with their rows in the order of a whole model.
+
+    Every rank calls it.
+    """
+    return {file: _reordered(model, named, in_model_order) for file, named in tensors.items()}
+
+
+def _reordered(
+    model: nn.Module, tensors: dict[str, Tensor], order: Callable[..., DTensor]
+) -> dict[str, Tensor]:
+    layers = packed(model)
+    return {
+        name: order(x, *layers[key])
+        if (key := _owner(name, layers)) is not None and is_distributed(x)
+        else x
+        for name, x in tensors.items()
+    }
+
+
+def _owner(name: str, parameters: Container[str]) -> str | None:
+    """Return the parameter that a tensor is, or is a state of, if it is among `parameters`."""
+    own = name if name in parameters else name.rpartition(".")[0]
+    return own if own in parameters else None
 
 
 def write(draft: Path, tensors: dict[str, dict[str, Tensor]], group: Any) -> None:
@@ -68,9 +108,7 @@ def write(draft: Path, tensors: dict[str, dict[str, Tensor]], group: Any) -> Non
         raise OSError(f"{draft}: {causes}") from None
 
 
-def read(
-    checkpoint: Path, name: str, record: dict, parameters: dict[str, nn.Parameter]
-) -> dict[str, Tensor]:
+def read(checkpoint: Path, name: str, record: dict, model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of one of `FILES`, each sharded as the parameter that it belongs to.
 
     Every rank calls it. The first one compares the checksums of what the ranks have written.
@@ -78,12 +116,14 @@ def read(
     Raises:
         CheckpointError: files are missing or damaged.
     """
+    parameters = dict(model.named_parameters())
 
-    def owner(key: str) -> nn.Parameter | None:
-        return parameters.get(key if key in parameters else key.rpartition(".")[0])
+    def of(key: str) -> nn.Parameter | None:
+        own = _owner(key, parameters)
+        return None if own is None else parameters[own]
 
     def like(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        p = owner(key)
+        p = of(key)
         if p is None or p.shape != size:  # a step count, or of another model
             return torch.empty(size, dtype=dtype)
         return torch.empty_like(p, dtype=dtype, requires_grad=False)
@@ -91,13 +131,13 @@ def read(
     if name not in record["files"]:
         if dist.get_rank() == 0:
             check_files(checkpoint, record)
-        return read_shards(checkpoint, name, like)
+        return _reordered(model, read_shards(checkpoint, name, like), in_rank_order)
     from torch.distributed.tensor import distribute_tensor
 
     tensors = read_tensors(checkpoint, name, record)
     for key, x in tensors.items():
-        p = owner(key)
+        p = of(key)
         if p is not None and p.shape == x.shape and is_distributed(p):
             x = x.to(p.device)
             tensors[key] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-    return tensors
+    return _reordered(model, tensors, in_rank_order)

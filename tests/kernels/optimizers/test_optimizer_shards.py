@@ -5,6 +5,7 @@ Four processes on gloo take one check after another; each computes the unsharded
 
 import copy
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -219,6 +220,24 @@ def _steps_as_one_rank_does(placed, reference):
             x = many.state[q][name]
             assert getattr(x, "placements", None) == getattr(q, "placements", None)
             assert_close([x], [one.state[p][name]])
+
+
+def test_the_norm_takes_one_sum_of_all_ranks(ranks):
+    ranks(_the_norm_takes_one_sum_of_all_ranks)
+
+
+def _the_norm_takes_one_sum_of_all_ranks():
+    part = DeviceMesh("cpu", torch.tensor([[0, 1]]))  # two of four ranks, on the last dimension
+    for mesh, sums in ((mesh_of(2, 2), 1), (part, 2)):
+        if dist.get_rank() not in mesh.mesh:
+            continue
+        ps = whole()
+        qs = spread(ps, mesh, (Replicate(), Shard(0)))
+        set_gradients(ps, qs, seed=1)
+        with path(REFERENCE), patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            norm = clip_grad_norm.clip_grad_norm_(qs, 1.0)
+        assert reduced.call_count == sums
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(ps, 1.0))
 
 
 def test_ranks_may_have_few_and_different_chunks(ranks):
