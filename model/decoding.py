@@ -37,7 +37,7 @@ class Decoding:
         draw: from logits `[B, V]` and what each row has seen, `[B, V]` bool or None, to ids
             `[B, 1]`.
         stops: `[N]`, ids with which a row ends; that id is then repeated.
-        penalises: whether `draw` is told what each row has seen.
+        penalises: whether `draw` is called with what each row has seen.
     """
 
     def __init__(

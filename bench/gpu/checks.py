@@ -1,4 +1,4 @@
-"""What a session finds out about CUDA graphs: the same bits as without, and text by them."""
+"""Checks of CUDA graphs in a session: the same bits as without, and text sampled by them."""
 
 import gc
 import time
