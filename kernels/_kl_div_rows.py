@@ -265,8 +265,9 @@ def rows(
         _rows_reference(x_CW[:, :V], y_CW[:, :V], counts_C, dloss_C, loss_C, options)
         return
     C, W = x_CW.shape
-    block, lanes = max(64, min(4096, power_of_2(V))), 16 // x_CW.element_size()
     kind = {0.0: "forward", 1.0: "reverse"}.get(options.beta, "between")
+    each = 8 if kind == "between" else 16  # elements of a thread: with 16 its logarithms spill
+    block, lanes = max(64, min(256 * each, power_of_2(V))), 16 // x_CW.element_size()
     _launch_rows(
         (C,),
         (x_CW, y_CW, counts_C, dloss_C, loss_C),
@@ -278,7 +279,7 @@ def rows(
             kind, dloss_C is not None, counts_C is not None, options.softcap > 0,
             options.teacher_softcap > 0, accumulator(x_CW.dtype), block, lanes,
         ),
-        num_warps=max(1, block // 512),
+        num_warps=max(1, block // (32 * each)),
     )  # fmt: skip
 
 
