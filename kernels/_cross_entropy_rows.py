@@ -13,8 +13,8 @@ has only the bulk, and a row whose V and stride are multiples of 16 no edges:
     bulk   [LEAD, cut): from one multiple of 16 to another, in blocks, the last one masked
 
 Where both passes run, the first KEPT blocks of the bulk may stay in registers for the second pass
-(`_packed_rows.py`), which reads what is left backwards; if WHOLE, that is one masked block, kept
-too.
+(`_packed_rows.py`), which reads what is left backwards; if WHOLE, that is one masked block that
+stays, too.
 
 LEAD is 16 where rows begin anywhere, and all that is as long as a row begins alike; else h and LEAD
 are 0.

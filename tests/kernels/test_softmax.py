@@ -33,7 +33,7 @@ with_lse = tuple(partial(f, return_lse=True) for f in PAIRS["softmax"])
 # one program, and by two, which have up to four blocks each.
 PATHS = {
     "tile": {},
-    "loop": {"BLOCK": 128},
+    "loop": {"BLOCK": 64},
     "shared": {"BLOCK": 64, "LONG_ROW": 0, "SHARES": 2},
 }
 each_path = pytest.mark.parametrize("path", PATHS)

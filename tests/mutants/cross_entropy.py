@@ -101,10 +101,8 @@ MUTANTS = [
     ),
     _kernel(
         what="smoothing not scaled by the incoming gradient",
-        original="                    give * hit, give * uniform, logit_scale, softcap,\n"
-        "                    False,",
-        replacement="                    give * hit, uniform, logit_scale, softcap,\n"
-        "                    False,",
+        original="                        give * hit, give * uniform, logit_scale, softcap,\n",
+        replacement="                        give * hit, uniform, logit_scale, softcap,\n",
     ),
     _kernel(
         what="a target outside the vocabulary counts",
@@ -113,13 +111,17 @@ MUTANTS = [
     ),
     _kernel(
         what="the last block skipped",
-        original="            if full < cut:\n                m, s, dot",
-        replacement="            if full > cut:\n                m, s, dot",
+        original="            elif full < cut:\n"
+        "                x_V = _read(x_ptr + full, offs_V, tail_V, True, KEEP)",
+        replacement="            elif full > cut:\n"
+        "                x_V = _read(x_ptr + full, offs_V, tail_V, True, KEEP)",
     ),
     _kernel(
         what="the first block skipped",
-        original="for v in range(LEAD, full, BLOCK_V):\n                m, s, dot",
-        replacement="for v in range(LEAD + BLOCK_V, full, BLOCK_V):\n                m, s, dot",
+        original="for v in range(LEAD + KEPT * BLOCK_V, full, BLOCK_V):\n"
+        "                    x_V = _read(x_ptr + v, offs_V, tail_V, False, KEEP)",
+        replacement="for v in range(LEAD + (KEPT + 1) * BLOCK_V, full, BLOCK_V):\n"
+        "                    x_V = _read(x_ptr + v, offs_V, tail_V, False, KEEP)",
     ),
     _kernel(
         what="row offsets in 32 bits",

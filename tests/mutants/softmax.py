@@ -168,4 +168,14 @@ MUTANTS = [
         original="width = max(BLOCK, power_of_2(cdiv(N, SHARES)))",
         replacement="width = BLOCK",
     ),
+    _mutant_in_rows(
+        what="softmax read forwards and written backwards",
+        original="tl.store(y_ptr + start + offs_BL, softmax_normalise(x_BL",
+        replacement="tl.store(y_ptr + back + offs_BL, softmax_normalise(x_BL",
+    ),
+    _mutant_in_rows(
+        what="gradient read forwards and written backwards",
+        original="tl.store(dx_ptr + start + offs_B, softmax_gradient(",
+        replacement="tl.store(dx_ptr + back + offs_B, softmax_gradient(",
+    ),
 ]
