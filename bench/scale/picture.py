@@ -34,7 +34,7 @@ def draw(points: list[Point], most: float, title: str, path: Path) -> None:
         title: of the picture.
         path: the PNG.
     """
-    figure, (speed, share, memory) = plt.subplots(1, 3, figsize=(12.5, 4), layout="constrained")
+    figure, (speed, share, memory) = plt.subplots(1, 3, figsize=(12.5, 4.2), layout="constrained")
     numbers = sorted({x.gpus for x in points})
     for mode in dict.fromkeys(x.mode for x in points):
         of_mode = [x for x in points if x.mode == mode]
@@ -43,7 +43,11 @@ def draw(points: list[Point], most: float, title: str, path: Path) -> None:
         speed.plot(gpus, [x.speed for x in of_mode], **style)
         share.plot(gpus, [100 * x.utilisation for x in of_mode], **style)
         memory.plot(gpus, [x.memory / GIB for x in of_mode], **style)
-    memory.axhline(most / GIB, color="0.5", linestyle="--", linewidth=1, label="may be taken")
+    memory.axhline(most / GIB, color="0.5", linestyle="--", linewidth=1)
+    memory.annotate(
+        "a step may take", (0.02, most / GIB), xycoords=("axes fraction", "data"), va="bottom",
+        fontsize=8, color="0.4",
+    )  # fmt: skip
     for axes in (speed, share, memory):
         axes.set_xscale("log", base=2)
         axes.set_xticks(numbers, [f"{x:,}" for x in numbers])
@@ -51,13 +55,10 @@ def draw(points: list[Point], most: float, title: str, path: Path) -> None:
         axes.set_xlabel("GPUs")
         axes.grid(alpha=0.3)
     speed.set_yscale("log")
-    memory.set_yscale("log", base=2)
-    memory.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
     speed.set_ylabel("tokens per second, of all GPUs")
     share.set(ylabel="MFU (%)", ylim=(0, None))
-    memory.set_ylabel("memory of a GPU (GiB)")
+    memory.set(ylabel="memory of a GPU, in the fastest plan (GiB)", ylim=(0, None))
     speed.legend()
-    memory.legend()
     figure.suptitle(f"{title}: predicted, not measured", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

@@ -230,7 +230,6 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             "one that failed first",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        dist.destroy_process_group()  # so that its neighbours do not wait for it
         time.sleep(LINGER)  # for torchrun to see the cause first, and not this
         raise LostRankError from error
     else:

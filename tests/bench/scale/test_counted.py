@@ -11,12 +11,13 @@ from tritium.bench.scale.predict import moved
 pytestmark = pytest.mark.usefixtures("references")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd's threads of a GPU do not fork")
 @pytest.mark.parametrize("mode", check.RANKS)
 @pytest.mark.parametrize(("micro_batch", "policy"), check.SETTINGS)
 def test_a_step_on_two_ranks_is_predicted(mode, micro_batch, policy):
-    # What is sent and kept is exact. The peak: within 5 %, since torch decides which of a block's
-    # buffers are alive at once.
+    # What is sent and kept is exact, the peak within 5 %: torch decides which of a block's buffers
+    # are alive at once.
     plan = check.predicted(mode, 2, micro_batch, policy)
     counts = count_on_gloo(
         check.MODEL, mode, 2, sequences=check.SEQUENCES, micro_batch=micro_batch, policy=policy

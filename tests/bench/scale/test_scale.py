@@ -10,8 +10,8 @@ from tritium.bench import tables
 from tritium.bench.__main__ import main
 from tritium.bench.scale.compute import reached
 from tritium.bench.scale.links import find_links
-from tritium.bench.scale.parts import MODES
-from tritium.bench.scale.predict import Job, Plan, mesh_of
+from tritium.bench.scale.parts import MODES, mesh_of
+from tritium.bench.scale.predict import Job, Plan
 from tritium.bench.scale.scale import Cluster, choose
 from tritium.kernels.roofline import MATRIX_SHARE
 from tritium.model import ModelConfig
