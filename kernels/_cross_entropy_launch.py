@@ -21,7 +21,7 @@ from tritium.kernels.runtime import accumulator, power_of_2, uses_triton
 _launch = Launcher(_cross_entropy_kernel)
 
 
-Dtypes = tuple[torch.dtype | None, ...]
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype | None, torch.dtype | None]
 
 
 @planned
@@ -115,11 +115,12 @@ def _launch_passes(
         loss, loss and dx_TV is not None and packed.keeps_rows(x_TV), options,
     )  # fmt: skip
     unused = loss_T  # stands in for a pointer that the kernel does not follow
-    weighted = w_V is not None and options.label_smoothing > 0 and not soft
+    summed = unused
+    if w_V is not None and options.label_smoothing > 0 and not soft:
+        summed = w_V.sum(dtype=values_RT.dtype)
     _launch.launch(
         plan, x_TV, target_T, unused if w_V is None else w_V,
-        w_V.sum(dtype=values_RT.dtype) if weighted else unused,
-        unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
+        summed, unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
         unused if dx_TV is None else dx_TV,
     )  # fmt: skip
 

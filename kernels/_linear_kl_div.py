@@ -169,7 +169,7 @@ class _LinearKLDivRows(torch.autograd.Function):
         tensors = Tensors(*ctx.saved_tensors)
         given = _call(tensors, dloss_T, ctx.plan, ctx.options)[1:]
         trios = zip(given, tensors[:3], ctx.plan.wants, strict=True)
-        grads = [g.to(x.dtype) if want else None for g, x, want in trios]
+        grads = [g.to(x.dtype) if want and x is not None else None for g, x, want in trios]
         return None, None, *grads, *[None] * 6
 
 

@@ -78,14 +78,14 @@ def _plan_forward(
     """Plan the launch for x, residual, weight and bias of these dtypes."""
     (T, D), wide = _flattened(shape), _wide(*dtypes[:2])
     constants, acc = (float(eps), float(offset), centred), accumulator(wide)
-    strides = tuple(_row_stride(shape, stride) for stride in strides)
+    row_strides = tuple(_row_stride(shape, stride) for stride in strides)
     if not _is_short(D, max_tile):
-        plan = Plan((T,), (D, *strides), (*constants, loop_block, acc), num_warps=8)
+        plan = Plan((T,), (D, *row_strides), (*constants, loop_block, acc), num_warps=8)
         return _ForwardPlan(T, wide, _forward_loop, plan)
     crowded = dtypes[3] is not None and D > 4096  # with 16 warps it spills on sm_80
     tile, num_warps = _tile(D, crowded)
     grid = (cdiv(T, tile[0]),)
-    plan = Plan(grid, (T, D, *strides), (*constants, *tile, acc), num_warps)
+    plan = Plan(grid, (T, D, *row_strides), (*constants, *tile, acc), num_warps)
     return _ForwardPlan(T, wide, _forward_tile, plan)
 
 
@@ -122,19 +122,19 @@ def _plan_backward(
 ) -> _BackwardPlan:  # fmt: skip
     """Plan the launches for dy, ds, s, weight and r of these dtypes."""
     (T, D), acc = _flattened(shape), accumulator(_wide(dtypes[-1]))
-    strides = tuple(_row_stride(shape, stride) for stride in strides)
+    row_strides = tuple(_row_stride(shape, stride) for stride in strides)
     sums = (dw_dtype is not None) + (db_dtype is not None)
     if _is_short(D, max_tile):
         # A second sum, a second layout: crowded.
         tile, num_warps = _tile(D, centred and dtypes[0] != dtypes[2], BACKWARD_TILE)
         P = min(cdiv(T, tile[0]), _most_programs(tile[1], p_max))
         constants = float(offset), *tile, acc, STAGES
-        rows, columns = Plan((P,), (T, D, *strides), constants, num_warps), None
+        rows, columns = Plan((P,), (T, D, *row_strides), constants, num_warps), None
     else:
         tile = 4, TILE // 4
         P = min(cdiv(T, tile[0]), p_loop_max)
-        rows = Plan((T,), (D, *strides), (float(offset), loop_block, acc), num_warps=8)
-        columns = Plan((cdiv(D, tile[1]), P), (T, D, strides[0], strides[2]), (*tile, acc))
+        rows = Plan((T,), (D, *row_strides), (float(offset), loop_block, acc), num_warps=8)
+        columns = Plan((cdiv(D, tile[1]), P), (T, D, row_strides[0], row_strides[2]), (*tile, acc))
     block_P = most_partials if columns is None else min(power_of_2(p_loop_max), most_partials)
     partials = Plan((cdiv(D, 8), sums), (P, D), (block_P, 8), num_warps=8)
     return _BackwardPlan(P, rows, columns, partials)

@@ -129,10 +129,9 @@ class Cache:
         if window is not None and not self._fixed:
             room = min(room, max(2 * window, self.length + k_BLGK.shape[1] - oldest))
         k_BSGK, v_BSGK = (x.new_empty(x.shape[0], room, *x.shape[2:]) for x in (k_BLGK, v_BLGK))
-        if (
-            self._fixed
-        ):  # what no token has written is multiplied by weights of 0, and may be no NaN
-            k_BSGK.zero_(), v_BSGK.zero_()
+        if self._fixed:  # what no token has written meets weights of 0, and must be no NaN
+            k_BSGK.zero_()
+            v_BSGK.zero_()
         if held is not None:
             seen, n = slice(oldest - held.first, self.length - held.first), self.length - oldest
             k_BSGK[:, :n], v_BSGK[:, :n] = held.keys[:, seen], held.values[:, seen]

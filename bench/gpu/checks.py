@@ -3,11 +3,13 @@
 import gc
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
 from tritium.bench.gpu.steps import Shape, tritium_step
 from tritium.model import Transformer
+from tritium.model.block import Block
 
 STEPS, PROMPT, TOKENS = 100, 16, 512
 
@@ -39,7 +41,7 @@ def sampling(shape: Shape, device: torch.device, n_tokens: int = TOKENS) -> str:
     torch.manual_seed(0)
     model = Transformer(shape.config).to(device, torch.bfloat16).eval()
     with torch.no_grad():  # as after training: weights that matter
-        for block in model.blocks:
+        for block in cast(list[Block], list(model.blocks)):
             block.attention.output.weight.mul_(20)
     prompt = torch.randint(shape.config.vocab_size, (1, PROMPT), device=device)
     rates, found = [], []

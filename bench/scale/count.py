@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -42,7 +42,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.moved: Counter[str] = Counter()
+        self.moved: defaultdict[str, float] = defaultdict(float)
         self.peak = 0
         self._storages: dict[int, ref] = {}
 
@@ -84,7 +84,7 @@ def _size(args: Any) -> int:
         if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()):
             return dist.ProcessGroup.unbox(x).size()
     names = [x for x in args if isinstance(x, str)]
-    return dist.distributed_c10d._resolve_process_group(names[-1]).size()
+    return cast(Any, dist.distributed_c10d)._resolve_process_group(names[-1]).size()
 
 
 @dataclass(frozen=True)
