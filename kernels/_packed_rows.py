@@ -41,7 +41,9 @@ def _has_registers(device: Any) -> bool:
     # 18 for sm_100 under 3.7, up to 26 for sm_80. AMD was not tried.
     active: Any = driver.active
     target = active.get_current_target()
-    return target.backend == "cuda" and target.arch in ((90, 100) if SPARES_REGISTERS else (90,))
+    return target.backend == "cuda" and (
+        target.arch == 90 or (target.arch == 100 and SPARES_REGISTERS)
+    )
 
 
 def kept_blocks(N: int, lead: int) -> tuple[int, bool]:
