@@ -37,7 +37,7 @@ def keeps_rows(x_MN: Tensor) -> bool:
 
 @functools.cache
 def _has_registers(device: Any) -> bool:
-    # Seen in machine code: no spills for sm_90, nor for sm_100 under Triton 3.9 (3.8 was not tried);
+    # Seen in machine code: no spills for sm_90, nor for sm_100 under Triton 3.9 (3.8: not tried);
     # 18 for sm_100 under 3.7, up to 26 for sm_80. AMD was not tried.
     active: Any = driver.active
     target = active.get_current_target()
