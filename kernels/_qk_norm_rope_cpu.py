@@ -30,7 +30,7 @@ def side_by_side(
 
 
 class HandWritten(torch.autograd.Function):
-    """`reference` with its backward written out.
+    """`reference` with a hand-written backward.
 
     Queries and keys go through every operator side by side, their gradients in one tensor.
     """

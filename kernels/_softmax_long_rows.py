@@ -252,13 +252,15 @@ def _launch(
     block = BLOCK if in_MN.element_size() < 4 else BLOCK // 2
     constants = (16 if alike and N % 16 else 0, block, *constants)
     if M >= FEW_ROWS or N < LONG_ROW:
-        # 16 warps and not 8: half as many rows are in flight, and those stay in the L2 cache until
-        # they are read again (backward, V = 50304: 26 MB, of an H100's 50).
+        # 16 warps for 16 bits, and not 8: half as many rows are in flight, and those stay in the L2
+        # cache until they are read again (backward, V = 50304: 26 MB, of an H100's 50). Of float32
+        # they would spill on sm_80.
         lead, block, *others = constants
+        more = 2 if in_MN.element_size() < 4 else 1
         width = cdiv(N, 2 * BLOCK) * 2 * BLOCK
         launch(
             (M, 1), (*tensors, None), (N, *row, width),
-            (*kind, True, True, lead, 2 * block, *others), num_warps=16,
+            (*kind, True, True, lead, more * block, *others), num_warps=8 * more,
         )  # fmt: skip
         return
     width = max(BLOCK, power_of_2(cdiv(N, SHARES)))

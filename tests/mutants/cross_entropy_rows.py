@@ -85,9 +85,9 @@ MUTANTS = [
         replacement="unpacked(kept[0], hidden_0, x_ptr)",
     ),
     _kernel(
-        what="the last block in registers left out of the gradient",
-        original="            if WHOLE:\n                _store_gradient(",
-        replacement="            if WHOLE and LEAD > 16:\n                _store_gradient(",
+        what="the last block in registers changed by the number that hides it",
+        original="dx_ptr + full, unpacked(tail, hidden_0, x_ptr)",
+        replacement="dx_ptr + full, unpacked(tail, hidden_0 + 1, x_ptr)",
     ),
     _kernel(
         what="the blocks read again written at their mirror image",
