@@ -48,8 +48,8 @@ def test_sharding_divides_what_is_kept_and_checkpointing_what_is_live():
     def memory(mode, gpus, policy="none"):
         return Plan(JOB, mesh_of(mode, gpus, 8, CONFIG), 4, policy).memory
 
-    kept = [memory("fsdp", n).weights for n in (1, 2, 4, 8, 16)]
-    assert kept == [kept[0] >> i for i in range(5)]  # its rows are powers of two
+    kept = [memory("fsdp", n).weights for n in (1, 2, 4, 8)]
+    assert kept == [kept[0] >> i for i in range(4)]  # all rows are multiples of 8
     assert memory("hsdp", 16).weights == memory("fsdp", 8).weights
     assert memory("ddp", 16).weights == kept[0]
     assert kept[0] / 8 < memory("tp", 8).weights < kept[0] / 6  # norms are on every rank
