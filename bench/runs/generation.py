@@ -105,7 +105,8 @@ def _peer(model: Transformer, given: Tensor, tokens: int) -> Callable[[], Tensor
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model")
-        theirs: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
+        theirs: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
+    theirs.eval()
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(given), "max_new_tokens": tokens, "do_sample": False,
         "pad_token_id": 0, "eos_token_id": None,
