@@ -132,7 +132,8 @@ class Cache:
         if (
             self._fixed
         ):  # what no token has written is multiplied by weights of 0, and may be no NaN
-            k_BSGK.zero_(), v_BSGK.zero_()
+            k_BSGK.zero_()
+            v_BSGK.zero_()
         if held is not None:
             seen, n = slice(oldest - held.first, self.length - held.first), self.length - oldest
             k_BSGK[:, :n], v_BSGK[:, :n] = held.keys[:, seen], held.values[:, seen]
