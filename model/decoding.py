@@ -156,10 +156,9 @@ class GraphedDecoding(Decoding):
 
     def _has_read(self, first: int) -> None:
         assert self._cache is not None
-        if self._cursor is None:
-            self._cursor = Cursor(self._cache, rows=self._begin_B1 is not None)
         begin_B1 = self._begin_B1
-        self._cursor.seek(None if begin_B1 is None else (begin_B1 - first).clamp(min=0))
+        cursor = self._cursor = self._cursor or Cursor(self._cache, rows=begin_B1 is not None)
+        cursor.seek(None if begin_B1 is None else (begin_B1 - first).clamp(min=0))
 
     def _step(self, cache: Cache) -> None:
         try:

@@ -267,3 +267,33 @@ def test_draws_what_multinomial_draws():
     drawn = sample(p.log(), generator=seeded(2))
     sorted_p, ids = (p / p.sum(-1, keepdim=True)).sort(-1, descending=True)
     assert torch.equal(drawn, ids.gather(-1, torch.multinomial(sorted_p, 1, generator=seeded(2))))
+
+
+def by_whole_passes(model, text, new, stops, penalty):
+    """Greedy tokens, with everything that is in the context read anew for each."""
+    begin, limit = 0, model.config.max_seq_len
+    for _ in range(new):
+        if len(text) - begin > limit:
+            begin = len(text) - limit // 2
+        with torch.no_grad():
+            logits = model(torch.tensor([text[begin:]]))[0, -1]
+        seen = torch.tensor(sorted({*text}))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        text = [*text, int(logits.argmax())]
+        if text[-1] in stops:
+            break
+    return text
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_tokens_are_those_of_whole_passes(cuda_graph, captured):
+    model, prompts, lengths = build(SMALL), [[1, 2, 3], [4, 5, 6], [9, 9, 8]], set()
+    for stops in ([], range(0, 40, 5), range(1, 40, 9)):
+        found = generate(
+            model, prompts, 40, temperature=0, stop_tokens=stops, repetition_penalty=1.3,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
+        expected = [by_whole_passes(model, row, 40, stops, 1.3) for row in prompts]
+        assert [row.tolist() for row in found] == expected
+        lengths |= {len(row) for row in expected}
+    assert len(lengths) > 3
