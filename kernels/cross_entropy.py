@@ -159,7 +159,9 @@ def _total_weight(
     """Return the sum of `token_weights`, in `dtype` or, where tokens are counted, as an integer."""
     if w_V is None and not target_T.is_floating_point():
         return (target_T != ignore_index).sum()
-    return token_weights(target_T, w_V, ignore_index, dtype).sum()
+    total = token_weights(target_T, w_V, ignore_index, dtype).sum()
+    # A mean of weight 0 is nan, as in PyTorch, where smoothing leaves something to divide, too.
+    return torch.where(total == 0, torch.nan, total)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -24,7 +24,7 @@ from tritium.kernels._kl_div_rows import Divergence, divergence, scores
 from tritium.kernels._linear_cross_entropy import _products_dtype, check_layer, chunk_rows
 from tritium.kernels._linear_kl_div import Tensors, check_mask, check_options, chunked, scale_of
 from tritium.kernels._topk_kl_div_rows import LOWEST_GAP, outcomes_reference
-from tritium.kernels.runtime import sees_through, widen
+from tritium.kernels.runtime import sees_through
 
 OP = "linear_topk_kl_div"
 MOST = 1023  # classes of a teacher: a program holds them at once
@@ -46,7 +46,7 @@ def linear_topk_kl_div_reference(
 ) -> Tensor:
     """Compute `linear_topk_kl_div` on `[T, D]` from all logits in plain PyTorch."""
     z_TV = scores(F.linear(input, linear_weight, linear_bias), temperature, softcap)
-    log_p_TK = _with_rest(log_prob, tail).to(z_TV.dtype)
+    log_p_TK = _with_rest(log_prob, tail, z_TV.dtype)
     loss_T = divergence(log_p_TK, outcomes_reference(z_TV, indices), beta)
     loss_T = loss_T if mask is None else torch.where(mask, loss_T, 0)
     if reduction == "none":
@@ -54,15 +54,19 @@ def linear_topk_kl_div_reference(
     return loss_T.sum() * scale_of(input, mask, reduction)
 
 
-def _with_rest(log_prob_TK: Tensor, tail: bool) -> Tensor:
-    """Return `[T, K + 1]`: the logarithms of the teacher's K probabilities, and of the rest."""
-    log_p_TK = widen(log_prob_TK.detach())
+def _with_rest(log_prob_TK: Tensor, tail: bool, dtype: torch.dtype) -> Tensor:
+    """Return `[T, K + 1]`: the logarithms of the teacher's K probabilities, and of the rest.
+
+    They are computed and returned in the accumulator of `dtype`, that of the student's logits.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    log_p_TK = log_prob_TK.detach().to(torch.promote_types(log_prob_TK.dtype, dtype))
     if tail:
         rest_T1 = (1 - log_p_TK.exp().sum(-1, keepdim=True)).clamp_min(0).log()
     else:
         log_p_TK = log_p_TK.log_softmax(-1)
         rest_T1 = log_p_TK.new_full((len(log_p_TK), 1), -torch.inf)
-    return torch.cat([log_p_TK, rest_T1], 1).clamp_min(LOWEST_GAP)
+    return torch.cat([log_p_TK, rest_T1], 1).clamp_min(LOWEST_GAP).to(dtype)
 
 
 def linear_topk_kl_div(
@@ -138,7 +142,7 @@ def linear_topk_kl_div(
             )  # fmt: skip
         return loss.view(shape) if reduction == "none" else loss
     options = Divergence(beta, temperature, softcap or 0.0, 0.0)
-    log_p_TK = _with_rest(log_prob_TK, tail)
+    log_p_TK = _with_rest(log_prob_TK, tail, dtype)
     tensors = Tensors(
         hidden_TD, linear_weight, linear_bias, None, None, None, indices_TK, log_p_TK, mask_T
     )

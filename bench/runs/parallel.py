@@ -66,7 +66,7 @@ RESUMED = (
     (Sharing(4, "hsdp", 2), Sharing(2, "tp", 2)),
     (Sharing(4, "tp", 2), Sharing(2, "ddp")),
 )
-"""Who saved the middle of a run, and who resumed it."""
+"""Pairs: the sharing that saved the middle of a run, and the one that resumed it."""
 
 
 class RunError(Exception):

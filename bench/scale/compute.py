@@ -29,7 +29,7 @@ class BlockTime:
     forward: float
     backward: float
     elementwise: float
-    """Of the forward pass, outside products and attention: what `selective` recomputes."""
+    """Part of the forward pass outside products and attention: what `selective` recomputes."""
 
 
 def block_time(

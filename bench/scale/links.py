@@ -36,9 +36,9 @@ class Links:
     device: str
     """Name in `kernels.roofline`."""
     within: float
-    """To the other GPUs of its node."""
+    """Bytes per second to the other GPUs of its node."""
     network: float
-    """Of a GPU's own network adapter."""
+    """Bytes per second of a GPU's own network adapter."""
     memory: float
     """Bytes of the device's memory."""
     source: str
@@ -73,7 +73,7 @@ class Group(NamedTuple):
 
     size: int
     per_node: int
-    """How many of them share a node."""
+    """Number of them that share a node."""
 
     @property
     def nodes(self) -> int:
@@ -90,7 +90,7 @@ class Collective(NamedTuple):
     """Bytes of the whole tensor: what is reduced, what is gathered, what is scattered."""
     group: Group
     times: int = 1
-    """How often it is called in a step."""
+    """Calls in a step."""
 
     @property
     def moved(self) -> float:

@@ -159,9 +159,9 @@ class Traffic:
     """Over replicas."""
     reduce_block: Collective
     activations: Collective
-    """Of the blocks, which wait for it."""
+    """Sums of the blocks' activations, which wait for it."""
     ends: Collective
-    """Of the embedding, and of the gradient of the hidden states."""
+    """Sums of the embedding, and of the gradient of the hidden states."""
 
     def all(self) -> tuple[Collective, ...]:
         """Return those that communicate."""

@@ -71,9 +71,9 @@ class Job:
     batch_size: int
     """Sequences of a step, on all GPUs."""
     dtype: torch.dtype = torch.bfloat16
-    """Of products and activations. Weights, gradients and moments are float32."""
+    """Dtype of products and activations. Weights, gradients and moments are float32."""
     chunk_bytes: int | None = GPU_CHUNK
-    """Of the loss's logits; None: as on a CPU."""
+    """Bytes of the loss's logits at once; None: as on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class StepTime:
 
     arithmetic: float
     communication: float
-    """Of all collectives, one after another."""
+    """Seconds of all collectives, one after another."""
     exposed: float
     """The part of it that no arithmetic hides."""
 
