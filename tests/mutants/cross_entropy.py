@@ -12,7 +12,7 @@ MUTANTS = [
     _kernel(
         what="mask before the cap",
         original='        z_V = tl.where(own_V, z_V, float("-inf"))\n',
-        replacement="",
+        replacement="        z_V += 0.0\n",
     ),
     _kernel(
         what="cap with the wrong sign for negative logits",

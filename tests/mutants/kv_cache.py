@@ -24,7 +24,7 @@ MUTANTS = [
     ),
     _mutant(
         what="a window that never forgets",
-        original="        if window is not None:\n            room = min",
+        original="        if window is not None and not self._fixed:\n            room = min",
         replacement="        if False:\n            room = min",
     ),
     _mutant(

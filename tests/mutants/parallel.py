@@ -167,8 +167,8 @@ MUTANTS = [
     ),
     _train(
         what="the mean of a rank's own targets",
-        original="n_targets = parallel.data.sum(n_targets).clamp(min=1)",
-        replacement="n_targets = (n_targets * parallel.data.size).clamp(min=1)",
+        original="counted / parallel.data.sum(counted.sum()).clamp(min=1)",
+        replacement="counted / (counted.sum() * parallel.data.size).clamp(min=1)",
     ),
     _train(
         what="the loss of one rank",

@@ -110,14 +110,13 @@ MUTANTS = [
     ),
     _model(
         what="the cache forgets how far it is",
-        original="            if cache is not None:\n                cache.length = end\n"
-        "            return self.norm(x_BLD)",
-        replacement="            return self.norm(x_BLD)",
+        original="            cache.length = end\n        return h_BLD",
+        replacement="            pass\n        return h_BLD",
     ),
     _model(
         what="nothing is normalised at the end",
-        original="return self.norm(x_BLD)",
-        replacement="return x_BLD",
+        original="return self.norm(residual_stack(self.blocks, x_BLD, places, cache, dropout))",
+        replacement="return residual_stack(self.blocks, x_BLD, places, cache, dropout)",
     ),
     _model(
         what="dropout in evaluation",
