@@ -234,9 +234,9 @@ def _cross_entropy_kernel(
             best = tl.full((BLOCK_V // LANES,), NOWHERE, tl.int32)
             # The tail first: sums that enter the loop as constants crash the compiler (3.6, 3.7).
             if EDGES:
-                x_V = _read(x_ptr, edge_V, on_edge_V, True, KEEP)
+                x_edge_V = _read(x_ptr, edge_V, on_edge_V, True, KEEP)
                 m, s, dot, masses, spread, best = _accumulate(
-                    m, s, dot, masses, spread, best, x_V, q_ptr, w_ptr,
+                    m, s, dot, masses, spread, best, x_edge_V, q_ptr, w_ptr,
                     edge_V, on_edge_V, -h, hit, uniform, logit_scale, softcap,
                     True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, STATS, ACC,
                 )  # fmt: skip
@@ -324,9 +324,9 @@ def _cross_entropy_kernel(
             scale = give * total / row_s
             tl.debug_barrier()  # z_t is read before anything overwrites it
             if EDGES:
-                x_V = _read(x_ptr, edge_V, on_edge_V, True, "evict_first")
+                x_edge_V = _read(x_ptr, edge_V, on_edge_V, True, "evict_first")
                 _store_gradient(
-                    dx_ptr, x_V, q_ptr, w_ptr, edge_V, on_edge_V, row_m, scale,
+                    dx_ptr, x_edge_V, q_ptr, w_ptr, edge_V, on_edge_V, row_m, scale,
                     give * hit, give * uniform, logit_scale, softcap,
                     True, SOFT, WEIGHT, SMOOTHING, SCALE, SOFTCAP, ACC,
                 )  # fmt: skip

@@ -322,6 +322,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     ],
     "linear_kl_div": lambda: [
         *(_linear_kl_div(dtype, 50257) for dtype in (F32, BF16)),
+        _linear_kl_div(BF16, 128256, beta=0.5),
     ],
     "linear_topk_kl_div": lambda: [_linear_topk_kl_div(BF16, 128256, 64, tail=True)],
     "dropout_add": lambda: [
