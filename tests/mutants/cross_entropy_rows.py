@@ -13,16 +13,16 @@ MUTANTS = [
     _kernel(
         what="edges left out of the sums",
         original="            if EDGES:\n"
-        "                x_V = _read(x_ptr, edge_V, on_edge_V, True, KEEP)",
+        "                x_edge_V = _read(x_ptr, edge_V, on_edge_V, True, KEEP)",
         replacement="            if EDGES and LEAD > 16:\n"
-        "                x_V = _read(x_ptr, edge_V, on_edge_V, True, KEEP)",
+        "                x_edge_V = _read(x_ptr, edge_V, on_edge_V, True, KEEP)",
     ),
     _kernel(
         what="edges left out of the gradient",
         original="            if EDGES:\n"
-        '                x_V = _read(x_ptr, edge_V, on_edge_V, True, "evict_first")',
+        '                x_edge_V = _read(x_ptr, edge_V, on_edge_V, True, "evict_first")',
         replacement="            if EDGES and LEAD > 16:\n"
-        '                x_V = _read(x_ptr, edge_V, on_edge_V, True, "evict_first")',
+        '                x_edge_V = _read(x_ptr, edge_V, on_edge_V, True, "evict_first")',
     ),
     _kernel(
         what="edges of an ignored row left unwritten",
