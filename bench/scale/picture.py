@@ -45,7 +45,7 @@ def draw(points: list[Point], most: float, title: str, path: Path) -> None:
         memory.plot(gpus, [x.memory / GIB for x in of_mode], **style)
     memory.axhline(most / GIB, color="0.5", linestyle="--", linewidth=1)
     memory.annotate(
-        "a step may take", (0.02, most / GIB), xycoords=("axes fraction", "data"), va="bottom",
+        "a step may take", (0.02, most / GIB), xycoords=("axes fraction", "data"), va="top",
         fontsize=8, color="0.4",
     )  # fmt: skip
     for axes in (speed, share, memory):
