@@ -50,14 +50,17 @@ if not torch.cuda.is_available():
 EXAMPLES = os.environ.get("TRITIUM_EXAMPLES")
 settings.register_profile(
     "tritium",
-    max_examples=int(EXAMPLES or 60),
+    max_examples=int(EXAMPLES or 40),
     derandomize=EXAMPLES is None,
     deadline=None,
     database=None,
 )
 # For tests.mutants, which asks whether an example fails, not for the smallest that does.
 settings.register_profile(
-    "mutants", settings.get_profile("tritium"), phases=[Phase.explicit, Phase.generate]
+    "mutants",
+    settings.get_profile("tritium"),
+    max_examples=int(EXAMPLES or 60),
+    phases=[Phase.explicit, Phase.generate],
 )
 # For `pytest -m "not slow"`: a few of the examples.
 settings.register_profile(

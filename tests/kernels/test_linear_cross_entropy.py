@@ -214,7 +214,7 @@ def test_computes_no_gradient_unasked(device, monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradient_in_float64(reduction, device):
     hidden, weight, bias, target = (
-        x.double() if x.is_floating_point() else x for x in layer(4, 3, 6, device)
+        x.double() if x.is_floating_point() else x for x in layer(3, 2, 5, device)
     )
     options = dict(reduction=reduction, label_smoothing=0.1, z_loss=0.1, softcap=6.0)
     torch.autograd.gradcheck(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tritium.model import ModelConfig, RopeScaling
 
 LENGTH = 12
-few = settings(max_examples=int(os.environ.get("TRITIUM_EXAMPLES") or 60))
+few = settings(max_examples=int(os.environ.get("TRITIUM_EXAMPLES") or 40))
 """Fewer examples than usual, each of them a whole model."""
 
 

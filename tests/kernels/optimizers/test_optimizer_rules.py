@@ -19,7 +19,7 @@ from small_training import (
 )
 from torch import nn
 
-from tritium.kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from tritium.kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop, runtime
 from tritium.kernels.optimizers import _step_kernels
 
 pytestmark = pytest.mark.usefixtures("pointer_tables")
@@ -34,7 +34,7 @@ def copies(ps):
 
 # With the last options of each rule, which have the most in them.
 @pytest.mark.parametrize(("actual", "options"), dict(OPTIONS).items(), ids=str)
-def test_follows_torch_for_200_steps_of_a_model(actual, options, path, device):
+def test_follows_torch_for_many_steps_of_a_model(actual, options, path, device):
     # All three see the gradients of torch's model, so that differences do not feed on themselves.
     model, batch = model_and_batch(device)
     expected = list(model.parameters())
@@ -44,7 +44,8 @@ def test_follows_torch_for_200_steps_of_a_model(actual, options, path, device):
         *(THEIRS[actual](ps, **options) for ps in (expected, exact)),
     ]
     losses = []
-    for _ in range(200):
+    interpreted = runtime.CPU_KERNELS and not runtime.REFERENCE
+    for _ in range(60 if interpreted else 200):  # kernels equal references elsewhere, step by step
         model.zero_grad()
         losses.append(batch())
         losses[-1].backward()
