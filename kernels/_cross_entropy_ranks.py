@@ -13,7 +13,7 @@ plain tensor says the second, except where `group` names a dimension.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -91,7 +91,7 @@ def local_layer(
     mesh = weight.device_mesh
     if is_distributed(input):
         dim = _dim_of_input(op, input, weight, group)
-        input, tokens = input.to_local(), []  # type: ignore[attr-defined]
+        input, tokens = cast("DTensor", input).to_local(), []
     else:
         dim = None if group is None else _dim_of_group(op, weight, group)
         tokens = [d for d in range(mesh.ndim) if d != dim]

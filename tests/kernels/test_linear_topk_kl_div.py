@@ -10,6 +10,7 @@ import torch
 from check import check
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import layer
 
 from tritium.kernels import runtime
 from tritium.kernels._kl_div_rows import Divergence
@@ -24,12 +25,6 @@ def path(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(runtime, "_fallen", frozenset({"linear_kl_div"}))
     return request.param
-
-
-def layer(T, D, V, device="cpu", dtype=torch.float32):
-    hidden = torch.randn(T, D, device=device).to(dtype)
-    weight = (torch.randn(V, D, device=device) / D**0.5).to(dtype)
-    return hidden, weight, torch.randn(V, device=device).to(dtype)
 
 
 def likeliest(T, V, K, device="cpu", dtype=torch.float32):
