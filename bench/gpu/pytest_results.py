@@ -10,7 +10,16 @@ import pytest
 
 from tritium.bench.gpu.journal import Journal
 from tritium.bench.gpu.process import die_with_parent
-from tritium.bench.gpu.suite import BEGUN, COLLECTED, FOLDER, KNOWN, RESULTS, STARTED, costs
+from tritium.bench.gpu.suite import (
+    BEGUN,
+    COLLECTED,
+    FAILURES,
+    FOLDER,
+    KNOWN,
+    RESULTS,
+    STARTED,
+    costs,
+)
 
 UNUSABLE = 70  # exit status of a process whose GPU context is broken
 LONGEST = 300  # characters of a reason
@@ -76,10 +85,10 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 class Results:
-    """Writes an entry for each test: its name, outcome, and what failed."""
+    """Writes an entry for each test: its name, outcome, what failed; and where, in a text file."""
 
     def __init__(self, path: Path) -> None:
-        self.journal = Journal(path)
+        self.journal, self.failures = Journal(path), path.with_name(FAILURES)
         self.journal.append(test="", outcome=STARTED)
         self.collected = False
 
@@ -108,6 +117,9 @@ class Results:
             self.journal.append(
                 test=report.nodeid, outcome=report.outcome, seconds=report.duration, reason=reason
             )
+        if report.failed:  # pytest prints it at its end, which a cut run does not reach
+            with self.failures.open("a") as file:
+                file.write(f"{report.nodeid}, {report.when}\n{report.longreprtext}\n\n")
 
 
 def reason_of(report: pytest.TestReport) -> str:

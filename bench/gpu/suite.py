@@ -15,6 +15,7 @@ TESTS = ("tests/kernels", "tests/model")
 CPU_TESTS = tuple(f"tests/kernels/test_{op}.py" for op in ("relu_squared", "swiglu", "mse_loss"))
 EXAMPLES = "4"  # of a property
 RESULTS, KNOWN, LOG = "tests.jsonl", "tests-known.txt", "tests.log"
+FAILURES = "tests-failed.txt"
 STARTED, COLLECTED, BEGUN = "started", "collected", "begun"  # entries that are no test's result
 PLUGIN = "tritium.bench.gpu.pytest_results"
 FOLDER = "TRITIUM_BENCH_FOLDER"
