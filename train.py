@@ -422,7 +422,8 @@ def main() -> None:
             show_plan(config)
             return
         precision = config.compute.matmul_precision(choose_device(config.device))
-        with opened(config, run) as opening, ThreadWaiting(console.print), precision:
+        exact = config.compute.determinism()
+        with opened(config, run) as opening, ThreadWaiting(console.print), precision, exact:
             run, files, parallel = opening
             finished = train(config, preset, run, files, parallel)
     except (ConfigError, DataError, CheckpointError, FingerprintError, RunFolderError) as error:

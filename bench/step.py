@@ -30,12 +30,13 @@ RANGE = re.compile(r"(Optimizer|ProfilerStep|autograd::|## )")  # named, where n
 
 # Kinds of a GPU's kernels, by their names; the first that fits counts.
 KERNELS = {
-    count.ATTENTION: r"fmha|flash|sdpa|attention",
+    count.ATTENTION: r"fmha|flash|sdpa|attention|cudnn",  # and the passes around cuDNN's
     count.PRODUCTS: r"gemm|nvjet|cublas|splitk|xmma",
     count.CASTS: r"copy|memcpy|CatArray",
     count.FILLS: r"fill|memset",
-    count.EMBEDDING: r"embedding|sort|indexSelect|index_kernel",
+    count.EMBEDDING: r"embedding|sort|indexSelect|index_kernel|gather|grad_weight|scatter|unique",
     count.ADDITIONS: r"_add|Add",
+    count.OPTIMIZER: r"_(prepare|update)_kernel",  # named after their rules: adam, lion
 }
 
 
@@ -130,7 +131,7 @@ def floors(config: ModelConfig, batch: int, device: Device) -> dict[str, Floor]:
     matrices = L * (D * (H + 2 * G) * K + H * K * D + 3 * D * F)
     parameters = matrices + V * D * (1 if config.tie_embeddings else 2) + (2 * L + 1) * D
     products = 6 * T * (matrices + V * D)
-    attention = 7 * T * config.max_seq_len * H * K  # half of 2 · 7 products
+    attention = L * 7 * T * config.max_seq_len * H * K  # half of 2 · 7 products
     least = {
         count.PRODUCTS: Floor(0, 1e3 * products / device.matrix_16),
         count.ATTENTION: Floor(0, 1e3 * attention / device.matrix_16),

@@ -59,9 +59,9 @@ NO_LAUNCH = {
 }  # fmt: skip
 REASONS = {
     "forward": "the weights of all blocks in bfloat16, one call a step; in each micro-batch the "
-    "embedded tokens, the output layer's weight and the losses of its rows",
+    "output layer's weight and the losses of its rows",
     "backward": "each weight's first bfloat16 gradient of a step in float32; in each micro-batch "
-    "the gradient of the embedded tokens",
+    "the tokens as int32, to be sorted",
 }
 """Reasons for casts and copies, by phase."""
 
@@ -131,6 +131,7 @@ def recorded() -> Iterator[Recorder]:
         mock.patch.object(Launcher, "_launch", lambda x, *_, **__: recorder.kernel(x)),
         mock.patch.object(block, "float32_on_cpu", lambda x: x),
         mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
+        mock.patch.object(transformer, "multiplied_dtype", return_value=torch.bfloat16),
         mock.patch.object(torch.Tensor, "backward", in_backward),
         recorder,
     ):

@@ -104,6 +104,7 @@ def _qk_norm_rope_backward_kernel(
     stride_vB, stride_vL, stride_vN, stride_xB, stride_xL, stride_xN, eps: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # Program p owns a few heads at every (P / tiles)-th block of positions, and keeps its share of
     # their weight's gradient in registers: no atomics, so it is the same on every run.
@@ -124,7 +125,7 @@ def _qk_norm_rope_backward_kernel(
 
     if n >= q_tiles + k_tiles:
         offs_K = tl.arange(0, BLOCK_K)[None, None, :]
-        for block in range(share, blocks, shares):
+        for block in tl.range(share, blocks, shares, num_stages=STAGES):
             b, offs_L = block // n_L, block % n_L * BLOCK_L + tl.arange(0, BLOCK_L)[:, None, None]
             mask = (offs_L < L) & (offs_N < heads) & (offs_K < K)
             dy_ptrs = dy_ptr + b * stride_B + offs_L * stride_L + offs_N * stride_N + offs_K
@@ -139,7 +140,7 @@ def _qk_norm_rope_backward_kernel(
             dw1 = tl.zeros((BLOCK_L, BLOCK_N, BLOCK_J), ACC)
             dw2 = tl.zeros((BLOCK_L, BLOCK_N, BLOCK_J), ACC)
             dw_rest = tl.zeros((BLOCK_L, BLOCK_N, BLOCK_R if BLOCK_R > 0 else 1), ACC)
-        for block in range(share, blocks, shares):
+        for block in tl.range(share, blocks, shares, num_stages=STAGES):
             b, offs_L = block // n_L, block % n_L * BLOCK_L + tl.arange(0, BLOCK_L)[:, None, None]
             mask_LN = (offs_L < L) & (offs_N < heads)
             dy_ptrs = dy_ptr + b * stride_B + offs_L * stride_L + offs_N * stride_N

@@ -8,6 +8,7 @@ through one block and adds the gradients of equal tokens: a token whose run is i
 is finished there. A run that crosses borders leaves in each block a partial, float32: a tail where
 it begins, a head in every later block. A second kernel adds these, tail first, then the heads in
 order. All orders are fixed, so the result is bitwise the same on every run, and nothing is atomic.
+Each row of dw is written by one program, once: so it may as well be added to.
 
 T tokens (every leading axis, flattened), D features, V rows, B blocks of S sorted positions.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
@@ -26,6 +28,7 @@ from tritium.kernels.runtime import (
     once_differentiable,
     operator,
     power_of_2,
+    sees_through,
     unit_stride,
     uses_triton,
     widen,
@@ -38,9 +41,11 @@ BLOCK_D = 256  # features per program of the backward, which is one warp: 8 a th
 BLOCK_B = 32  # partials that are added at a time
 
 
-def embedding_reference(input: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+def embedding_reference(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Compute `embedding` in plain PyTorch; gradients add up in float32 or wider."""
-    return F.embedding(input, widen(weight), padding_idx).to(weight.dtype)
+    return F.embedding(input, widen(weight), padding_idx).to(dtype or weight.dtype)
 
 
 @triton.jit
@@ -61,7 +66,7 @@ def _embedding_forward_kernel(
 @triton.jit
 def _embedding_blocks_kernel(
     sorted_ptr, order_ptr, dy_ptr, dw_ptr, partials_ptr, T, D, V, stride_dyT,
-    S: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    S: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     n_D = tl.cdiv(D, BLOCK_D)
     b = tl.program_id(0).to(tl.int64) // n_D
@@ -73,10 +78,10 @@ def _embedding_blocks_kernel(
         t = b * S + start
         # All loads before any store, which the compiler would not move them across.
         rows = (
-            _row(sorted_ptr, order_ptr, dy_ptr, t, T, D, V, stride_dyT, offs_D),
-            _row(sorted_ptr, order_ptr, dy_ptr, t + 1, T, D, V, stride_dyT, offs_D),
-            _row(sorted_ptr, order_ptr, dy_ptr, t + 2, T, D, V, stride_dyT, offs_D),
-            _row(sorted_ptr, order_ptr, dy_ptr, t + 3, T, D, V, stride_dyT, offs_D),
+            _row(sorted_ptr, order_ptr, dy_ptr, dw_ptr, t, T, D, V, stride_dyT, offs_D, ADD),
+            _row(sorted_ptr, order_ptr, dy_ptr, dw_ptr, t + 1, T, D, V, stride_dyT, offs_D, ADD),
+            _row(sorted_ptr, order_ptr, dy_ptr, dw_ptr, t + 2, T, D, V, stride_dyT, offs_D, ADD),
+            _row(sorted_ptr, order_ptr, dy_ptr, dw_ptr, t + 3, T, D, V, stride_dyT, offs_D, ADD),
         )
         for k in tl.static_range(UNROLL):
             token, following, dy_D = rows[k][0], rows[k][1], rows[k][2]
@@ -85,7 +90,8 @@ def _embedding_blocks_kernel(
             begins, ends = token != before, token != following
             border = start + k == S - 1
             width = tl.where((token < V) & begins & ends, D, 0)
-            tl.store(dw_ptr + token.to(tl.int64) * D + offs_D, dw_D, mask=offs_D < width)
+            total_D = rows[k][3] + dw_D if ADD else dw_D
+            tl.store(dw_ptr + token.to(tl.int64) * D + offs_D, total_D, mask=offs_D < width)
             width = tl.where((token == before) & (ends | border), D, 0)
             tl.store(head_ptrs, dw_D, mask=offs_D < width)
             width = tl.where((token == following) & begins & border, D, 0)
@@ -94,20 +100,25 @@ def _embedding_blocks_kernel(
 
 
 @triton.jit
-def _row(sorted_ptr, order_ptr, dy_ptr, t, T, D, V, stride_dyT, offs_D):
-    """Return the token at sorted position t (V: none), the one after it, and its gradient."""
+def _row(sorted_ptr, order_ptr, dy_ptr, dw_ptr, t, T, D, V, stride_dyT, offs_D, ADD: tl.constexpr):
+    """Return the token at sorted position t (V: none), the one after it, its gradient, and what the
+    sum of its gradients is to be added to."""
     token = tl.load(sorted_ptr + t, mask=t < T, other=V)
     following = tl.load(sorted_ptr + t + 1, mask=t + 1 < T, other=-1)
     row = tl.load(order_ptr + t, mask=t < T, other=0)
     width = tl.where(token < V, D, 0)
     dy_D = tl.load(dy_ptr + row * stride_dyT + offs_D, mask=offs_D < width, other=0.0)
-    return token, following, dy_D
+    old_D = dy_D
+    if ADD:
+        width = tl.where(token == following, 0, width)
+        old_D = tl.load(dw_ptr + token.to(tl.int64) * D + offs_D, mask=offs_D < width, other=0.0)
+    return token, following, dy_D, old_D
 
 
 @triton.jit
 def _embedding_runs_kernel(
     sorted_ptr, partials_ptr, dw_ptr, T, D, V,
-    S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     n_D = tl.cdiv(D, BLOCK_D)
     b = tl.program_id(0).to(tl.int64) // n_D
@@ -131,12 +142,15 @@ def _embedding_runs_kernel(
             mask_BD = (head_B == token)[:, None] & (offs_D < D)[None, :]
             heads_BD += tl.load(head_ptrs, mask=mask_BD, other=0.0)
         dw_D = tail_D + tl.sum(heads_BD, axis=0)
-        tl.store(dw_ptr + token.to(tl.int64) * D + offs_D, dw_D, mask=offs_D < D)
+        dw_ptrs = dw_ptr + token.to(tl.int64) * D + offs_D
+        if ADD:
+            dw_D = tl.load(dw_ptrs, mask=offs_D < D, other=0.0) + dw_D
+        tl.store(dw_ptrs, dw_D, mask=offs_D < D)
 
 
-def _launch_forward(tokens_T: Tensor, w_VD: Tensor) -> Tensor:
+def _launch_forward(tokens_T: Tensor, w_VD: Tensor, dtype: torch.dtype) -> Tensor:
     (T,), (V, D) = tokens_T.shape, w_VD.shape
-    y_TD = w_VD.new_empty(T, D)
+    y_TD = w_VD.new_empty(T, D, dtype=dtype)
     block_D = min(power_of_2(D), TILE)
     block_T = TILE // block_D
     _look_up(
@@ -146,8 +160,19 @@ def _launch_forward(tokens_T: Tensor, w_VD: Tensor) -> Tensor:
     return y_TD
 
 
-def _launch_backward(dy_TD: Tensor, tokens_T: Tensor, V: int, padding_idx: int) -> Tensor:
-    T, D = dy_TD.shape
+def _launch_backward(
+    dy_TD: Tensor, tokens_T: Tensor, V: int, padding_idx: int, dtype: torch.dtype
+) -> Tensor:
+    dw_VD = dy_TD.new_zeros(V, dy_TD.shape[1], dtype=dtype)
+    _launch_sums(dy_TD, tokens_T, padding_idx, dw_VD, add=False)
+    return dw_VD
+
+
+def _launch_sums(
+    dy_TD: Tensor, tokens_T: Tensor, padding_idx: int, dw_VD: Tensor, add: bool
+) -> None:
+    """Write the sum of each token's gradients to its row, or add it."""
+    T, (V, D) = dy_TD.shape[0], dw_VD.shape
     # What gets no gradient becomes V, and sorts last. As int32: half as many passes of the sort.
     counts_T = (tokens_T >= 0) & (tokens_T < V)
     if padding_idx >= 0:
@@ -157,15 +182,13 @@ def _launch_backward(dy_TD: Tensor, tokens_T: Tensor, V: int, padding_idx: int) 
     B = cdiv(T, S)
     acc = torch.promote_types(dy_TD.dtype, torch.float32)
     partials_B2D = dy_TD.new_empty(B, 2, D, dtype=acc)
-    dw_VD = dy_TD.new_zeros(V, D)
     block_D = min(power_of_2(D), BLOCK_D)
     grid = (B * cdiv(D, block_D),)
     _add_blocks(
         grid, (sorted_T, order_T, dy_TD, dw_VD, partials_B2D), (T, D, V, dy_TD.stride(0)),
-        (S, block_D, accumulator(acc)), num_warps=1,
+        (S, block_D, accumulator(acc), add), num_warps=1,
     )  # fmt: skip
-    _add_runs(grid, (sorted_T, partials_B2D, dw_VD), (T, D, V), (S, BLOCK_B, block_D))
-    return dw_VD
+    _add_runs(grid, (sorted_T, partials_B2D, dw_VD), (T, D, V), (S, BLOCK_B, block_D, add))
 
 
 _look_up = Launcher(_embedding_forward_kernel)
@@ -174,28 +197,41 @@ _add_runs = Launcher(_embedding_runs_kernel)
 
 
 _forward = operator(
-    "embedding_forward(Tensor tokens, Tensor weight) -> Tensor",
+    "embedding_forward(Tensor tokens, Tensor weight, ScalarType dtype) -> Tensor",
     _launch_forward,
-    lambda tokens, weight: weight.new_empty(*tokens.shape, weight.shape[1]),
+    lambda tokens, weight, dtype: weight.new_empty(*tokens.shape, weight.shape[1], dtype=dtype),
 )
 _backward = operator(
-    "embedding_backward(Tensor dy, Tensor tokens, SymInt V, SymInt padding_idx) -> Tensor",
+    "embedding_backward(Tensor dy, Tensor tokens, SymInt V, SymInt padding_idx, ScalarType dtype)"
+    " -> Tensor",
     _launch_backward,
-    lambda dy, tokens, V, padding_idx: dy.new_empty(V, dy.shape[1]),
+    lambda dy, tokens, V, padding_idx, dtype: dy.new_empty(V, dy.shape[1], dtype=dtype),
 )
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens_T: Tensor, w_VD: Tensor, padding_idx: int) -> Tensor:
+    def forward(
+        ctx, tokens_T: Tensor, w_VD: Tensor, padding_idx: int, dtype: torch.dtype,
+        parameter: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(tokens_T)
-        ctx.V, ctx.padding_idx = w_VD.shape[0], padding_idx
-        return _forward(tokens_T, w_VD)
+        ctx.V, ctx.padding_idx, ctx.dtype = w_VD.shape[0], padding_idx, w_VD.dtype
+        ctx.parameter = parameter
+        return _forward(tokens_T, w_VD, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD: Tensor):
-        return None, _backward(unit_stride(dy_TD), *ctx.saved_tensors, ctx.V, ctx.padding_idx), None
+        dy_TD, (tokens_T,), parameter = unit_stride(dy_TD), ctx.saved_tensors, ctx.parameter
+        if parameter is not None and parameter.grad is not None:
+            _launch_sums(dy_TD, tokens_T, ctx.padding_idx, parameter.grad, add=True)
+            return (None,) * 5
+        dw_VD = _backward(dy_TD, tokens_T, ctx.V, ctx.padding_idx, ctx.dtype)
+        if parameter is None:
+            return None, dw_VD, None, None, None
+        parameter.grad = dw_VD
+        return (None,) * 5
 
 
 def embedding(
@@ -206,6 +242,9 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    into_grad: bool = False,
 ) -> Tensor:
     """Look up the rows of `weight` that `input` names.
 
@@ -223,13 +262,21 @@ def embedding(
         norm_type: not used, as there is no `max_norm`.
         scale_grad_by_freq: False: gradients are not divided by how often a token occurs.
         sparse: False: the gradient is dense.
+        dtype: of the result, to which each element is rounded; that of `weight` if None. The
+            gradient is summed from gradients in this dtype.
+        into_grad: the backward pass adds the sums to the rows of `weight.grad` that they belong to,
+            unrounded where it is float32, instead of handing a gradient of V rows to autograd:
+            hooks of the weight do not run. Where there is no `weight.grad` it is made. Not where
+            the reference runs, and not under torch.compile, whose gradient is autograd's.
 
     Returns:
-        `[*input.shape, D]`, contiguous, in the dtype of `weight`, also under autocast.
+        `[*input.shape, D]`, contiguous, in `dtype`, also under autocast.
 
     Raises:
         ValueError: `input` is of another dtype or device, `weight` is not `[V, D]` or not floating
-            point, `padding_idx` is not a row, or one of the last arguments is not as above.
+            point, `padding_idx` is not a row, `dtype` is not floating point, `into_grad` without a
+            weight that is a leaf, requires a gradient and has a contiguous `grad` or none, or one
+            of the others is not as above.
     """
     unknown = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
     for name, value in unknown.items():
@@ -238,16 +285,22 @@ def embedding(
                 f"embedding: {name} must be left out, got {value!r}; there is no kernel that "
                 "honours it: call torch.nn.functional.embedding"
             )
-    _validate(input, weight, padding_idx)
+    _validate(input, weight, padding_idx, dtype, into_grad)
     if not uses_triton(weight, "embedding"):
-        return embedding_reference(input, weight, padding_idx)
+        return embedding_reference(input, weight, padding_idx, dtype)
     V, D = weight.shape
     excluded = -1 if padding_idx is None else padding_idx % V
-    y_TD = apply(_Embedding, input.reshape(-1).contiguous(), unit_stride(weight), excluded)
+    tokens_T, w_VD, parameter = input.reshape(-1).contiguous(), unit_stride(weight), None
+    if into_grad and torch.is_grad_enabled() and not (is_compiling() or sees_through()):
+        parameter = weight  # the result is made to require a gradient by the weight, as ever
+    y_TD = apply(_Embedding, tokens_T, w_VD, excluded, dtype or weight.dtype, parameter)
     return y_TD.view(*input.shape, D)
 
 
-def _validate(input: Tensor, weight: Tensor, padding_idx: int | None) -> None:
+def _validate(
+    input: Tensor, weight: Tensor, padding_idx: int | None, dtype: torch.dtype | None,
+    into_grad: bool,
+) -> None:  # fmt: skip
     if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[0] >= 1 << 31:
         raise ValueError(
             "embedding: weight must be floating point [V, D] with V below 2**31, "
@@ -260,3 +313,13 @@ def _validate(input: Tensor, weight: Tensor, padding_idx: int | None) -> None:
     V = weight.shape[0]
     if padding_idx is not None and not -V <= padding_idx < V:
         raise ValueError(f"embedding: padding_idx must be in [{-V}, {V}), got {padding_idx}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"embedding: dtype must be floating point, got {dtype}")
+    if not into_grad:
+        return
+    grad = weight.grad if weight.is_leaf else None
+    if not (weight.is_leaf and weight.requires_grad and (grad is None or grad.is_contiguous())):
+        raise ValueError(
+            "embedding: into_grad adds to weight.grad; weight must be a leaf that requires a "
+            "gradient, and its grad contiguous where there is one"
+        )

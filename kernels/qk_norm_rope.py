@@ -50,6 +50,8 @@ from tritium.kernels.runtime import (
 
 FORWARD_TILE = 4096  # elements per program
 BACKWARD_TILE = 2048  # and as many sums in registers
+BACKWARD_WARPS = 4
+BACKWARD_STAGES = 1  # blocks of positions that are loaded ahead
 BLOCK_N = 4  # heads of a position that share a program's cosines and sines
 P_MAX = 2048  # not the number of multiprocessors: weight gradients are the same on every GPU
 
@@ -140,7 +142,7 @@ class _BackwardPlan(NamedTuple):
 def _plan_backward(
     shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size,
     dtypes: tuple[torch.dtype | None, ...], weighted: bool, eps: float, interleaved: bool,
-    elements: int, block_N: int, p_max: int,
+    elements: int, block_N: int, p_max: int, warps: int, stages: int,
 ) -> _BackwardPlan:  # fmt: skip
     (B, L, H, K), (S, J) = shape, angles
     tile = _tile(elements, block_N, K, J)
@@ -149,7 +151,8 @@ def _plan_backward(
     shares = max(1, min(blocks, p_max // tiles)) if weighted else blocks
     back = Plan(
         (tiles * shares,), (blocks, L, H, G, J, K, S, *strides),
-        (float(eps), interleaved, *tile, power_of_2(K), accumulator(dtypes[0])),
+        (float(eps), interleaved, *tile, power_of_2(K), accumulator(dtypes[0]), stages),
+        num_warps=warps,
     )  # fmt: skip
     weights = Plan(
         (cdiv(K, 16), 2), (tiles * shares, K, q_tiles, k_tiles), (512, 16), num_warps=8
@@ -171,6 +174,7 @@ def _launch_backward(
     plan = _plan_backward(
         dq_BLHK.shape, strides, dk_BLGK.shape[2], cos_SJ.shape, (*map(dtype_of, inputs),),
         q_weight_K is not None, eps, interleaved, BACKWARD_TILE, BLOCK_N, P_MAX,
+        BACKWARD_WARPS, BACKWARD_STAGES,
     )  # fmt: skip
     partials_PK = None
     if q_weight_K is not None:

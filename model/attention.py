@@ -32,9 +32,14 @@ def float32_on_cpu(x: Tensor) -> Tensor:
 
 def as_multiplied(x: Tensor) -> Tensor:
     """Return `x` on a GPU in the dtype that autocast multiplies in, elsewhere as it is."""
+    return x.to(multiplied_dtype(x))
+
+
+def multiplied_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of `as_multiplied(x)`."""
     if x.device.type in ("cpu", "meta") or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def attend(

@@ -12,6 +12,7 @@ from tritium.kernels import (
     add_layer_norm,
     add_rms_norm,
     dropout_add,
+    embedding,
     geglu,
     layer_norm,
     linear_cross_entropy,
@@ -19,6 +20,7 @@ from tritium.kernels import (
     rms_norm,
     swiglu,
 )
+from tritium.kernels.runtime import uses_triton
 
 
 class AddedNorm(nn.Module):
@@ -55,6 +57,27 @@ class RMSNorm(AddedNorm, nn.RMSNorm):
     def _fused(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return add_rms_norm(x, residual, self.weight, eps)
+
+
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding` by `embedding` where a kernel runs, without `max_norm` and its like.
+
+    Attributes:
+        into_grad: add gradients to those of the weight, as `embedding` does. Who sets it sees to it
+            that nothing waits for the weight's gradient.
+    """
+
+    into_grad: bool = False
+
+    def forward(self, input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the rows of `input`'s ids, `[*input.shape, embedding_dim]`, in `dtype`."""
+        if uses_triton(self.weight, "embedding"):
+            return embedding(
+                input, self.weight, self.padding_idx, dtype=dtype,
+                into_grad=self.into_grad and torch.is_grad_enabled() and self.weight.requires_grad,
+            )  # fmt: skip
+        y = super().forward(input)
+        return y if dtype is None else y.to(dtype)
 
 
 class LayerNorm(AddedNorm, nn.LayerNorm):

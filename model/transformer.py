@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from tritium.kernels import linear_cross_entropy
 from tritium.model import activation_checkpointing as checkpointing
 from tritium.model import inspect, pretrained, sampling
-from tritium.model.attention import as_multiplied
+from tritium.model.attention import as_multiplied, multiplied_dtype
 from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
 from tritium.model.cpu_linear import OutputLinear
 from tritium.model.initialisation import initialise
 from tritium.model.kv_cache import Cache, Cursor
 from tritium.model.masks import Masks, make_masks
-from tritium.model.modules import AddedNorm
+from tritium.model.modules import AddedNorm, Embedding
 from tritium.model.old_weights import pack_projections
 from tritium.model.reversible import residual_stack
 from tritium.model.rotary import rotary_tables
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"z_loss must be at least 0, got {z_loss}")
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
         self.position_embedding = None
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: L exceeds max_seq_len, or the tokens are no ids of such a shape.
             IndexError: an id is not below vocab_size, by PyTorch's embedding on a CPU. On a GPU its
-                kernel stops the process's use of the device: `generate` looks at the ids first.
+                embedding is nan, and so is what follows; `generate` looks at the ids first.
         """
         h_BLD = self.hidden(tokens, positions=positions)
         if targets is None:
@@ -284,7 +284,7 @@ class Transformer(nn.Module):
                     f"{self.config.n_layers}; take one of its new_cache()"
                 )
             positions = cache.positions(tokens, positions)
-        x_BLD = self.embedding(tokens)
+        x_BLD = self._embedded(tokens)
         masks = make_masks(self.config, tokens.shape[1], end, positions, x_BLD)
         if self.position_embedding is not None:
             if positions is None:
@@ -308,7 +308,7 @@ class Transformer(nn.Module):
             cursor: at a fixed cache that has room; takes the keys and values of the token. It does
                 not advance, nor does the cache's `length`.
         """
-        x_B1D = self.embedding(token)
+        x_B1D = self._embedded(token)
         if self.position_embedding is not None:
             x_B1D = x_B1D + self.position_embedding(cursor.position())
         tables = self._tables(x_B1D.device)  # empty where positions are learned
@@ -316,6 +316,14 @@ class Transformer(nn.Module):
             tables = tuple(x_LK.index_select(0, cursor.place_1) for x_LK in tables)
         masks = Masks(*cursor.masks(self.config.window))
         return self._through_blocks(x_B1D, (*tables, masks), cursor)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """Return the tokens' embeddings, at once in the dtype of the residual stream if known."""
+        weight = self.embedding.weight
+        known = self.residual_dtype is None and self.position_embedding is None
+        if not known or self.config.reversible or multiplied_dtype(weight) == weight.dtype:
+            return self.embedding(tokens)
+        return self.embedding(tokens, multiplied_dtype(weight))
 
     def _through_blocks(self, x_BLD: Tensor, places: tuple, cache: Any) -> Tensor:
         if self.config.reversible:  # in the dtype of the weights, unless another is asked for

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tritium.model.cpu_linear import Linear
+from tritium.model.modules import Embedding
 
 _foreach: Any = torch  # its functions of lists are not exported
 
@@ -21,7 +22,8 @@ class MixedPrecision(AbstractContextManager):
     written on entry, all together. The gradient of a copy is added to that of its weight, in
     float32, as soon as it is made: autocast converts it first, and adds it in a second launch. The
     gradients of vectors, one of each pass, are added on leaving, pass by pass, all together. The
-    sums and their order are those of autocast, bit for bit.
+    sums and their order are those of autocast, bit for bit; but where kernels run, the gradients of
+    embeddings are added to the rows of those of the table that they belong to, in a fixed order.
 
     After an exception the gradients are incomplete. It is entered again once it has been left.
 
@@ -33,6 +35,7 @@ class MixedPrecision(AbstractContextManager):
         self._layers = [
             x for x in model.modules() if isinstance(x, Linear) and x.weight.dtype == torch.float32
         ]
+        self._tables = [x for x in model.modules() if isinstance(x, Embedding)]
         self._vectors = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]
         self._device = next(model.parameters()).device
         self._copies: list[Tensor] | None = None
@@ -50,6 +53,8 @@ class MixedPrecision(AbstractContextManager):
             _foreach._foreach_copy_(self._copies, weights)
         for layer, copy in zip(self._layers, self._copies, strict=True):
             layer.narrow = copy
+        for table in self._tables:
+            table.into_grad = True
         with ExitStack() as stack:
             for p in self._vectors:
                 stack.enter_context(_Handle(p.register_post_accumulate_grad_hook(self._keep)))
@@ -60,6 +65,8 @@ class MixedPrecision(AbstractContextManager):
         self._stack.close()
         for layer in self._layers:
             layer.narrow = None
+        for table in self._tables:
+            table.into_grad = False
         passes, self._passes = self._passes, {}
         if error[0] is not None:
             return

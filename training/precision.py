@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class ComputeConfig:
     cuda_graph: bool = True
     """On a GPU, capture the whole training step in a CUDA graph, which the host launches as one:
     the same bits in less time. Where that cannot be, a line at the start says why."""
+    deterministic: bool = False
+    """On a GPU, take PyTorch's deterministic algorithms, so that runs that are alike have the same
+    bits: the gradient of attention is summed in a fixed order, which is slower. Tritium's own
+    kernels always do. On one CPU runs have the same bits in any case."""
     residual: Literal["auto", "float32"] = "auto"
     """Dtype of the residual stream. auto: on a GPU that of the matrix products, else float32 under
     --precision bfloat16."""
@@ -97,6 +102,10 @@ class ComputeConfig:
         finally:
             torch.set_float32_matmul_precision(before)
 
+    def determinism(self) -> AbstractContextManager:
+        """Return the block in which PyTorch's algorithms are those that the settings ask for."""
+        return deterministic() if self.deterministic else nullcontext()
+
     def fingerprint(self, arithmetic: Arithmetic) -> dict:
         """Return what decides the rounding of a step; what is as usual is left out."""
         unusual = {
@@ -106,3 +115,23 @@ class ComputeConfig:
         }
         decided = {"dtype": str(arithmetic.dtype)} | unusual
         return {name: value for name, value in decided.items() if value is not None}
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Take PyTorch's deterministic algorithms inside the block, and what was set before behind it.
+
+    Where an operator has none, PyTorch raises a RuntimeError that names it. Unlike PyTorch's
+    setting by itself it writes nothing to memory that is about to be written.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants, or it raises
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills

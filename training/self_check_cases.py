@@ -18,6 +18,7 @@ from tritium.kernels import (
     add_layer_norm,
     add_rms_norm,
     dropout_add,
+    embedding,
     layer_norm,
     linear_cross_entropy,
     qk_norm_rope,
@@ -107,6 +108,9 @@ def cases(
         norm, add_norm = centred, add_centred
         vectors = (scale_D, 0.1 * random((D,), weights)) if config.bias else (scale_D,)
     each = range(1, 1 + len(vectors))
+    ids = random.ids(V, max(1, min(batch * L, room // (BYTES * D))))
+    table = random((V, D), weights)
+    yield Case("embedding", lambda weight: embedding(ids, weight, dtype=stream), (table,), (0,))
     yield Case(f"{config.norm}_norm", norm, (tensor(D, dtype=stream), *vectors), (0, *each))
     heads = float32_on_cpu(tensor(config.n_heads + 2 * config.kv_heads, K))
     if config.positions == "rope":

@@ -258,13 +258,15 @@ def _replicated(mesh: DeviceMesh, _module: nn.Module | None, inputs: tuple) -> t
     return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False),)
 
 
-def _look_up(mesh: DeviceMesh, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+def _look_up(
+    mesh: DeviceMesh, embedding: nn.Embedding, tokens: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the rows of an embedding, each of which one rank has."""
     weight_VD: Tensor = embedding.weight.to_local()  # type: ignore[operator]
     own = tokens - mesh.get_local_rank() * -(-embedding.num_embeddings // mesh.size())
     elsewhere = (own < 0) | (own >= len(weight_VD))
     x_BLD = F.embedding(own.masked_fill(elsewhere, 0), weight_VD)
-    return _sum(mesh, x_BLD.masked_fill(elsewhere.unsqueeze(-1), 0))
+    return _sum(mesh, x_BLD.masked_fill(elsewhere.unsqueeze(-1), 0).to(dtype or x_BLD.dtype))
 
 
 def _sum(mesh: DeviceMesh, x: Tensor) -> Tensor:

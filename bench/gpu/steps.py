@@ -104,11 +104,11 @@ def row_of(name: str, device: torch.device, rates: Device) -> Row:
     cuda = device.type == "cuda"
     shape = SHAPES[device.type]
     torch.manual_seed(0)
+    if cuda:  # from here on: what a CUDA graph holds is counted once, when it is captured
+        torch.cuda.reset_peak_memory_stats()
     step = STEPS[name](shape, device)
     for _ in range(WARM_UP + 2):
         step()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     timing = summary(list(_seconds(step, cuda)))
     floor = sum(x.milliseconds for x in floors(shape.config, shape.batch, rates).values())
     return Row(

@@ -120,7 +120,7 @@ def test_bitwise_the_same_in_every_order_of_programs(device):
     results = []
     for order in ("forward", "reverse", "shuffled"):
         with small(), program_order(order):
-            results.append(_backward(dy, tokens, 9, -1))
+            results.append(_backward(dy, tokens, 9, -1, torch.float32))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -213,8 +213,9 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
     far = memory.as_strided((3, 80), (1 << 30, 1)).copy_(torch.randn(3, 80))
     near = far.contiguous()
     tokens = torch.tensor([2, 0, 2], device=device, dtype=torch.int32)
-    assert torch.equal(_forward(tokens, far), near[tokens])
-    assert torch.equal(_backward(far, tokens, 3, -1), _backward(near, tokens, 3, -1))
+    assert torch.equal(_forward(tokens, far, far.dtype), near[tokens])
+    sums = (_backward(x, tokens, 3, -1, x.dtype) for x in (far, near))
+    assert torch.equal(*sums)
 
 
 def test_gradient_offsets_beyond_two_to_the_31(device, monkeypatch):
@@ -225,7 +226,7 @@ def test_gradient_offsets_beyond_two_to_the_31(device, monkeypatch):
     tokens = torch.tensor([V - 1] * 5 + [V - 2] * 2, device=device)
     dy = torch.ones(7, D, device=device, dtype=torch.bfloat16)
     with small():
-        dw = _backward(dy, tokens, V, -1)
+        dw = _backward(dy, tokens, V, -1, dy.dtype)
     assert (dw[-1] == 5).all()  # across a border
     assert (dw[-2] == 2).all()
 
@@ -235,8 +236,8 @@ def test_is_a_well_formed_operator(dtype, device):
     # The raw operators have no gradient: the autograd.Function around them has.
     tokens = torch.tensor([1, 2, 2, 0], device=device)
     dy, weight = torch.randn(2, 4, 33, device=device, dtype=dtype)
-    torch.library.opcheck(_forward.overload, (tokens, weight[:3]))
-    torch.library.opcheck(_backward.overload, (dy, tokens, 3, -1))
+    torch.library.opcheck(_forward.overload, (tokens, weight[:3], torch.bfloat16))
+    torch.library.opcheck(_backward.overload, (dy, tokens, 3, -1, torch.float32))
 
 
 # Dynamo's own warning.
@@ -302,3 +303,63 @@ def test_refuses_a_second_derivative(device):
     (dw,) = torch.autograd.grad(embedding(tokens, weight).sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivative only"):
         dw.sum().backward()
+
+
+@given(
+    T=st.integers(0, 40), D=st.integers(1, 70), V=st.integers(1, 20),
+    kind=st.sampled_from(list(TOKENS)), dtype=st.sampled_from([None, *DTYPES]),
+    padding=st.none() | st.floats(-1, 0.99), begun=st.booleans(), seed=st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_adds_to_the_weight_s_own_gradient(T, D, V, kind, dtype, padding, begun, seed):
+    """Sums over two passes are those of float64, of gradients in `dtype`, in place."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    weight = torch.randn(V, D, device=device, requires_grad=True)
+    padding_idx = None if padding is None else int(padding * V // 1)
+    exact = torch.randn(V, D, device=device) if begun else torch.zeros(V, D, device=device)
+    weight.grad = exact.clone() if begun else None
+    exact, sizes = exact.double(), exact.abs().double()
+    held = weight.grad
+    for _ in range(2):
+        tokens = TOKENS[kind](T, V).to(device)
+        with small():
+            y = embedding(tokens, weight, padding_idx, dtype=dtype, into_grad=True)
+            assert torch.equal(y, weight[tokens].to(dtype or weight.dtype))
+            dy = torch.randn_like(y)
+            y.backward(dy)
+        counts = torch.ones(T, 1) if padding is None else (tokens != padding_idx % V)[:, None]
+        counted = dy.double() * counts.to(device)
+        exact.index_add_(0, tokens, counted)
+        sizes.index_add_(0, tokens, counted.abs())
+        assert begun <= (weight.grad is held)
+        held = weight.grad
+    assert ((weight.grad - exact).abs() <= 1e-6 * sizes).all()
+
+
+def test_adds_into_a_gradient_as_autograd_adds(device):
+    """Of a table that is an output layer too, the gradients of both uses come together."""
+    tokens = torch.randint(9, (30,), device=device)
+    found = []
+    for into_grad in (False, True):
+        torch.manual_seed(0)
+        weight = torch.randn(9, 8, device=device, requires_grad=True)
+        for _ in range(2):
+            y = embedding(tokens, weight, into_grad=into_grad)
+            (y.square() @ weight.T).square().sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(3, 4), torch.ones(3, 4, requires_grad=True) * 1, "strided gradient"],
+    ids=["frozen", "no leaf", "strided gradient"],
+)
+def test_refuses_a_gradient_that_it_cannot_add_to(weight):
+    if isinstance(weight, str):
+        weight = torch.ones(3, 4, requires_grad=True)
+        weight.grad = torch.ones(4, 3).T
+    with pytest.raises(ValueError, match="into_grad adds to"):
+        embedding(torch.tensor([0]), weight, into_grad=True)
+    with pytest.raises(ValueError, match="embedding: dtype must be floating point"):
+        embedding(torch.tensor([0]), weight, dtype=torch.int32)

@@ -8,14 +8,16 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.func import grad, vmap
+from torch.utils._pytree import tree_map_only
 
 from tritium import kernels
 from tritium.kernels import runtime
 
 NAMES = ["cross_entropy", "linear_cross_entropy", "mse_loss", "softmax", "log_softmax"]
-X, W = torch.randn(6, 8), torch.randn(11, 8)
-CLASSES = torch.tensor([3, 0, -100, 7, 2, 5])
-P = torch.rand(6, 8).softmax(-1)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+X, W = torch.randn(6, 8, device=DEVICE), torch.randn(11, 8, device=DEVICE)
+CLASSES = torch.tensor([3, 0, -100, 7, 2, 5], device=DEVICE)
+P = torch.rand(6, 8, device=DEVICE).softmax(-1)
 LOSSES = {
     "cross_entropy": lambda x, t: kernels.cross_entropy(x, t),
     "cross_entropy, options": lambda x, t: kernels.cross_entropy(
@@ -68,6 +70,7 @@ def test_signature_starts_with_pytorch_s(name):
     ],
 )
 def test_agrees_with_pytorch(name, args, options, path):
+    args, options = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), (args, options))
     if name == "linear_cross_entropy":
         torch_result = F.linear_cross_entropy(*args, **options)
     else:
@@ -147,9 +150,9 @@ def test_a_second_derivative_where_the_message_promises_one(name, monkeypatch):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("target", [[1, 1, 1], [1, 5, -100], [-100] * 3], ids=str)
 def test_targets_without_weight(target, label_smoothing, path):
-    options = dict(weight=torch.ones(8), label_smoothing=label_smoothing)
+    options = dict(weight=torch.ones(8, device=DEVICE), label_smoothing=label_smoothing)
     options["weight"][[1, 5]] = 0.0
-    target = torch.tensor(target)
+    target = torch.tensor(target, device=DEVICE)
     found = []
     for loss in (F.cross_entropy, kernels.cross_entropy):
         x = X[:3].clone().requires_grad_()
@@ -158,14 +161,14 @@ def test_targets_without_weight(target, label_smoothing, path):
     torch.testing.assert_close(found[1], found[0], equal_nan=True)
     found = []
     for loss in (F.linear_cross_entropy, kernels.linear_cross_entropy):
-        x, w = X[:3].clone().requires_grad_(), torch.eye(8).requires_grad_()
+        x, w = X[:3].clone().requires_grad_(), torch.eye(8, device=DEVICE).requires_grad_()
         value = loss(x, w, target, **options)
         found.append((value.detach(), *torch.autograd.grad(value, (x, w))))
     torch.testing.assert_close(found[1], found[0], equal_nan=True)
 
 
 SCALE = 65536.0  # what torch.amp.GradScaler begins with
-SMALL = torch.tensor([[0.0, -16.0, -17.5]]).repeat(4, 1)
+SMALL = torch.tensor([[0.0, -16.0, -17.5]], device=DEVICE).repeat(4, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -182,8 +185,10 @@ def test_small_gradients_survive_until_the_loss_scale_comes(way, dtype):
         ),
     }
     reference = {
-        "plain": lambda x: F.cross_entropy(x, torch.zeros(4).long()),
-        "info_nce": lambda x: F.cross_entropy(x @ torch.eye(4, 3).to(x).T, torch.arange(4)),
+        "plain": lambda x: F.cross_entropy(x, x.new_zeros(4).long()),
+        "info_nce": lambda x: F.cross_entropy(
+            x @ torch.eye(4, 3).to(x).T, torch.arange(4, device=DEVICE)
+        ),
     }
     small = SMALL.to(dtype)
     x, exact = small.clone().requires_grad_(), small.double().requires_grad_()

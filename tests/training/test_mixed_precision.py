@@ -1,6 +1,7 @@
 """Prove that `MixedPrecision` makes the gradients of autocast, bit for bit, and leaves nothing."""
 
 import copy
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -130,3 +131,20 @@ def test_in_evaluation_it_is_autocast():
         with torch.autocast(DEVICE, torch.bfloat16):
             assert torch.equal(y, usual.eval()(tokens))
     assert isinstance(model.head, nn.Linear)
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 99), tied=st.booleans(), size=st.integers(1, 3))
+def test_gradients_of_embeddings_are_added_where_kernels_run(seed, tied, size):
+    """Of a table that may be an output layer too, over micro-batches, as autocast sums them."""
+    torch.manual_seed(seed)
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    own = Transformer(config).to(DEVICE)
+    usual, batch = copy.deepcopy(own), torch.randint(50, (2, 3, 8)).unbind()
+    with mock.patch.object(runtime, "CPU_KERNELS", True):
+        found = gradients(own, batch, size, MixedPrecision(own))
+        assert own.embedding.weight.grad is not None
+        assert not own.embedding.into_grad
+        expected = gradients(usual, batch, size, torch.autocast(DEVICE, torch.bfloat16))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

@@ -31,6 +31,7 @@ CONFIG = ModelConfig(
 BATCH = 3
 FLOAT32 = Arithmetic(torch.float32, nullcontext())
 EXPECTED = {
+    "embedding",
     "rms_norm", "add_rms_norm", "dropout_add", "qk_norm_rope", "swiglu", "linear_cross_entropy",
     "softmax",
 }  # fmt: skip
