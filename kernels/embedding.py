@@ -164,12 +164,12 @@ def _launch_backward(
     dy_TD: Tensor, tokens_T: Tensor, V: int, padding_idx: int, dtype: torch.dtype
 ) -> Tensor:
     dw_VD = dy_TD.new_zeros(V, dy_TD.shape[1], dtype=dtype)
-    _launch_sums(dy_TD, tokens_T, padding_idx, dw_VD, add=False)
+    _launch_sums(dy_TD, tokens_T, dw_VD, padding_idx, add=False)
     return dw_VD
 
 
 def _launch_sums(
-    dy_TD: Tensor, tokens_T: Tensor, padding_idx: int, dw_VD: Tensor, add: bool
+    dy_TD: Tensor, tokens_T: Tensor, dw_VD: Tensor, padding_idx: int, add: bool = True
 ) -> None:
     """Write the sum of each token's gradients to its row, or add it."""
     T, (V, D) = dy_TD.shape[0], dw_VD.shape
@@ -209,6 +209,13 @@ _backward = operator(
 )
 
 
+_backward_into = operator(
+    "embedding_backward_into(Tensor dy, Tensor tokens, Tensor(a!) dw, SymInt padding_idx) -> ()",
+    _launch_sums,
+    lambda dy, tokens, dw, padding_idx: None,
+)
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -225,7 +232,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy_TD: Tensor):
         dy_TD, (tokens_T,), parameter = unit_stride(dy_TD), ctx.saved_tensors, ctx.parameter
         if parameter is not None and parameter.grad is not None:
-            _launch_sums(dy_TD, tokens_T, ctx.padding_idx, parameter.grad, add=True)
+            _backward_into(dy_TD, tokens_T, parameter.grad, ctx.padding_idx)
             return (None,) * 5
         dw_VD = _backward(dy_TD, tokens_T, ctx.V, ctx.padding_idx, ctx.dtype)
         if parameter is None:

@@ -50,10 +50,9 @@ from tritium.kernels.runtime import (
 
 FORWARD_TILE = 4096  # elements per program
 BACKWARD_TILE = 2048  # and as many sums in registers
-BACKWARD_WARPS = 4
-BACKWARD_STAGES = 1  # blocks of positions that are loaded ahead
+STAGES = 3  # of the backward's loads, of 16 bits: two blocks are on their way while one is computed
 BLOCK_N = 4  # heads of a position that share a program's cosines and sines
-P_MAX = 2048  # not the number of multiprocessors: weight gradients are the same on every GPU
+P_MAX = 792  # six a multiprocessor of an H100; not the number of multiprocessors: weight gradients are the same on every GPU
 
 
 def qk_norm_rope_reference(
@@ -142,7 +141,7 @@ class _BackwardPlan(NamedTuple):
 def _plan_backward(
     shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size,
     dtypes: tuple[torch.dtype | None, ...], weighted: bool, eps: float, interleaved: bool,
-    elements: int, block_N: int, p_max: int, warps: int, stages: int,
+    elements: int, block_N: int, p_max: int, stages: int,
 ) -> _BackwardPlan:  # fmt: skip
     (B, L, H, K), (S, J) = shape, angles
     tile = _tile(elements, block_N, K, J)
@@ -152,7 +151,6 @@ def _plan_backward(
     back = Plan(
         (tiles * shares,), (blocks, L, H, G, J, K, S, *strides),
         (float(eps), interleaved, *tile, power_of_2(K), accumulator(dtypes[0]), stages),
-        num_warps=warps,
     )  # fmt: skip
     weights = Plan(
         (cdiv(K, 16), 2), (tiles * shares, K, q_tiles, k_tiles), (512, 16), num_warps=8
@@ -174,7 +172,7 @@ def _launch_backward(
     plan = _plan_backward(
         dq_BLHK.shape, strides, dk_BLGK.shape[2], cos_SJ.shape, (*map(dtype_of, inputs),),
         q_weight_K is not None, eps, interleaved, BACKWARD_TILE, BLOCK_N, P_MAX,
-        BACKWARD_WARPS, BACKWARD_STAGES,
+        STAGES if dq_BLHK.element_size() == 2 else 1,
     )  # fmt: skip
     partials_PK = None
     if q_weight_K is not None:

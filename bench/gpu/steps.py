@@ -17,11 +17,11 @@ from tritium.bench.tables import Row
 from tritium.kernels.roofline import Device
 from tritium.model import ModelConfig, Transformer
 from tritium.training.cuda_graph import WARM_UP, training_step
-from tritium.training.optim import OptimizerConfig
+from tritium.training.optim import OptimizerConfig, set_rate
 from tritium.training.precision import ComputeConfig
 
 SAMPLES = 8  # steps of a turn that are timed
-MAX_NORM = 1.0
+MAX_NORM, RATE = 1.0, 6e-4
 Step = Callable[[], Any]
 
 
@@ -52,6 +52,7 @@ def tritium_step(shape: Shape, device: torch.device, micro_batches: int, graph: 
     model = Transformer(shape.config)
     arithmetic = ComputeConfig(precision="bfloat16").apply(model, device)
     optimizer = OptimizerConfig(max_grad_norm=MAX_NORM).make(model)
+    set_rate(optimizer, RATE)  # rounded, as training rounds it
     size = shape.batch // micro_batches
     batch = _batch(shape)
 
