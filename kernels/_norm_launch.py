@@ -36,9 +36,14 @@ LOOP_BLOCK = 4096  # features per step over a longer row
 # Programs of backward: not the number of multiprocessors, so dw is the same sum on every GPU. Two
 # thirds as many for rows of more than 1,024 features, half beyond TILE: bench/LOG.md has the times.
 P_MAX = 768
-STAGES = 1  # tiles of backward on their way to shared memory; 1: none before its turn
+# Tiles of 16 bits, of rows up to TILE, go through shared memory, two on their way while one is
+# computed: half as many programs are then faster, three to a multiprocessor of an H100.
+STAGES = 3
+STAGED_P_MAX = 396
 MOST_PARTIALS = 1024  # of a column that are summed at a time: all, where rows are short
 P_LOOP_MAX = 64  # the same where the columns of long rows are distributed
+
+Dtypes = tuple[torch.dtype | None, ...]
 
 
 def _is_short(D: int, max_tile: int) -> bool:
@@ -54,13 +59,20 @@ def _tile(D: int, crowded: bool = False, tile: int = TILE) -> tuple[tuple[int, i
     return (max(tile // block_D, 1), block_D), num_warps
 
 
+def _is_staged(block_D: int, dtypes: Dtypes) -> bool:
+    """Whether tiles of these dtypes go through shared memory.
+
+    Of 128 to 512 features the compiler changes their layout behind it, in up to twice as many
+    instructions.
+    """
+    suits = block_D <= 64 or 1024 <= block_D <= TILE
+    return suits and all(x is None or x.itemsize == 2 for x in dtypes)
+
+
 def _most_programs(block_D: int, p_max: int) -> int:
     if block_D <= 1024:
         return p_max
     return cdiv(2 * p_max, 3) if block_D <= TILE else cdiv(p_max, 2)
-
-
-Dtypes = tuple[torch.dtype | None, ...]
 
 
 class _ForwardPlan(NamedTuple):
@@ -127,8 +139,10 @@ def _plan_backward(
     if _is_short(D, max_tile):
         # A second sum, a second layout: crowded.
         tile, num_warps = _tile(D, centred and dtypes[0] != dtypes[2], BACKWARD_TILE)
-        P = min(cdiv(T, tile[0]), _most_programs(tile[1], p_max))
-        constants = float(offset), *tile, acc, STAGES
+        staged = _is_staged(tile[1], dtypes[:3])
+        most = _most_programs(tile[1], min(p_max, STAGED_P_MAX) if staged else p_max)
+        P = min(cdiv(T, tile[0]), most)
+        constants = float(offset), *tile, acc, STAGES if staged else 1
         rows, columns = Plan((P,), (T, D, *row_strides), constants, num_warps), None
     else:
         tile = 4, TILE // 4

@@ -52,7 +52,7 @@ FORWARD_TILE = 4096  # elements per program
 BACKWARD_TILE = 2048  # and as many sums in registers
 STAGES = 3  # of the backward's loads, of 16 bits: two blocks are on their way while one is computed
 BLOCK_N = 4  # heads of a position that share a program's cosines and sines
-P_MAX = 792  # six a multiprocessor of an H100; not the number of multiprocessors: weight gradients are the same on every GPU
+P_MAX = 792  # not the number of multiprocessors: weight gradients are the same on every GPU
 
 
 def qk_norm_rope_reference(

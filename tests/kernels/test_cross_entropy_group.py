@@ -40,8 +40,9 @@ def _rank(rank, store, device):
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
+        backend, store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
     )
     from tritium.kernels import runtime
 
