@@ -87,12 +87,14 @@ def test_shallow_models_are_predicted_too(n_layers, device):
             assert saved_bytes(step.forward, step.given) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_what_the_kernels_keep_is_predicted(policy, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("policy", "dtype"), [*((x, torch.float32) for x in POLICIES), ("none", torch.bfloat16)]
+)
+def test_what_the_kernels_keep_is_predicted(policy, dtype, device, monkeypatch):
     # Off a GPU these run in Triton's interpreter, on the same autograd functions.
     monkeypatch.setattr("tritium.kernels.runtime.CPU_KERNELS", knobs.runtime.interpret)
-    step = Step(device, policy, n_layers=3, sequences=1)
-    expected = memory(device, n_layers=3).step(policy, 1).activations
+    step = Step(device, policy, dtype, n_layers=3, sequences=1)
+    expected = memory(device, dtype, n_layers=3).step(policy, 1).activations
     assert saved_bytes(step.forward, step.given) == pytest.approx(expected, rel=1e-3)
 
 

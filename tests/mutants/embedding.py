@@ -122,4 +122,34 @@ MUTANTS = [
         original="_backward(unit_stride(dy_TD),",
         replacement="_backward(dy_TD,",
     ),
+    _mutant(
+        what="sums replace the gradient that there is",
+        original="total_D = rows[k][3] + dw_D if ADD else dw_D",
+        replacement="total_D = dw_D",
+    ),
+    _mutant(
+        what="sums of runs across borders replace the gradient that there is",
+        original="dw_D = tl.load(dw_ptrs, mask=offs_D < D, other=0.0) + dw_D",
+        replacement="dw_D += 0.0",
+    ),
+    _mutant(
+        what="the gradient that there is, read at another token's row",
+        original="old_D = tl.load(dw_ptr + token.to(tl.int64) * D + offs_D",
+        replacement="old_D = tl.load(dw_ptr + row * D + offs_D",
+    ),
+    _mutant(
+        what="a gradient of its own although there is one",
+        original="if parameter is not None and parameter.grad is not None:",
+        replacement="if False:",
+    ),
+    _mutant(
+        what="the gradient given to autograd as well",
+        original="        parameter.grad = dw_VD\n        return (None,) * 5",
+        replacement="        parameter.grad = dw_VD\n        return None, dw_VD, None, None, None",
+    ),
+    _mutant(
+        what="the result in the dtype of the weight",
+        original="w_VD, excluded, dtype or weight.dtype, parameter)",
+        replacement="w_VD, excluded, weight.dtype, parameter)",
+    ),
 ]
