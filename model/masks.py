@@ -69,7 +69,7 @@ def _in_blocks(
     windows nor a softcap: with a dense mask they read L · L elements of it, and what is masked is
     multiplied all the same. FlexAttention, compiled for a GPU, skips blocks in which nothing is
     seen. What it does not take is attended with a dense mask: few tokens, as those behind a cache,
-    narrow heads, float64, and what torch.func transforms. No GPU has run it yet.
+    narrow heads, float64, and what torch.func transforms. On a GPU it is unmeasured.
     """
     others = document_BS, config.window, config.attention_softcap
     return (
