@@ -89,13 +89,13 @@ MUTANTS = [
     ),
     _mutant(
         what="offsets in the gradient of an int32",
-        original="token.to(tl.int64) * D + offs_D, dw_D, mask=offs_D < D)",
-        replacement="token * D + offs_D, dw_D, mask=offs_D < D)",
+        original="dw_ptrs = dw_ptr + token.to(tl.int64) * D",
+        replacement="dw_ptrs = dw_ptr + token * D",
     ),
     _mutant(
         what="offsets in the gradient of an int32, for runs within a block",
-        original="token.to(tl.int64) * D + offs_D, dw_D, mask=offs_D < width)",
-        replacement="token * D + offs_D, dw_D, mask=offs_D < width)",
+        original="token.to(tl.int64) * D + offs_D, total_D, mask=offs_D < width)",
+        replacement="token * D + offs_D, total_D, mask=offs_D < width)",
     ),
     _mutant(
         what="padding gets a gradient",
@@ -109,8 +109,8 @@ MUTANTS = [
     ),
     _mutant(
         what="rows that no token names are not zeros",
-        original="dw_VD = dy_TD.new_zeros(V, D)",
-        replacement="dw_VD = dy_TD.new_empty(V, D)",
+        original="dy_TD.new_zeros(V, dy_TD.shape[1]",
+        replacement="dy_TD.new_empty(V, dy_TD.shape[1]",
     ),
     _mutant(
         what="a negative padding_idx does not count from the end",
@@ -119,8 +119,8 @@ MUTANTS = [
     ),
     _mutant(
         what="strided gradients read as contiguous",
-        original="_backward(unit_stride(dy_TD),",
-        replacement="_backward(dy_TD,",
+        original="dy_TD, (tokens_T,), parameter = unit_stride(dy_TD),",
+        replacement="dy_TD, (tokens_T,), parameter = dy_TD,",
     ),
     _mutant(
         what="sums replace the gradient that there is",

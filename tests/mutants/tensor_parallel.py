@@ -59,8 +59,8 @@ MUTANTS = [
     ),
     _tensor(
         what="tokens of another rank looked up as the first of this one",
-        original="_sum(mesh, x_BLD.masked_fill(elsewhere.unsqueeze(-1), 0))",
-        replacement="_sum(mesh, x_BLD)",
+        original="x_BLD.masked_fill(elsewhere.unsqueeze(-1), 0)",
+        replacement="x_BLD",
     ),
     _tensor(
         what="rows of the embedding counted as if ranks had equally many",
