@@ -16,6 +16,8 @@ from tritium.training.device import choose_precision
 from tritium.training.mixed_precision import MixedPrecision
 from tritium.training.optim import OptimizerConfig
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 class Arithmetic(NamedTuple):
     """Dtype and autocast of a model."""
@@ -121,13 +123,14 @@ class ComputeConfig:
 def deterministic() -> Iterator[None]:
     """Take PyTorch's deterministic algorithms inside the block, and what was set before behind it.
 
-    Where an operator has none, PyTorch raises a RuntimeError that names it. Unlike PyTorch's
-    setting by itself it writes nothing to memory that is about to be written.
+    Where an operator has none, PyTorch raises a RuntimeError that names it. Fresh memory is not
+    filled, as PyTorch's setting alone would do.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants, or it raises
+    workspace = os.environ.get(WORKSPACE)
+    os.environ.setdefault(WORKSPACE, ":4096:8")  # as cuBLAS wants it, or it raises
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
@@ -135,3 +138,5 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         torch.utils.deterministic.fill_uninitialized_memory = fills
+        if workspace is None:
+            del os.environ[WORKSPACE]

@@ -13,13 +13,18 @@ class Journal:
     """Entries in a file, in order; an entry that `append` returned from survives a kill.
 
     A line that a kill cut short is removed when the file is opened.
+
+    Args:
+        path: the file.
+        keep: whether to read the file and to keep its entries. False for one of several processes
+            that append to it at once, each a line at a time.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self.keep = path, keep
         self.lock = threading.Lock()
-        self.entries: list[dict] = list(self._read())
+        self.entries: list[dict] = list(self._read()) if keep else []
 
     def _read(self) -> Iterator[dict]:
         whole = 0
@@ -43,7 +48,8 @@ class Journal:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-            self.entries.append(json.loads(line))
+            if self.keep:
+                self.entries.append(json.loads(line))
 
     def of(self, kind: str) -> list[dict]:
         """The entries of one kind, in order."""

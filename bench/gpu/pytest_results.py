@@ -2,8 +2,9 @@
 
 import math
 import os
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,29 +16,30 @@ from tritium.bench.gpu.suite import (
     COLLECTED,
     FAILURES,
     FOLDER,
-    KNOWN,
     RESULTS,
-    STARTED,
+    SHARE,
+    UNUSABLE,
     costs,
+    results,
 )
 
-UNUSABLE = 70  # exit status of a process whose GPU context is broken
 LONGEST = 300  # characters of a reason
 SLOW = 2.0  # seconds that a test marked slow takes at least
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the file of results, in the one process that gets all of them."""
+    """Prepare the file of results, to which each process of a session adds its own."""
     die_with_parent()
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Results(Path(os.environ[FOLDER]) / RESULTS))
+    config.pluginmanager.register(
+        Results(Path(os.environ[FOLDER]) / RESULTS, int(os.environ.get(SHARE, "0")))
+    )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what ran before; take one test of every file after the other, quick ones first."""
     folder = Path(os.environ[FOLDER])
-    known = {*(folder / KNOWN).read_text().splitlines()}
+    known = results(folder)
     left_out = [item for item in items if item.nodeid in known]
     config.hook.pytest_deselected(items=left_out)
     by_name = {item.nodeid: item for item in items if item.nodeid not in known}
@@ -75,40 +77,29 @@ def doublings(seconds: float) -> float:
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
     """End a process whose GPU no longer answers: its next tests would fail through no fault."""
-    import torch
-
-    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            os._exit(UNUSABLE)  # pytest-xdist starts another, and names this test
+            os._exit(UNUSABLE)  # the session starts another for the rest
 
 
 class Results:
     """Writes an entry for each test: its name, outcome, what failed; and where, in a text file."""
 
-    def __init__(self, path: Path) -> None:
-        self.journal, self.failures = Journal(path), path.with_name(FAILURES)
-        self.journal.append(test="", outcome=STARTED)
-        self.collected = False
+    def __init__(self, path: Path, share: int) -> None:
+        self.journal, self.failures = Journal(path, keep=False), path.with_name(FAILURES)
+        self.share = share
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Take the tests that this process has collected, to run them itself."""
-        self._collected(session.items)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        """Take the tests that a process of pytest-xdist has collected, as they all do."""
-        self._collected(ids)
-
-    def _collected(self, tests: Sequence[object]) -> None:
-        if tests and not self.collected:
-            self.collected = True
-            self.journal.append(test="", outcome=COLLECTED, tests=len(tests))
+        """Take the tests that this process has collected."""
+        tests = len(session.items)
+        self.journal.append(test="", outcome=COLLECTED, tests=tests, share=self.share)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Take the name of a test that begins: one that never ends is last the next time."""
-        self.journal.append(test=nodeid, outcome=BEGUN)
+        self.journal.append(test=nodeid, outcome=BEGUN, share=self.share)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take a report of one phase of a test: of its call, or of what went wrong around it."""

@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -148,10 +147,9 @@ class Session:
         finally:
             if compiling is not None:
                 compiling.end()
-            if suite is not None and (suite.process is not None or suite.missing):
-                words = " ".join(suite.command).replace(sys.executable, "python")
-                how = suite.missing or suite.end()
-                self.journal.append(kind="tests", how=how, left=suite.left, command=words)
+            if suite is not None and (suite.started or suite.missing):
+                how, command = suite.missing or suite.end(), suite.command
+                self.journal.append(kind="tests", how=how, left=suite.left, command=command)
 
     def _ahead(self) -> ahead.Ahead:
         known = {entry["key"] for entry in self.journal.of("ahead")}

@@ -1,12 +1,13 @@
 """Prove that how a step is computed changes no setting of the process that it does not put back."""
 
+import contextlib
 import os
 
 import pytest
 import torch
 
 from tritium.model import ModelConfig, Transformer
-from tritium.training.precision import ComputeConfig
+from tritium.training.precision import WORKSPACE, ComputeConfig
 
 CONFIG = ModelConfig(vocab_size=23, n_layers=1, d_model=16, n_heads=2, max_seq_len=16)
 PRECISIONS = "float32", "bfloat16", "bfloat16-true"
@@ -57,3 +58,31 @@ def test_weights_are_of_the_dtype_that_they_are_trained_in(precision, device):
     expected = torch.bfloat16 if precision == "bfloat16-true" else torch.float32
     assert {p.dtype for p in model.parameters()} == {expected}
     assert model.cos_LK.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("given", [None, ":16:8"])
+def test_algorithms_are_deterministic_inside_the_block_alone(fails, given, monkeypatch):
+    """Without filling memory that is about to be written; what was set before comes back."""
+    if given is None:
+        monkeypatch.delenv(WORKSPACE, raising=False)
+    else:
+        monkeypatch.setenv(WORKSPACE, given)
+
+    def state():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            os.environ.get(WORKSPACE),
+        )
+
+    before = state()
+    with (
+        contextlib.suppress(ZeroDivisionError), ComputeConfig(deterministic=True).determinism()
+    ):  # fmt: skip
+        assert state() == (True, False, False, given or ":4096:8")
+        assert not fails or 1 / 0
+    assert state() == before
+    with ComputeConfig().determinism():
+        assert state() == before

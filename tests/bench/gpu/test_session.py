@@ -132,13 +132,13 @@ def test_turns_are_merged(quick, tmp_path):
 class SlowSuite:
     """Stands for the suite, and its clock: it collects for some seconds, then runs without end."""
 
-    missing, command, process, running, now = "", ["pytest"], None, False, 0.0
+    missing, command, started, running, now = "", "pytest", False, False, 0.0
 
     def __init__(self, collects: float) -> None:
         self.collects = collects
 
     def start(self) -> None:
-        self.running, self.process = True, True
+        self.running, self.started = True, True
 
     @property
     def left(self) -> int | None:

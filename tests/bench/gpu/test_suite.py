@@ -42,6 +42,21 @@ def test_last():
         time.sleep(60)
 """
 
+UNUSABLE = """
+import sys, types, os
+
+def synchronize():
+    if os.path.exists("broken"):
+        os.remove("broken")
+        raise RuntimeError("device-side assert")
+
+def pytest_runtest_logreport(report):
+    if report.nodeid.endswith("test_fails") and report.when == "call":
+        open("broken", "w").close()
+        cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+        sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+"""
+
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
@@ -116,6 +131,24 @@ def test_a_process_that_dies_is_a_failed_test_and_the_others_run(tree):
     assert outcomes(found)["test_skips"] == "failed"
     assert "crashed" in found["test_some.py::test_skips"]["reason"]
     assert len(found) == 7
+
+
+def test_a_process_that_cannot_use_its_gpu_is_replaced(tree):
+    """What its test said counts; the rest of its files runs in another process."""
+    (tree / "conftest.py").write_text(UNUSABLE)
+    found, how = run(tree)
+    assert how == "complete"
+    assert "one is not two" in found["test_some.py::test_fails"]["reason"]
+    assert len(found) == 7
+
+
+def test_files_are_divided_by_their_bytes(tmp_path):
+    for i, size in enumerate([50, 10, 10, 20, 30]):
+        (tmp_path / f"test_{i}.py").write_text("#" * size)
+    assert suite.shares(tmp_path, (".",), 2) == [
+        ["test_0.py", "test_1.py"], ["test_4.py", "test_3.py", "test_2.py"]
+    ]  # fmt: skip
+    assert suite.shares(tmp_path, ("test_1.py",), 9) == [["test_1.py"]]
 
 
 NAMES = st.lists(

@@ -56,8 +56,8 @@ def test_measures_each_kind():
 def test_checks_of_graphs_say_what_they_found(monkeypatch):
     steps = partial(graph_against_none, n_steps=5)
     assert re.fullmatch(
-        r"5 steps as a CUDA graph and kernel by kernel: losses and gradient norms are the same "
-        r"bits\. From .* first step: [\d.]+ s\.",
+        r"5 steps as a CUDA graph and kernel by kernel, both deterministic: losses and gradient "
+        r"norms are the same bits\. From .* first step: [\d.]+ s\.",
         steps(SHAPES["cpu"], CPU),
     )
     made = iter([tritium_step(SHAPES["cpu"], CPU, 2, graph=False) for _ in range(2)])
