@@ -337,7 +337,7 @@ def test_adds_to_the_weight_s_own_gradient(T, D, V, kind, dtype, padding, begun,
 
 
 def test_adds_into_a_gradient_as_autograd_adds(device):
-    """Of a table that is an output layer too, the gradients of both uses come together."""
+    """The gradients of a table that is an output layer too come together."""
     tokens = torch.randint(9, (30,), device=device)
     found = []
     for into_grad in (False, True):

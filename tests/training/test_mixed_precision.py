@@ -136,7 +136,7 @@ def test_in_evaluation_it_is_autocast():
 @settings(max_examples=5)
 @given(seed=st.integers(0, 99), tied=st.booleans(), size=st.integers(1, 3))
 def test_gradients_of_embeddings_are_added_where_kernels_run(seed, tied, size):
-    """Of a table that may be an output layer too, over micro-batches, as autocast sums them."""
+    """A table may be an output layer too; over micro-batches sums are those of autocast."""
     torch.manual_seed(seed)
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     own = Transformer(config).to(DEVICE)

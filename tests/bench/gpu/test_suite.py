@@ -134,7 +134,7 @@ def test_a_process_that_dies_is_a_failed_test_and_the_others_run(tree):
 
 
 def test_a_process_that_cannot_use_its_gpu_is_replaced(tree):
-    """What its test said counts; the rest of its files runs in another process."""
+    """The outcome of its last test counts; the rest of its files runs in another process."""
     (tree / "conftest.py").write_text(UNUSABLE)
     found, how = run(tree)
     assert how == "complete"
