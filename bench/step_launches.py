@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from unittest import mock
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from tritium.kernels import runtime
+from tritium.kernels import _packed_rows, runtime
 from tritium.kernels.launcher import Launcher
 from tritium.model import ModelConfig, Transformer, block, transformer
 from tritium.training.optim import OptimizerConfig
@@ -57,6 +58,7 @@ NO_LAUNCH = {
     "empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view", "promote_types",
     "_record_function_enter_new", "_record_function_exit", "is_same_size",
 }  # fmt: skip
+EMBEDDINGS = import_module("tritium.kernels.embedding")
 REASONS = {
     "forward": "the weights of all blocks in bfloat16, one call a step; in each micro-batch the "
     "output layer's weight and the losses of its rows",
@@ -132,6 +134,9 @@ def recorded() -> Iterator[Recorder]:
         mock.patch.object(block, "float32_on_cpu", lambda x: x),
         mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
         mock.patch.object(transformer, "multiplied_dtype", return_value=torch.bfloat16),
+        mock.patch.object(_packed_rows, "keeps_rows", return_value=False),  # asks the driver
+        # It is dispatched, below where this mode sees anything.
+        mock.patch.object(EMBEDDINGS, "_backward_into", EMBEDDINGS._launch_sums),
         mock.patch.object(torch.Tensor, "backward", in_backward),
         recorder,
     ):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from tritium.bench import step, step_launches
 from tritium.bench.__main__ import main
@@ -240,6 +241,7 @@ def test_the_floor_of_gpt2_on_an_h100_is_that_of_its_floating_point_operations()
 def test_the_command_prints_both_tables(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench", "step", "--micro-batches", "2"])
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)  # as where nobody tests
     main()
     shown = capsys.readouterr().out
     for word in ("products", "further", "optimizer", "casts and copies"):
