@@ -127,7 +127,8 @@ def _qk_norm_rope(dtype: torch.dtype, H: int, G: int, K: int, norm: bool = True,
     s, angles = qkv.element_size(), 8 * J / K / 4  # four heads share a program's cosines and sines
     limits = {
         "_qk_norm_rope_forward_kernel": Limit(2 * s + angles, instructions=24),
-        "_qk_norm_rope_backward_kernel": Limit((3 if norm else 2) * s + angles, instructions=36),
+        # Through shared memory Triton 3.8 takes 37 where heads turn in part.
+        "_qk_norm_rope_backward_kernel": Limit((3 if norm else 2) * s + angles, instructions=38),
     }
     return Case(label, lambda: _train(turn, qkv, *weights), limits=limits)
 
