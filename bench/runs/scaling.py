@@ -123,6 +123,10 @@ def main(
         "all of them, then the next size. Loss in nats per token of held-out text, which for "
         "bytes is 1.44 bits per byte each. Intervals hold 95 %.",
         verdict(predictions[JUDGE], [x.loss for x in outcomes]),
+        f"{JUDGE}'s form is least for that size's {expected.flops:.2e} FLOPs at "
+        "{:.3g} ({:.3g} to {:.3g}) tokens for each parameter.".format(
+            *fits[JUDGE].best_ratio(expected.flops)
+        ),
     )
     kept = tables.results() / f"{RESULTS}.md" if write else None
     shown = _runs_table([*points, *outcomes], fits[JUDGE]), _laws_table(fits, predictions, outcomes)

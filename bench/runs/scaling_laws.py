@@ -166,6 +166,19 @@ class Fit:
         found, drawn = (self.law.constants(self._moved(x)) for x in (self._theta, self._drawn))
         return {name: _estimate(found[name], drawn[name], level) for name in found}
 
+    def best_ratio(self, flops: float, level: float = LEVEL) -> Estimate:
+        """Return the tokens for each parameter at which Chinchilla's form is least for a compute.
+
+        That is taken to be 6 N D FLOPs, as in their equation 4.
+        """
+        ratios = []
+        for theta in (self._theta, self._drawn):
+            _, a, b, _, α, β, _ = self._moved(theta).T
+            product = np.log(flops / 6)
+            ln_N = (np.log(α / β) + a - b + β * product) / (α + β)
+            ratios.append(np.exp(product - 2 * ln_N))
+        return _estimate(ratios[0], ratios[1], level)
+
     def _moved(self, theta: np.ndarray) -> np.ndarray:
         """Return the rows for logs that are not centred."""
         K = len(self.law.terms)

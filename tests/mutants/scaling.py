@@ -64,6 +64,16 @@ MUTANTS = [
         replacement="better = tried < np.inf",
     ),
     _laws(
+        what="the least loss of another compute",
+        original="np.log(flops / 6)",
+        replacement="np.log(flops)",
+    ),
+    _laws(
+        what="the best ratio's exponents change places",
+        original="a - b + β * product",
+        replacement="a - b + α * product",
+    ),
+    _laws(
         what="as many runs as constants",
         original="if n <= unknown:",
         replacement="if n < unknown:",
@@ -75,8 +85,8 @@ MUTANTS = [
     ),
     _scaling(
         what="the prediction knows its outcome",
-        original="trials = [trial(x, ratio * s, seed) for x in ladder for s",
-        replacement="trials = [trial(x, ratio * s, seed) for x in [*ladder, last] for s",
+        original="ratio * s, seed) for x in ladder for",
+        replacement="ratio * s, seed) for x in [*ladder, last] for",
     ),
     _scaling(
         what="every outcome is within",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritium.bench import tables
-from tritium.bench.runs import scaling
+from tritium.bench.runs import scaling, scaling_laws
 from tritium.bench.runs._trials import Outcome, TrialError
 from tritium.bench.runs.scaling_laws import LAWS, Estimate, Fit, Point
 from tritium.model.shapes import flops_per_token, num_parameters
@@ -106,6 +106,32 @@ def test_the_interval_of_a_straight_law_is_students():
     assert value == pytest.approx(intercept + slope * log(NEXT.flops))
     # A quantile of 20,000 draws of t is known to 2 % of its width.
     assert (value - low, high - value) == pytest.approx((half, half), rel=0.08)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_no_step_of_a_fit_makes_it_worse(name):
+    # Losses that follow no law, from every start: a full step overshoots.
+    law, places = LAWS[name], ladder(FORMS[name])
+    x = law.logs(places)
+    x -= x.mean(0)
+    starts = scaling_laws._starts(law, 0.5)
+    y = np.random.default_rng(5).uniform(-3, 3, (len(starts), len(places)))
+    before = ((y - scaling_laws._value(law, x, starts)) ** 2).sum(1)
+    theta, error = scaling_laws._least_squares(law, x, y, starts)
+    assert (error <= before).all()
+    assert error == pytest.approx(((y - scaling_laws._value(law, x, theta)) ** 2).sum(1))
+
+
+def test_the_best_ratio_has_the_least_loss_for_its_compute():
+    fit = Fit(LAWS["Chinchilla"], ladder(chinchilla, np.random.default_rng(2)), draws=100)
+    best = fit.best_ratio(1e13)
+
+    def loss(ratio):
+        N = sqrt(1e13 / 6 / ratio)
+        return fit.predict(point(N, ratio * N)).value
+
+    assert loss(best.value) < min(loss(0.98 * best.value), loss(1.02 * best.value))
+    assert 0 < best.low < best.value < best.high
 
 
 def test_a_law_needs_more_runs_than_constants():
