@@ -2,6 +2,7 @@
 rate; that a ladder's prediction is made before its outcome, and a missed one is said."""
 
 import re
+from dataclasses import replace
 from math import exp, log, sqrt
 
 import numpy as np
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritium.bench import tables
-from tritium.bench.runs import scaling, scaling_laws
-from tritium.bench.runs._trials import Outcome, TrialError
+from tritium.bench.runs import _trials, scaling, scaling_laws
+from tritium.bench.runs._trials import Outcome, Trial, TrialError
 from tritium.bench.runs.scaling_laws import LAWS, Estimate, Fit, Point
 from tritium.model.shapes import flops_per_token, num_parameters
 from tritium.model.transformer import Transformer
@@ -235,6 +236,12 @@ def test_the_prediction_is_said_before_the_next_size_is_trained(trainer, tmp_pat
     assert 10_000 < (tmp_path / "results" / "scaling.png").stat().st_size < 300_000
 
 
+def test_the_law_of_compute_is_that_of_runs_on_all_tokens():
+    points = ladder(chinchilla)
+    found = scaling.fit(points, 20.0)["compute"].constants()
+    assert found == Fit(LAWS["compute"], points[1::2]).constants()
+
+
 def test_a_prediction_that_misses_is_said_to(trainer, tmp_path, capsys):
     trainer.factor = 1.2
     scaling.main(out=tmp_path / "out")
@@ -247,6 +254,26 @@ def test_minutes_are_those_of_all_steps(trainer, tmp_path):
     runs = [x for x, _ in trainer.made[2:]]
     assert len(runs) == 22
     assert sum(map(trainer.seconds, runs)) == pytest.approx(180, rel=0.01)
+
+
+def test_after_a_kill_the_runs_that_ended_are_kept(tmp_path, monkeypatch, trainer):
+    monkeypatch.setattr(scaling, "run_all", _trials.run_all)
+    made = []
+
+    def run(trial, folder):
+        made.append((trial.name, trial.seed))
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        plain = Trial(trial.name, trial.arguments[len(scaling.COMMON) :], trial.seed)
+        return replace(trainer([plain], folder, ())[0], arguments=trial.arguments)
+
+    monkeypatch.setattr(_trials, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main(out=tmp_path)
+    scaling.main(out=tmp_path)
+    assert len(made) == 12
+    assert made[3] == made[4]
+    assert len({*made}) == 11
 
 
 def test_a_run_that_diverged_ends_it(trainer, tmp_path, monkeypatch):
