@@ -99,6 +99,8 @@ def test_what_follows_from_a_flag_follows_from_its_value():
     assert wide.length.max_steps * batch(wide) == pytest.approx(
         20 * parameters(wide.model), rel=0.01
     )
+    slower = settings("small", "--depth", 2, "--muon-learning-rate", matrix_rate(usual) / 2)
+    assert slower.optimizer.weight_decay == pytest.approx(2 * usual.optimizer.weight_decay)
     same = settings("small", "--depth", 2, "--adjust-lr-fn", "original")
     grown = matrix_rate(same) / matrix_rate(usual)  # without the width's factor
     assert grown == pytest.approx(sqrt(usual.model.d_model / 256))
