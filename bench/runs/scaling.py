@@ -46,6 +46,9 @@ CONTEXT, BATCH = 128, 4
 TOKENS_PER_STEP = CONTEXT * BATCH
 SHARES = 0.25, 1.0  # of the tokens that a size gets
 LEAST_SIZES = 5
+# A single layer cannot look up what followed a token before (Olsson et al., "In-context Learning
+# and Induction Heads", 2022, https://arxiv.org/abs/2209.11895): its losses are on another curve.
+LEAST_LAYERS = 2
 LEAST_STEPS = 10
 TRIED = 40  # steps of the two runs that measure the speed
 JUDGE = "Chinchilla"
@@ -160,10 +163,11 @@ def _check(
 def shape(size: float) -> ModelConfig:
     """Return the shape of about so many parameters without the embedding.
 
-    Its width is a multiple of 8 and about as many times its depth as that of the preset.
+    Its width is a multiple of 8 and about as many times its depth as that of the preset, with two
+    layers at least.
     """
     aspect = PRESET.model.d_model / PRESET.model.n_layers
-    layers = max(1, round((size / (12 * aspect**2)) ** (1 / 3)))
+    layers = max(LEAST_LAYERS, round((size / (12 * aspect**2)) ** (1 / 3)))
     width = 8 * max(2, round(sqrt(size / (12 * layers)) / 8))
     heads = max(n for n in range(1, width // 16 + 1) if width % (2 * n) == 0)
     return replace(
