@@ -260,7 +260,7 @@ def verdict(predicted: Estimate, losses: Sequence[float]) -> str:
     if 0 < inside < len(losses):
         whether = f"{inside} of {len(losses)} within"
     return (
-        f"{JUDGE}'s form predicted {_interval(predicted)} before the next size was trained; "
+        f"{JUDGE}'s form predicted {_interval(predicted)} for the next size, unseen by the fit; "
         f"trained: {got}, {whether} the interval."
     )
 
