@@ -265,6 +265,11 @@ def verdict(predicted: Estimate, losses: Sequence[float]) -> str:
     )
 
 
+def _number(x: float) -> str:
+    """Return a constant; 0 for one that has vanished, whose logarithm has gone far down."""
+    return f"{x:.3g}" if abs(x) > 1e-6 else "0"
+
+
 def _interval(x: Estimate) -> str:
     return f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})"
 
@@ -286,7 +291,7 @@ def _laws_table(
     table = Table("law", "loss", "constants", "spread, %", "predicted", "trained", "within")
     for name, each in fits.items():
         constants = "; ".join(
-            f"{k} {x.value:.3g} ({x.low:.3g} to {x.high:.3g})" for k, x in each.constants().items()
+            "{} {} ({} to {})".format(k, *map(_number, x)) for k, x in each.constants().items()
         )
         inside = [predictions[name].holds(x.loss) for x in outcomes]
         table.add_row(

@@ -150,7 +150,13 @@ class Fit:
         self._spreads = self.spread * np.sqrt(freedom / random.chisquare(freedom, draws))
         noise = random.standard_normal((draws, n + 1)) * self._spreads[:, None]
         y = _value(law, x, self._theta) + noise[:, :n]
-        self._drawn, _ = _least_squares(law, x, y, np.repeat(self._theta, draws, 0))
+        # From the fit, and from afar: where a term has vanished in the fit, no step brings it back.
+        ends = [
+            _least_squares(law, x, y, np.tile(start, (draws, 1)))
+            for start in (self._theta, starts[len(starts) // 2])
+        ]
+        nearest = (ends[0][1] <= ends[1][1])[:, None]
+        self._drawn = np.where(nearest, ends[0][0], ends[1][0])
         self._own = noise[:, n]
 
     def predict(self, point: Point, level: float = LEVEL) -> Estimate:

@@ -25,8 +25,13 @@ MUTANTS = [
     ),
     _laws(
         what="constants are not fitted to the losses drawn",
-        original="self._drawn, _ = _least_squares(law, x, y, np.repeat(self._theta, draws, 0))",
+        original="self._drawn = np.where(nearest, ends[0][0], ends[1][0])",
         replacement="self._drawn = np.repeat(self._theta, draws, 0)",
+    ),
+    _laws(
+        what="a term that has vanished in the fit has no interval",
+        original="nearest = (ends[0][1] <= ends[1][1])[:, None]",
+        replacement="nearest = True",
     ),
     _laws(
         what="an interval of the wrong level",

@@ -123,6 +123,15 @@ def test_no_step_of_a_fit_makes_it_worse(name):
     assert error == pytest.approx(((y - scaling_laws._value(law, x, theta)) ** 2).sum(1))
 
 
+def test_a_constant_that_vanished_in_the_fit_has_an_interval():
+    # The loss falls as if for ever; with noise, some of the draws bend.
+    points = ladder(lambda x: chinchilla(x, E=1e-9, α=0.2, A=6.0, β=0.2, B=15.0))
+    noise = np.random.default_rng(4).standard_normal(len(points)) * 0.006
+    points = [x._replace(loss=x.loss * exp(e)) for x, e in zip(points, noise, strict=True)]
+    E = Fit(LAWS["Chinchilla"], points).constants()["E"]
+    assert E.value < 1e-3 < 0.1 < E.high
+
+
 def test_the_best_ratio_has_the_least_loss_for_its_compute():
     fit = Fit(LAWS["Chinchilla"], ladder(chinchilla, np.random.default_rng(2)), draws=100)
     best = fit.best_ratio(1e13)
