@@ -19,6 +19,7 @@ Karpathy, nanochat, 2025. https://github.com/karpathy/nanochat
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from math import isfinite, log, sqrt
 from pathlib import Path
@@ -176,14 +177,19 @@ def shape(size: float) -> ModelConfig:
     )  # fmt: skip
 
 
+@cache
+def _parameters(model: ModelConfig) -> int:
+    return num_parameters(model)
+
+
 def hidden(model: ModelConfig) -> int:
     """Return the number of parameters without the embedding."""
-    return num_parameters(model) - model.vocab_size * model.d_model
+    return _parameters(model) - model.vocab_size * model.d_model
 
 
 def steps(model: ModelConfig, ratio: float) -> int:
     """Return the steps in which a model sees `ratio` tokens for each parameter."""
-    return max(LEAST_STEPS, round(ratio * num_parameters(model) / TOKENS_PER_STEP))
+    return max(LEAST_STEPS, round(ratio * _parameters(model) / TOKENS_PER_STEP))
 
 
 def trial(model: ModelConfig, ratio: float, seed: int, length: int | None = None) -> Trial:
@@ -216,7 +222,7 @@ def _affordable(
     rise = max(0.0, b - a) / (high - low)  # a step's seconds are linear in its FLOPs
 
     def seconds(model: ModelConfig) -> float:
-        return num_parameters(model) / TOKENS_PER_STEP * (
+        return _parameters(model) / TOKENS_PER_STEP * (
             a + rise * (flops_per_token(model) - low)
         )  # fmt: skip
 
@@ -227,7 +233,7 @@ def _affordable(
 def _point(model: ModelConfig, length: int, loss: float = float("nan")) -> Point:
     tokens = length * TOKENS_PER_STEP
     return Point(
-        num_parameters(model), hidden(model), tokens, flops_per_token(model) * tokens, loss
+        _parameters(model), hidden(model), tokens, flops_per_token(model) * tokens, loss
     )  # fmt: skip
 
 

@@ -110,8 +110,8 @@ MUTANTS = [
     ),
     _scaling(
         what="the embedding counts as hidden",
-        original="num_parameters(model) - model.vocab_size * model.d_model",
-        replacement="num_parameters(model)",
+        original="_parameters(model) - model.vocab_size * model.d_model",
+        replacement="_parameters(model)",
     ),
     _scaling(
         what="FLOPs of a token for those of the run",

@@ -78,20 +78,20 @@ def test_kaplans_constants_are_recovered(name, planted):
 
 @pytest.mark.parametrize("name", LAWS)
 def test_intervals_of_predictions_and_constants_cover_at_their_rate(name):
-    # 100 worlds: 50 and 95 hits, of standard deviations 5 and 2.2; three of them, and one more for
+    # 60 worlds: 30 and 57 hits, of standard deviations 3.9 and 1.7; three of them, and one more for
     # a curved law's intervals, which are not exact.
     planted = dict(zip(Fit(LAWS[name], ladder(FORMS[name]), draws=2).constants(),
                        FORMS[name].__defaults__, strict=True))  # fmt: skip
     last = list(planted)[-1]
     random, hits = np.random.default_rng(7), np.zeros(4)
-    for seed in range(100):
-        fit = Fit(LAWS[name], ladder(FORMS[name], random), draws=200, seed=seed)
+    for seed in range(60):
+        fit = Fit(LAWS[name], ladder(FORMS[name], random), draws=100, seed=seed)
         trained = FORMS[name](NEXT) * exp(0.005 * random.standard_normal())
         hits += [fit.predict(NEXT, level).holds(trained) for level in (0.5, 0.95)] + [
             fit.constants(level)[last].holds(planted[last]) for level in (0.5, 0.95)
         ]
-    assert all(30 <= x <= 70 for x in hits[::2]), hits
-    assert all(x >= 86 for x in hits[1::2]), hits
+    assert all(18 <= x <= 42 for x in hits[::2]), hits
+    assert all(x >= 50 for x in hits[1::2]), hits
 
 
 def test_the_interval_of_a_straight_law_is_students():
