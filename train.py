@@ -123,7 +123,8 @@ def train(
     if config.init_from is None:  # else the model's vocabulary may be larger than the tokenizer's
         shape = replace(shape, vocab_size=tokenizer.vocab_size)
     config = replace(config, model=shape)
-    if preset == "gpu" and device.type == "cuda" and ranks.size == 1 and not config.resume:
+    alone = device.type == "cuda" and ranks.size == 1
+    if preset == "gpu" and alone and not config.resume and config.depth is None:
         text = open_prepared(folder).manifest.splits["train"]
         rate = matrix_rate(device, config.compute.product_dtype(device))
         card = Card(rate, memory=free_memory(device))

@@ -29,6 +29,8 @@ VERBS = {
     "low_precision": ("runs.low_precision", "loss of training runs with low-precision weights"),
     "residual": ("runs.residual", "loss of training runs with a residual stream in bfloat16"),
     "ablate": ("runs.ablate", "what each of a list of changes does to a run's loss, over seeds"),
+    "scaling": ("runs.scaling", "a ladder of models, and the loss of the next size predicted"),
+    "tokens_to_loss": ("runs.tokens_to_loss", "tokens that Muon needs to AdamW's loss, both swept"),
     "characters": ("runs.characters", "the preset characters beside nanoGPT's recipe for a CPU"),
     "find_lr": ("runs.find_lr", "loss while the learning rate grows: where training breaks"),
     "trainer": ("runs.trainer", "train.py on a GPU: CUDA graphs, speed, precisions"),

@@ -22,6 +22,7 @@ from typing import Any, get_type_hints
 import torch
 import tyro
 
+from tritium.training.depth import deep, fit_to_depth
 from tritium.training.help import show_help
 from tritium.training.run import checkpoint
 from tritium.training.run.ranks import launcher
@@ -56,7 +57,7 @@ ALIASES = {
     "block-size": "model.max-seq-len", "seq-len": "model.max-seq-len",
     "sequence-length": "model.max-seq-len", "ctx": "model.max-seq-len",
     "layers": "model.n-layers", "n-layer": "model.n-layers", "num-layers": "model.n-layers",
-    "depth": "model.n-layers", "heads": "model.n-heads", "n-head": "model.n-heads",
+    "heads": "model.n-heads", "n-head": "model.n-heads",
     "num-heads": "model.n-heads", "kv-heads": "model.n-kv-heads", "width": "model.d-model",
     "n-embd": "model.d-model", "dim": "model.d-model", "hidden-size": "model.d-model",
     "ffn-dim": "model.d-ff",
@@ -97,8 +98,9 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
         raise SystemExit(0)
     given = _given(arguments)
     if given.get("init-from", ["None"]) != ["None"]:
-        shaping = ("tokenizer", "shape", *(x for x in settings() if x.startswith("model.")))
-        if wrong := [x for x in shaping if x in given and x != "model.max-seq-len"]:
+        shaping = {x for x in settings() if x.startswith("model.")} - {"model.max-seq-len"}
+        shaping |= {"tokenizer", "shape", "depth"}
+        if wrong := [x for x in given if x in shaping]:
             raise ConfigError(
                 f"--{wrong[0]} is that of the model which --init-from names; drop one of them"
             )
@@ -111,16 +113,31 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str, Path]:
             preset, usual = record["preset"], _recorded(record, run)
     if (shape := given.get("shape", ["None"])[0]) != "None":
         usual = usual.reshaped(shape)
+    depth = given.get("depth", ["None"])[0]
+    begun, usual = usual, _deepened(usual, depth, given)
     config = _converted(given, usual)
     lengths = {x.name for x in fields(Length)} & {name.replace("-", "_") for name in given}
     if lengths:
         only = {name: getattr(config.length, name) for name in lengths}
         config = replace(config, length=Length(**only))
+    if depth != "None":
+        config = fit_to_depth(config, begun, given)
     check(config, usual)
     if run is None:  # of its own even where others begin in the same second
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         run = RUNS / f"{preset}-{unique}"
     return config, preset, run
+
+
+def _deepened(usual: TrainConfig, depth: str, given: dict[str, list[str]]) -> TrainConfig:
+    """Return settings with the shape of a depth, the same ones for "None"."""
+    if depth == "None":
+        return usual
+    if given.get("shape", ["None"]) != ["None"]:
+        raise ConfigError("--depth and --shape each name a shape; drop one of them")
+    if given.get("resume", ["False"]) != ["False"]:
+        raise ConfigError("--depth is of a new run, and --resume has that of its run; drop --depth")
+    return replace(usual, model=deep(usual.model, int(depth)))
 
 
 def resume_command(run: Path) -> str:

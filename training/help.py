@@ -26,7 +26,7 @@ GROUPS = {
     "monitoring": ("eval_every", "eval_tokens", "stop_after", "log_every", "observing"),
     "recovery from bad steps": ("recovery",),
     "fine-tuning": ("init_from", "lora_rank", "lora_alpha", "lora_layers"),
-    "model": ("shape", "model"),
+    "model": ("depth", "shape", "model"),
 }
 """Fields of TrainConfig in each group of the help, by its title."""
 
@@ -40,7 +40,7 @@ USUAL = {
     "data", "text-field", "tokenizer", "packing", "seed",
     "out", "resume", "resume-anyway", "save-every", "keep-last", "keep-best",
     "eval-every", "stop-after", "log-every", "sample-every", "sample-prompt", "track",
-    "recovery", "init-from", "lora-rank", "lora-alpha", "lora-layers", "shape",
+    "recovery", "init-from", "lora-rank", "lora-alpha", "lora-layers", "depth", "shape",
     "model.vocab-size", "model.n-layers", "model.d-model", "model.n-heads", "model.n-kv-heads",
     "model.max-seq-len",
 }  # fmt: skip

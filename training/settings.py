@@ -107,6 +107,9 @@ class TrainConfig:
     """Monitoring of the run."""
     memory: Annotated[MemoryConfig, UNPREFIXED] = field(default_factory=MemoryConfig)
     """Memory: micro-batch size and activation checkpointing."""
+    depth: int | None = None
+    """Layers of a new run, from which follow width, heads, batch, learning rates, decay and length,
+    unless a flag sets them. None: all as in the preset."""
     shape: ShapeName | None = None
     """Shape of the model by name, with the preset's vocabulary and context. None: the preset's."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -138,7 +141,7 @@ FREE = {
     "data", "text_field", "tokenizer", "out", "resume", "resume_anyway", "saving", "eval_every",
     "stop_after", "log_every", "compute", "device", "threads", "parallel", "group_size",
     "observing", "memory", "length",
-    "shape",  # which the model's fields say
+    "depth", "shape",  # which the model's fields say
 }  # fmt: skip
 
 GPT2 = TrainConfig(

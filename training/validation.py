@@ -81,7 +81,8 @@ RANGES = {
     "layer_stats_every": _whole(0, STEPS), "sample_every": _whole(0, STEPS),
     "sample_tokens": _whole(0, 1_000_000), "micro_batch_size": _whole(1),
     "memory_gib": Range("be above 0", SMALLEST, 1e9),
-    # ModelConfig
+    # ModelConfig, and its depth alone
+    "depth": _whole(1, 10_000),
     "vocab_size": _whole(1), "n_layers": _whole(1, 10_000), "d_model": _whole(1, 2**20),
     "n_heads": _whole(1, 2**20), "n_kv_heads": _whole(1, 2**20), "d_ff": _whole(1, 2**24),
     "max_seq_len": _whole(1, 2**24), "rope_theta": Range("be at least 1", 1, LARGEST),

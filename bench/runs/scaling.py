@@ -1,0 +1,357 @@
+"""A ladder of models, and the loss of the next one predicted: `python -m tritium.bench scaling`.
+
+    python -m tritium.bench scaling --sizes 6e3 12e3 24e3 48e3 96e3 --minutes 10
+
+Every size is trained twice, on a quarter of its tokens and on all, which are as many for each
+parameter at every size. Laws of the loss (`scaling_laws`) are fitted to these runs, the loss of the
+next size is predicted and said, and only then is it trained. Whether the outcome is within the
+interval is judged by Chinchilla's form; the others are shown beside it.
+
+Runs are those of train.py's preset `characters` in float32 on one thread, tokens being bytes. Width
+grows with depth as in that preset. Its learning rates were chosen at one width and batch; here they
+are multiplied by the root of (its width / width), for hidden matrices by the spectral condition of
+Yang et al., for the rest as nanochat does it, and of (batch / its batch), as nanochat does it too.
+
+Yang et al., "A Spectral Condition for Feature Learning", 2023. https://arxiv.org/abs/2310.17813
+Karpathy, nanochat, 2025. https://github.com/karpathy/nanochat
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from math import isfinite, log, sqrt
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.table import Table
+
+from tritium.bench import tables
+from tritium.bench.harness import device_name
+from tritium.bench.runs._trials import Outcome, Trial, TrialError, run_all
+from tritium.bench.runs.scaling_laws import LAWS, Estimate, Fit, Point
+from tritium.model.config import ModelConfig
+from tritium.model.shapes import flops_per_token, num_parameters
+from tritium.training.settings import PRESETS
+
+RESULTS = "scaling"  # .md and .png, in the folder of results
+WIDTH = 130
+PRESET = PRESETS["characters"]
+VOCAB = 257  # bytes, and the end of a text
+CONTEXT, BATCH = 128, 4
+TOKENS_PER_STEP = CONTEXT * BATCH
+SHARES = 0.25, 1.0  # of the tokens that a size gets
+LEAST_SIZES = 5
+# A single layer cannot look up what followed a token before (Olsson et al., "In-context Learning
+# and Induction Heads", 2022, https://arxiv.org/abs/2209.11895): its losses are on another curve.
+LEAST_LAYERS = 2
+LEAST_STEPS = 10
+TRIED = 40  # steps of the two runs that measure the speed
+JUDGE = "Chinchilla"
+COMMON = (
+    "characters", "--threads", "1", "--device", "cpu", "--precision", "float32",
+    "--no-self-check", "--eval-every", "1000000", "--eval-tokens", "65536", "--log-every", "50",
+    "--batch-size", str(BATCH), "--model.max-seq-len", str(CONTEXT), "--model.vocab-size",
+    str(VOCAB),
+)  # fmt: skip
+
+
+def main(
+    sizes: tuple[float, ...] = (6e3, 12e3, 24e3, 48e3, 96e3),
+    predict: float | None = None,
+    minutes: float | None = None,
+    tokens_per_parameter: float | None = None,
+    seeds: int = 1,
+    data: Path | None = None,
+    flags: str = "",
+    out: Path = Path("runs/scaling"),
+    write: bool = False,
+) -> None:
+    """Train a ladder of sizes, fit laws of the loss, predict the next size's, and train that.
+
+    Args:
+        sizes: parameters without the embedding, growing; each gets the shape that is nearest.
+        predict: the size that is predicted. None: as far above the last as that is above the one
+            before.
+        minutes: length of all training steps together, by the speed of two short runs before them;
+            start-up and validations are not in it.
+        tokens_per_parameter: length of the runs instead; 20 if minutes are not given either, as
+            Hoffmann et al. found for tokens of several bytes.
+        seeds: runs of each size and length, from seed 0.
+        data: text file or folder. None: Python's standard library.
+        flags: flags of train.py for all runs.
+        out: folder of the runs; those that ended there are not run again.
+        write: keep table and picture as scaling.md and .png in the folder of results.
+    """
+    _check(sizes, predict, minutes, tokens_per_parameter, seeds)
+    predict = predict or sizes[-1] ** 2 / sizes[-2]
+    *ladder, last = (shape(size) for size in (*sizes, predict))
+    for smaller, larger in pairwise([*ladder, last]):
+        if hidden(larger) <= hidden(smaller):
+            raise SystemExit(
+                f"bench scaling: sizes must differ by more than the step between shapes; two have "
+                f"{hidden(larger):,} parameters, take them further apart"
+            )
+    given = [*COMMON, *([] if data is None else ["--data", str(data)]), *shlex.split(flags)]
+    try:
+        ratio = tokens_per_parameter or 20.0
+        if minutes is not None:
+            ratio = _affordable([*ladder, last], minutes, seeds, out, given)
+            print(f"{minutes:g} minutes are {ratio:.2f} tokens for each parameter.")
+        trials = [
+            trial(x, ratio * s, seed) for x in ladder for s in SHARES for seed in range(seeds)
+        ]
+        points = _points(trials, run_all(trials, out, given))
+        fits = fit(points, ratio)
+        expected = _point(last, steps(last, ratio))
+        predictions = {name: each.predict(expected) for name, each in fits.items()}
+        for name, value in predictions.items():
+            print(f"Predicted by {name}: {_interval(value)} nats per token")
+        trials = [trial(last, ratio, seed) for seed in range(seeds)]
+        outcomes = _points(trials, run_all(trials, out, given))
+    except TrialError as error:
+        raise SystemExit(f"bench scaling: {error}") from None
+    asked = [f"--sizes {' '.join(f'{x:g}' for x in sizes)} --predict {predict:g}"]
+    asked += [f"--minutes {minutes:g}"] if minutes else [f"--tokens-per-parameter {ratio:g}"]
+    asked += [f"--seeds {seeds}"] + ([f"--data {shlex.quote(str(data))}"] if data else [])
+    asked += [f"--flags {shlex.quote(flags)}"] if flags else []
+    lines = (
+        f"`python -m tritium.bench scaling {' '.join(asked)}`, torch {torch.__version__}, "
+        f"{device_name(torch.device('cpu'))}",
+        f"{len(sizes)} sizes on a quarter of {ratio:.3g} tokens (bytes) for each parameter and on "
+        "all of them, then the next size. Loss in nats per token of held-out text, which for "
+        "bytes is 1.44 bits per byte each. Intervals hold 95 %.",
+        verdict(predictions[JUDGE], [x.loss for x in outcomes]),
+        f"{JUDGE}'s form is least for that size's {expected.flops:.2e} FLOPs at "
+        "{:.3g} ({:.3g} to {:.3g}) tokens for each parameter.".format(
+            *fits[JUDGE].best_ratio(expected.flops)
+        ),
+    )
+    kept = tables.results() / f"{RESULTS}.md" if write else None
+    shown = _runs_table([*points, *outcomes], fits[JUDGE]), _laws_table(fits, predictions, outcomes)
+    tables.present(lines, *shown, width=WIDTH, write_to=kept)
+    picture = tables.results() / f"{RESULTS}.png" if write else out / f"{RESULTS}.png"
+    plot(points, outcomes, fits, predictions, picture)
+    print(f"Picture: {picture}")
+
+
+def _check(
+    sizes: Sequence[float], predict: float | None, minutes: float | None, ratio: float | None,
+    seeds: int,
+) -> None:  # fmt: skip
+    wrong = None
+    if len(sizes) < LEAST_SIZES or not all(a < b for a, b in pairwise((0, *sizes))):
+        wrong = f"--sizes must be {LEAST_SIZES} or more, growing, got {' '.join(map(str, sizes))}"
+    elif predict is not None and predict <= sizes[-1]:
+        wrong = f"--predict must be above the largest of --sizes, {sizes[-1]:g}, got {predict:g}"
+    elif minutes is not None and ratio is not None:
+        wrong = "--minutes and --tokens-per-parameter exclude each other; drop one"
+    elif minutes is not None and not 0 < minutes < float("inf"):
+        wrong = f"--minutes must be above 0, got {minutes:g}"
+    elif ratio is not None and not 0 < ratio < float("inf"):
+        wrong = f"--tokens-per-parameter must be above 0, got {ratio:g}"
+    elif seeds < 1:
+        wrong = f"--seeds must be at least 1, got {seeds}"
+    if wrong:
+        raise SystemExit(f"bench scaling: {wrong}")
+
+
+def shape(size: float) -> ModelConfig:
+    """Return the shape of about so many parameters without the embedding.
+
+    Its width is a multiple of 8 and about as many times its depth as that of the preset, with two
+    layers at least.
+    """
+    aspect = PRESET.model.d_model / PRESET.model.n_layers
+    layers = max(LEAST_LAYERS, round((size / (12 * aspect**2)) ** (1 / 3)))
+    width = 8 * max(2, round(sqrt(size / (12 * layers)) / 8))
+    heads = max(n for n in range(1, width // 16 + 1) if width % (2 * n) == 0)
+    return replace(
+        PRESET.model, vocab_size=VOCAB, n_layers=layers, d_model=width, n_heads=heads,
+        max_seq_len=CONTEXT,
+    )  # fmt: skip
+
+
+@cache
+def _parameters(model: ModelConfig) -> int:
+    return num_parameters(model)
+
+
+def hidden(model: ModelConfig) -> int:
+    """Return the number of parameters without the embedding."""
+    return _parameters(model) - model.vocab_size * model.d_model
+
+
+def steps(model: ModelConfig, ratio: float) -> int:
+    """Return the steps in which a model sees `ratio` tokens for each parameter."""
+    return max(LEAST_STEPS, round(ratio * _parameters(model) / TOKENS_PER_STEP))
+
+
+def trial(model: ModelConfig, ratio: float, seed: int, length: int | None = None) -> Trial:
+    """Return the run of a model over its tokens, or over `length` steps."""
+    length = length or steps(model, ratio)
+    usual = PRESET.batch_size * PRESET.model.max_seq_len
+    factor = sqrt(PRESET.model.d_model / model.d_model * TOKENS_PER_STEP / usual)
+    lr = factor * PRESET.schedule.learning_rate
+    muon = factor * (PRESET.optimizer.muon_learning_rate or PRESET.schedule.learning_rate)
+    flags = {
+        "model.d-model": model.d_model, "model.n-layers": model.n_layers,
+        "model.n-heads": model.n_heads, "max-steps": length,
+        "warmup-steps": min(PRESET.schedule.warmup_steps, length // 10),
+        "learning-rate": f"{lr:.3g}", "muon-learning-rate": f"{muon:.3g}",
+    }  # fmt: skip
+    given = tuple(word for name, x in flags.items() for word in (f"--{name}", str(x)))
+    return Trial(f"{model.n_layers} x {model.d_model}, {length} steps", given, seed)
+
+
+def _affordable(
+    models: Sequence[ModelConfig], minutes: float, seeds: int, out: Path, common: list[str]
+) -> float:
+    """Return the tokens per parameter for which all runs together take so many minutes."""
+    ends = models[0], models[-1]
+    tried = run_all([trial(x, 0, 0, TRIED) for x in ends], out, common)
+    (low, a), (high, b) = (
+        (flops_per_token(x), seconds.seconds / TRIED)
+        for x, seconds in zip(ends, tried, strict=True)
+    )
+    rise = max(0.0, b - a) / (high - low)  # a step's seconds are linear in its FLOPs
+
+    def seconds(model: ModelConfig) -> float:
+        return _parameters(model) / TOKENS_PER_STEP * (
+            a + rise * (flops_per_token(model) - low)
+        )  # fmt: skip
+
+    each = sum(SHARES) * sum(map(seconds, models[:-1])) + seconds(models[-1])
+    return 60 * minutes / (seeds * each)
+
+
+def _point(model: ModelConfig, length: int, loss: float = float("nan")) -> Point:
+    tokens = length * TOKENS_PER_STEP
+    return Point(
+        _parameters(model), hidden(model), tokens, flops_per_token(model) * tokens, loss
+    )  # fmt: skip
+
+
+def _points(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> list[Point]:
+    found = []
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        if not isfinite(outcome.val_loss):
+            raise TrialError(f"{outcome.name}, seed {outcome.seed}: diverged; lower its rates")
+        given = dict(zip(trial.arguments[::2], trial.arguments[1::2], strict=True))
+        model = replace(
+            PRESET.model, vocab_size=VOCAB, max_seq_len=CONTEXT,
+            **{x: int(given[f"--model.{x.replace('_', '-')}"])
+               for x in ("d_model", "n_layers", "n_heads")},
+        )  # fmt: skip
+        found.append(_point(model, int(given["--max-steps"]), outcome.val_loss))
+    return found
+
+
+def fit(points: Sequence[Point], ratio: float) -> dict[str, Fit]:
+    """Fit each law: that of compute to the runs that saw all of their tokens."""
+    longest = [x for x in points if x.tokens > ratio * x.parameters * sum(SHARES) / 2]
+    return {name: Fit(law, longest if name == "compute" else points) for name, law in LAWS.items()}
+
+
+def verdict(predicted: Estimate, losses: Sequence[float]) -> str:
+    """Return in a sentence whether what was trained is within its interval."""
+    got = ", ".join(f"{x:.4f}" for x in losses)
+    inside = sum(map(predicted.holds, losses))
+    whether = "within" if inside == len(losses) else "NOT within"
+    if 0 < inside < len(losses):
+        whether = f"{inside} of {len(losses)} within"
+    return (
+        f"{JUDGE}'s form predicted {_interval(predicted)} for the next size, unseen by the fit; "
+        f"trained: {got}, {whether} the interval."
+    )
+
+
+def _number(x: float) -> str:
+    """Return a constant; 0 for one that has vanished, whose logarithm has gone far down."""
+    return f"{x:.3g}" if abs(x) > 1e-6 else "0"
+
+
+def _interval(x: Estimate) -> str:
+    return f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})"
+
+
+def _runs_table(points: Sequence[Point], judge: Fit) -> Table:
+    table = Table("parameters", "without embedding", "tokens", "FLOPs", "loss",
+                  f"less {JUDGE}'s", "bits per byte")  # fmt: skip
+    for x in points:
+        table.add_row(
+            f"{x.parameters:,.0f}", f"{x.hidden:,.0f}", f"{x.tokens:,.0f}", f"{x.flops:.2e}",
+            f"{x.loss:.4f}", f"{x.loss - judge.predict(x).value:+.4f}", f"{x.loss / log(2):.4f}",
+        )  # fmt: skip
+    return table
+
+
+def _laws_table(
+    fits: dict[str, Fit], predictions: dict[str, Estimate], outcomes: Sequence[Point]
+) -> Table:
+    table = Table("law", "loss", "constants", "spread, %", "predicted", "trained", "within")
+    for name, each in fits.items():
+        constants = "; ".join(
+            "{} {} ({} to {})".format(k, *map(_number, x)) for k, x in each.constants().items()
+        )
+        inside = [predictions[name].holds(x.loss) for x in outcomes]
+        table.add_row(
+            name, each.law.formula, constants, f"{100 * each.spread:.2f}",
+            _interval(predictions[name]), ", ".join(f"{x.loss:.4f}" for x in outcomes),
+            ", ".join("yes" if x else "no" for x in inside),
+        )  # fmt: skip
+    return table
+
+
+def plot(
+    points: Sequence[Point], outcomes: Sequence[Point], fits: dict[str, Fit],
+    predictions: dict[str, Estimate], path: Path,
+) -> None:  # fmt: skip
+    """Draw loss against parameters, tokens and compute, the law's curves, and the prediction."""
+    panels = {"parameters": "parameters", "tokens": "training tokens (bytes)",
+              "flops": "training compute (FLOP)"}  # fmt: skip
+    every = [*points, *outcomes]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.3), sharey=True, layout="constrained")
+    expected = predictions[JUDGE]
+    for panel, (field, label) in zip(axes, panels.items(), strict=True):
+        for color, share in zip(("tab:blue", "tab:orange"), reversed(SHARES), strict=True):
+            runs = [x for x in every if _share(x, every) == share]
+            name = "all" if share == 1 else f"{share:g}"
+            curve = sorted((getattr(x, field), fits[JUDGE].predict(x).value) for x in runs)
+            panel.plot(*zip(*curve, strict=True), color=color, linewidth=1,
+                       label=f"{JUDGE}'s form, {name} of the tokens")  # fmt: skip
+            ladder = [x for x in runs if x in points]
+            panel.plot(
+                [getattr(x, field) for x in ladder], [x.loss for x in ladder], "o", color=color,
+                markersize=5, label=f"trained, {name} of the tokens",
+            )  # fmt: skip
+        at = getattr(outcomes[0], field)
+        panel.errorbar(
+            at, expected.value,
+            [[expected.value - expected.low], [expected.high - expected.value]], fmt="s",
+            color="0.4", markersize=5, capsize=4, label="predicted, 95 % interval",
+        )  # fmt: skip
+        panel.plot([at] * len(outcomes), [x.loss for x in outcomes], "*", color="tab:red",
+                   markersize=11, label="then trained")  # fmt: skip
+        panel.set(xscale="log", yscale="log", xlabel=label)
+        panel.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("held-out loss (nats per token)")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.suptitle(verdict(expected, [x.loss for x in outcomes]), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _share(point: Point, points: Sequence[Point]) -> float:
+    """Return the share of its size's tokens that a run saw."""
+    most = max(x.tokens for x in points if x.parameters == point.parameters)
+    return min(SHARES, key=lambda share: abs(share - point.tokens / most))
