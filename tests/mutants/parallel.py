@@ -155,6 +155,22 @@ MUTANTS = [
         original='with TemporaryDirectory(prefix="tritium-rank-") as own:',
         replacement='for own in [__import__("tempfile").mkdtemp(prefix="tritium-rank-")]:',
     ),
+    _ranks(
+        what="others kept waiting though torchrun has seen the cause",
+        original="if ranks.stopped_by not in TORCHRUN_SENDS:",
+        replacement="if True:",
+    ),
+    _ranks(
+        what="a lost rank taken for the cause",
+        original="if ranks.stopped_by not in TORCHRUN_SENDS:",
+        replacement="if ranks.stopped_by is None and False:",
+    ),
+    Mutant(
+        what="a signal of which the ranks hear nothing",
+        file="training/signals.py",
+        original="        self._ranks.stopped_by = self.name\n",
+        replacement="",
+    ),
     _saver(
         what="of a sharded model only the first part saved",
         original="if not self._ranks.first and not parts:",
