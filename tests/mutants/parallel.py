@@ -131,16 +131,6 @@ MUTANTS = [
         replacement="pass",
     ),
     _ranks(
-        what="the same random numbers on every rank",
-        original="(seed, step, self.rank)",
-        replacement="(seed, step, 0)",
-    ),
-    _ranks(
-        what="the same random numbers in every step",
-        original="(seed, step, self.rank)",
-        replacement="(seed, 0, self.rank)",
-    ),
-    _ranks(
         what="every rank prints",
         original="console.quiet = rank > 0",
         replacement="console.quiet = False",
@@ -154,22 +144,6 @@ MUTANTS = [
         what="a temporary folder left",
         original='with TemporaryDirectory(prefix="tritium-rank-") as own:',
         replacement='for own in [__import__("tempfile").mkdtemp(prefix="tritium-rank-")]:',
-    ),
-    _ranks(
-        what="others kept waiting though torchrun has seen the cause",
-        original="if ranks.stopped_by not in TORCHRUN_SENDS:",
-        replacement="if True:",
-    ),
-    _ranks(
-        what="a lost rank taken for the cause",
-        original="if ranks.stopped_by not in TORCHRUN_SENDS:",
-        replacement="if ranks.stopped_by is None and False:",
-    ),
-    Mutant(
-        what="a signal of which the ranks hear nothing",
-        file="training/signals.py",
-        original="        self._ranks.stopped_by = self.name\n",
-        replacement="",
     ),
     _saver(
         what="of a sharded model only the first part saved",

@@ -1,0 +1,57 @@
+"""Prove that ranks draw numbers of their own, and how long one stays that has lost another."""
+
+import os
+import signal
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tritium.training.run import ranks as ranks_module
+from tritium.training.run.ranks import SINGLE, LostRankError, Ranks
+from tritium.training.signals import StopRequest
+
+
+def test_ranks_draw_by_step_and_number():
+    drawn = set()
+    for rank in range(3):
+        for step in range(3):
+            Ranks(rank, 3).seed_step(1, step)
+            drawn.add(torch.rand(()).item())
+    assert len(drawn) == 9
+    state = torch.get_rng_state()
+    SINGLE.seed_step(1, 0)  # whose checkpoints hold the state
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("sent", "waits"), [(None, True), ("SIGUSR1", True), ("SIGTERM", False), ("SIGINT", False)]
+)
+def test_a_rank_that_lost_another_waits_until_torchrun_has_seen_the_cause(
+    sent, waits, monkeypatch, capsys
+):
+    # Whoever waits for this rank meanwhile has to wait as long, and so on from rank to rank.
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    for name, value in (environment | {"MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    slept = []
+    monkeypatch.setattr(ranks_module.time, "sleep", slept.append)
+
+    def lose():
+        with ranks_module.joined(torch.device("cpu")) as ranks, StopRequest(ranks):
+            if sent is not None:
+                os.kill(os.getpid(), signal.Signals[sent])
+            raise RuntimeError("Connection closed by peer [127.0.0.1]")
+
+    try:
+        with pytest.raises(LostRankError):
+            lose()
+    finally:
+        dist.destroy_process_group()
+    assert slept == [ranks_module.LINGER] * waits
+    lost = "train.py: rank 0: the connection to another rank is lost (Connection closed by peer"
+    assert lost in capsys.readouterr().err
