@@ -1,4 +1,4 @@
-"""Faults of ranks: the numbers that they draw, and how one ends that has lost another."""
+"""Faults of ranks: the numbers that they draw, and how one ends that fails or has lost another."""
 
 from functools import partial
 
@@ -32,5 +32,15 @@ MUTANTS = [
         file="training/signals.py",
         original="        self._ranks.stopped_by = self.name\n",
         replacement="",
+    ),
+    _ranks(
+        what="torchrun not told why a rank exits",
+        original="                Path(file).write_text(json.dumps(told))\n",
+        replacement="                del told\n",
+    ),
+    _ranks(
+        what="a lost rank told as the cause",
+        original="isinstance(cause, Exception) and not isinstance(cause, LostRankError) and file",
+        replacement="isinstance(cause, Exception) and file",
     ),
 ]

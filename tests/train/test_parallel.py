@@ -318,6 +318,9 @@ def test_only_the_first_rank_prints_and_writes(kind, results, folder):
     first, second = results[kind]
     assert first["out"].count(f"step {STEPS}/{STEPS}") == 1
     assert f"Parallel: {kind} on 2 ranks" in first["out"]
+    taken = {"ddp": "Each takes 2", "fsdp": "Each takes 2", "tp": "Each group takes 4"}[kind]
+    several = 2 if kind == "tp" else 1
+    assert f"{taken} of the 4 sequences of a batch, {several} at a time; speed" in first["out"]
     assert (second["out"], second["err"]) == ("", "")
     assert not list(folder.glob("tritium-rank-*"))
 

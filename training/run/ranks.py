@@ -6,6 +6,7 @@ for which nothing here communicates.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -186,12 +187,26 @@ def restarted() -> bool:
 
 
 def recorded(main: Callable[[], None]) -> Callable[[], None]:
-    """Return `main`; under torchrun one whose error torchrun repeats at its end."""
+    """Return `main`; under torchrun one whose error torchrun repeats at its end.
+
+    That is an exception that leaves it, or one for which it exits with a status; not a rank that
+    is gone, which torchrun names itself.
+    """
     if not launched():
         return main
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(main)  # type: ignore[return-value]
+    def explained() -> None:
+        try:
+            main()
+        except SystemExit as stop:
+            cause, file = stop.__context__, os.environ.get("TORCHELASTIC_ERROR_FILE")
+            if isinstance(cause, Exception) and not isinstance(cause, LostRankError) and file:
+                told = {"message": str(cause), "timestamp": int(time.time())}
+                Path(file).write_text(json.dumps(told))
+            raise
+
+    return record(explained)  # type: ignore[return-value]
 
 
 @contextmanager
