@@ -39,8 +39,8 @@ MUTANTS = [
         replacement="                del told\n",
     ),
     _ranks(
-        what="a lost rank told as the cause",
-        original="isinstance(cause, Exception) and not isinstance(cause, LostRankError) and file",
-        replacement="isinstance(cause, Exception) and file",
+        what="a lost rank told as the cause, after the interpreter's end",
+        original="            if isinstance(cause, LostRankError):\n",
+        replacement="            if False:\n",
     ),
 ]

@@ -190,7 +190,8 @@ def recorded(main: Callable[[], None]) -> Callable[[], None]:
     """Return `main`; under torchrun one whose error torchrun repeats at its end.
 
     That is an exception that leaves it, or one for which it exits with a status; not a rank that
-    is gone, which torchrun names itself.
+    is gone, which torchrun names itself. A process that lost another ends without the end of its
+    interpreter, for whose seconds others would wait, and which may wait for the lost one.
     """
     if not launched():
         return main
@@ -201,7 +202,11 @@ def recorded(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except SystemExit as stop:
             cause, file = stop.__context__, os.environ.get("TORCHELASTIC_ERROR_FILE")
-            if isinstance(cause, Exception) and not isinstance(cause, LostRankError) and file:
+            if isinstance(cause, LostRankError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(int(stop.code or 0))
+            if isinstance(cause, Exception) and file:
                 told = {"message": str(cause), "timestamp": int(time.time())}
                 Path(file).write_text(json.dumps(told))
             raise

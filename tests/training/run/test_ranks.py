@@ -60,12 +60,15 @@ def test_torchrun_is_told_why_a_rank_exits(error, status, told, launched, tmp_pa
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     monkeypatch.setattr(faulthandler, "enable", lambda **_: None)  # pytest's stays
+    cut = []  # statuses of ends without the interpreter's
+    monkeypatch.setattr(os, "_exit", lambda status: cut.append(status) or sys.exit(status))
     try:
         ranks_module.recorded(main)()
         ended = 0  # torch returns where the status is 0
     except SystemExit as stop:
         ended = stop.code
     assert ended == status
+    assert cut == [69] * isinstance(error, LostRankError)
     assert (json.loads(file.read_text())["message"] if file.exists() else None) == told
 
 
