@@ -26,7 +26,7 @@ NODE = {"hsdp": 2, "tp": 2}
 """Ranks of a node, or of a group of these modes; all ranks of the others share one."""
 RANKS = {"ddp": (1, 2, 4), "fsdp": (1, 2, 4), "hsdp": (4,), "tp": (2, 4)}
 """Numbers of ranks on which a mode is counted."""
-SETTINGS = ((1, "full"), (2, "none"), (2, "selective"))
+SETTINGS = ((1, "full"), (2, "none"))
 """Micro-batches and activation checkpointing."""
 WITHIN = 0.05  # of the peak: buffers whose order decides which are alive at once
 
