@@ -18,8 +18,10 @@ pytestmark = pytest.mark.usefixtures("references")
 )
 def test_a_step_on_two_ranks_is_predicted(mode, micro_batch, policy):
     # What is sent and kept is exact, the peak within 5 %: torch decides which of a block's buffers
-    # are alive at once.
+    # are alive at once. By references the loss of a whole head, of which a peak of tp is predicted,
+    # has all logits at once; that of a split head has a chunk.
     plan = check.predicted(mode, 2, micro_batch, policy)
     counts = check.counted(mode, 2, micro_batch, policy)
     assert {kind: counts.moved.get(kind, 0) for kind in KINDS} == pytest.approx(moved(plan))
-    assert check.Row(plan, counts).right, (plan.memory, counts)
+    row = check.Row(plan, counts)
+    assert row.exact if mode == "tp" else row.right, (plan.memory, counts)
