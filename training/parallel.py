@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tritium.kernels.roofline import quantity
 from tritium.model.shapes import num_parameters
 from tritium.model.transformer import Transformer
 from tritium.training import tensor_parallel
@@ -62,6 +63,7 @@ class Parallel:
         group_size: ranks of a group of "hsdp" or "tp".
         device: type of the device where the model is trained.
         reason: why "auto" has chosen the mode.
+        batch: sequences of a batch, and of a micro-batch, 0 for all; to be described.
 
     Attributes:
         ranks: as given.
@@ -71,10 +73,11 @@ class Parallel:
     """
 
     def __init__(
-        self, ranks: Ranks, mode: str, *, group_size: int = 0, device: str = "cpu", reason: str = ""
-    ):
+        self, ranks: Ranks, mode: str, *, group_size: int = 0, device: str = "cpu",
+        reason: str = "", batch: tuple[int, int] = (0, 0),
+    ):  # fmt: skip
         self.ranks, self.mode, self.data = ranks, mode, ranks
-        self._group_size, self._reason = group_size, reason
+        self._group_size, self._reason, self._batch = group_size, reason, batch
         self._wrapped: DistributedDataParallel | None = None
         self._gathers = False  # whether blocks are gathered
         self._mesh: DeviceMesh | None = None
@@ -90,10 +93,16 @@ class Parallel:
                 self.data = Ranks(ranks.rank // group_size, n_groups, own)
 
     def __str__(self) -> str:
-        """Describe it in a line."""
+        """Describe it in two lines."""
         groups = f", in groups of {self._group_size}" if self.mode in MESHES else ""
         unseen = "; no sample is drawn, of a model that no rank has" * (self.mode in SHARDED)
-        return f"Parallel: {self.mode} on {self.ranks.size} ranks{groups}{self._reason}{unseen}"
+        sequences, micro_batch = self._batch
+        own, each = sequences // self.data.size, " group" if self.mode == "tp" else ""
+        return (
+            f"Parallel: {self.mode} on {self.ranks.size} ranks{groups}{self._reason}{unseen}\n"
+            f"Each{each} takes {own:,} of the {sequences:,} sequences of a batch, "
+            f"{min(own, micro_batch or own):,} at a time; speed is that of all, memory of rank 0"
+        )
 
     @property
     def alone(self) -> bool:
@@ -244,7 +253,7 @@ def opened(config: TrainConfig, run: Path) -> Iterator[tuple[Path, Path, Paralle
             mode, reason = auto_mode(config, ranks, device)
         parallel = Parallel(
             ranks, mode, group_size=group_size_of(config, ranks.size), device=device.type,
-            reason=reason,
+            reason=reason, batch=(config.batch_size, int(config.memory.micro_batch_size or 0)),
         )  # fmt: skip
         with ranks.folder(run, resume=config.resume) as files:
             yield run, files, parallel
@@ -254,7 +263,7 @@ def auto_mode(config: TrainConfig, ranks: Ranks, device: torch.device) -> tuple[
     """Return what auto chooses on several ranks, and why: ddp if it fits, else fsdp."""
     each = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     needed, free = BYTES * num_parameters(config.model), free_memory(device) // each
-    said = f"{needed / 1e9:.2g} GB of float32 weights, gradients and two moments"
+    said = f"{quantity(needed, 'B')} of float32 weights, gradients and two moments"
     if not ranks.most(2 * needed > free):
         return "ddp", f" (auto: {said} fit in half of the free memory)"
     if (why := _obstacle(config, "fsdp", ranks.size)) is not None:

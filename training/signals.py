@@ -48,6 +48,7 @@ class StopRequest:
 
     def _note(self, number: int, _) -> None:
         self._number, self.name = number, signal.Signals(number).name
+        self._ranks.stopped_by = self.name
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if os.isatty(2):

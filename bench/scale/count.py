@@ -53,7 +53,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator, and note what it sends and makes."""
-        outputs = func(*args, **kwargs or {})
+        outputs = self._run(func, args, kwargs or {})
         if "c10d" in func.namespace:
             self._note(func, args, outputs)
         for x in tree_leaves(outputs):
@@ -62,6 +62,13 @@ class Meter(TorchDispatchMode):
                 self._storages[storage._cdata] = ref(storage)
         self.peak = max(self.peak, self._live())
         return outputs
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator; inside one of Tritium's, see what it calls."""
+        if func.namespace != "tritium":
+            return func(*args, **kwargs)
+        with self:
+            return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
 
     def _live(self) -> int:
         alive = {k: x for k, ref in self._storages.items() if (x := ref()) is not None}
@@ -101,7 +108,7 @@ class Counts:
 
 def count_step(
     config: ModelConfig, ranks: Ranks, mode: str, *, sequences: int, micro_batch: int,
-    policy: str = "none",
+    policy: str = "none", group_size: int = 0,
 ) -> Counts:  # fmt: skip
     """Train for three steps in float32 with AdamW on the ranks of the default group; count one.
 
@@ -109,16 +116,18 @@ def count_step(
         config: the model.
         ranks: this rank.
         mode: of `--parallel`.
-        sequences: of a step, on this rank.
+        sequences: of a step, on all ranks.
         micro_batch: sequences of a forward pass.
         policy: activation checkpointing.
+        group_size: ranks of a group of hsdp or tp.
     """
     with Meter() as meter:
         model = Transformer(config, activation_checkpointing=policy)
-        parallel = Parallel(ranks, mode)
+        parallel = Parallel(ranks, mode, group_size=group_size)
         parallel.wrap(model, Arithmetic(torch.float32, nullcontext()))
         optimizer = OptimizerConfig().make(model, learning_rate=1e-3)
-        batch = tuple(torch.randint(config.vocab_size, (2, sequences, config.max_seq_len)))
+        own = sequences // parallel.data.size
+        batch = tuple(torch.randint(config.vocab_size, (2, own, config.max_seq_len)))
         for _ in range(STEPS):
             meter.clear()
             accumulate_gradients(model, batch, micro_batch, nullcontext(), parallel)
@@ -143,7 +152,7 @@ def _nbytes(tensors: Iterable[Tensor | None]) -> int:
 
 def count_on_gloo(
     config: ModelConfig, mode: str, size: int, *, sequences: int, micro_batch: int,
-    policy: str = "none",
+    policy: str = "none", group_size: int = 0,
 ) -> Counts:  # fmt: skip
     """Count a step of rank 0, on that many processes of this machine.
 
@@ -154,6 +163,7 @@ def count_on_gloo(
         sequences: of a step, on all ranks.
         micro_batch: sequences of a forward pass.
         policy: activation checkpointing.
+        group_size: ranks of a group of hsdp or tp.
 
     Raises:
         RuntimeError: a rank failed.
@@ -163,7 +173,7 @@ def count_on_gloo(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    task = dict(sequences=sequences // size, micro_batch=micro_batch, policy=policy)
+    task = dict(sequences=sequences, micro_batch=micro_batch, policy=policy, group_size=group_size)
     processes = [
         context.Process(target=_rank, args=(results, port, rank, size, config, mode, task))
         for rank in range(size)

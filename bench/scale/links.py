@@ -119,7 +119,7 @@ def find_links(name: str) -> tuple[Device, Links]:
 def seconds(collective: Collective, links: Links) -> float:
     """Return the time of one call of a collective."""
     n, per_node = collective.group
-    if n == 1:
+    if n == 1 or not collective.times:
         return 0.0
     nodes = collective.group.nodes
     turns = 2 if collective.kind == "all-reduce" else 1

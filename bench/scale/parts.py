@@ -9,7 +9,10 @@
     hsdp   fsdp within a node; the parts of gradients are all-reduced over nodes (the same paper)
     tp     heads, features and vocabulary are split within a node, whose ranks read the same data;
            between nodes it is fsdp. A block all-reduces its activations twice forward and twice
-           backward (Shoeybi et al., "Megatron-LM", 2019. https://arxiv.org/abs/1909.08053)
+           backward (Shoeybi et al., "Megatron-LM", 2019. https://arxiv.org/abs/1909.08053), and
+           once more where it is recomputed, which ends before its last sum. The loss all-reduces
+           five statistics of every token, and each pass the gradients of norms of heads and of
+           biases of which a rank uses its own heads' or features' part
 
 Gradients are reduced in float32, in the last of a step's micro-batches; weights are gathered in the
 dtype of the products, in each micro-batch.
@@ -19,14 +22,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import cast
 
 import torch
 
 from tritium.bench.scale.links import Collective, Group
 from tritium.model import ModelConfig, Transformer
+from tritium.model.block import Block
 
 MODES = "ddp", "fsdp", "hsdp", "tp"
 REDUCED = 4  # bytes of an element of a gradient that is reduced
+STATISTICS = 5  # of a row of the loss: its maximum; sum, dot product, target's logit and spread
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,18 @@ def local_elements(config: ModelConfig, mesh: Mesh) -> int:
     return all_parts // mesh.shards
 
 
+@cache
+def summed(config: ModelConfig) -> tuple[int, ...]:
+    """Return the elements of a block's gradients that ranks of tp must add up."""
+    with torch.device("meta"):
+        block = cast(Block, Transformer(replace(config, n_layers=1)).blocks[0])
+    attention, feed_forward = block.attention, block.feed_forward
+    norms = (attention.query_norm, attention.key_norm)
+    weights = [norm.weight for norm in norms if norm is not None]
+    into = attention.query_key_value, getattr(feed_forward, feed_forward.into)
+    return tuple(p.numel() for p in (*weights, *(x.bias for x in into)) if p is not None)
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Collectives of a step, by what they overlap with. Scalars are left out."""
@@ -162,6 +180,10 @@ class Traffic:
     """Sums of the blocks' activations, which wait for it."""
     ends: Collective
     """Sums of the embedding, and of the gradient of the hidden states."""
+    statistics: Collective
+    """Maxima of the loss's rows over the classes of each rank, then sums."""
+    partial: Collective
+    """Gradients of what every rank has, and uses for its own heads or features."""
 
     def all(self) -> tuple[Collective, ...]:
         """Return those that communicate."""
@@ -174,7 +196,7 @@ class Traffic:
 
 def traffic(
     config: ModelConfig, mesh: Mesh, *, tokens: int, passes: int, width: int,
-    recomputed: float = 0.0,
+    recomputed: int = 0,
 ) -> Traffic:  # fmt: skip
     """Predict the collectives of a step.
 
@@ -184,13 +206,14 @@ def traffic(
         tokens: of a micro-batch.
         passes: micro-batches of a step, on each rank.
         width: bytes of an element that is multiplied: 2 or 4.
-        recomputed: share of the blocks' forward passes that the backward pass repeats.
+        recomputed: blocks of a micro-batch that the backward pass recomputes.
     """
     n, s = config.n_layers, mesh.shards
     root, block = (x.elements(s) for x in units(split_config(config, mesh.tensor)))
     shards, replicas, tensor = map(mesh.group, ("shards", "replicas", "tensor"))
     hidden = tokens * config.d_model
-    calls = round(n * (4 + 2 * recomputed)) * passes
+    partial = summed(config)
+    mean = sum(partial) * width // max(1, len(partial))
     return Traffic(
         gather_root=Collective("all-gather", root * width, shards, passes),
         gather_block=Collective("all-gather", block * width, shards, 2 * n * passes),
@@ -198,6 +221,8 @@ def traffic(
         scatter_block=Collective("reduce-scatter", block * REDUCED, shards, n),
         reduce_root=Collective("all-reduce", root // s * REDUCED, replicas),
         reduce_block=Collective("all-reduce", block // s * REDUCED, replicas, n),
-        activations=Collective("all-reduce", hidden * width, tensor, calls),
+        activations=Collective("all-reduce", hidden * width, tensor, (4 * n + recomputed) * passes),
         ends=Collective("all-reduce", hidden * (width + REDUCED) // 2, tensor, 2 * passes),
+        statistics=Collective("all-reduce", tokens * STATISTICS * REDUCED // 2, tensor, 2 * passes),
+        partial=Collective("all-reduce", mean, tensor, len(partial) * n * passes),
     )

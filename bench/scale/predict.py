@@ -99,12 +99,9 @@ class Plan:
     def traffic(self) -> Traffic:
         """Collectives of a step."""
         config = self.job.config
-        recomputed = 0.0
-        if self.policy != "selective":  # which keeps the products, and so their sums
-            recomputed = checkpointed(self.policy, config.n_layers) / config.n_layers
         return traffic(
             config, self.mesh, tokens=self.micro_batch * config.max_seq_len, passes=self.passes,
-            width=self.job.dtype.itemsize, recomputed=recomputed,
+            width=self.job.dtype.itemsize, recomputed=checkpointed(self.policy, config.n_layers),
         )  # fmt: skip
 
     @cached_property
@@ -194,7 +191,8 @@ class Plan:
         x = self.traffic
         each = {name: seconds(one, links) for name, one in vars(x).items()}
         total = sum(each[name] * one.times for name, one in vars(x).items())
-        exposed = each["activations"] * x.activations.times + each["ends"] * x.ends.times
+        waited = "activations", "ends", "statistics", "partial"
+        exposed = sum(each[name] * getattr(x, name).times for name in waited)
         if self.mesh.sharded:
             exposed += self._exposed_shards(each, forward, backward)
         elif self.mesh.replicas > 1:

@@ -18,6 +18,21 @@ MUTANTS = [
         original="block * REDUCED, shards, n)",
         replacement="block * REDUCED, shards, n * passes)",
     ),
+    _parts(
+        what="a recomputed block runs to its end",
+        original="(4 * n + recomputed) * passes",
+        replacement="(4 * n + 2 * recomputed) * passes",
+    ),
+    _parts(
+        what="four statistics of a token",
+        original="STATISTICS = 5",
+        replacement="STATISTICS = 4",
+    ),
+    _parts(
+        what="gradients of norms of heads forgotten",
+        original="tensor, len(partial) * n * passes)",
+        replacement="tensor, 0)",
+    ),
     _predict(
         what="DDP's buckets forgotten",
         original="buckets = REDUCED * (root + n * block)",

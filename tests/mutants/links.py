@@ -27,4 +27,14 @@ MUTANTS = [
         original="latency = LATENCY + turns * (",
         replacement="latency = LATENCY + 0 * (",
     ),
+    _links(
+        what="every step crosses the network",
+        original="(n - nodes) * WITHIN",
+        replacement="(n - nodes) * ACROSS",
+    ),
+    _links(
+        what="a collective that is not called",
+        original="if n == 1 or not collective.times:",
+        replacement="if n == 1:",
+    ),
 ]

@@ -131,16 +131,6 @@ MUTANTS = [
         replacement="pass",
     ),
     _ranks(
-        what="the same random numbers on every rank",
-        original="(seed, step, self.rank)",
-        replacement="(seed, step, 0)",
-    ),
-    _ranks(
-        what="the same random numbers in every step",
-        original="(seed, step, self.rank)",
-        replacement="(seed, 0, self.rank)",
-    ),
-    _ranks(
         what="every rank prints",
         original="console.quiet = rank > 0",
         replacement="console.quiet = False",

@@ -6,6 +6,7 @@ for which nothing here communicates.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -28,7 +29,8 @@ from tritium.training.run.run_folder import lock_folder
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 PATIENCE = timedelta(days=7)  # of ranks that wait for the first one to prepare data
-LINGER = 10.0  # seconds for which a rank that lost another waits for torchrun to end it
+LINGER = 10.0  # seconds for which a rank that lost another waits for torchrun to see the cause
+TORCHRUN_SENDS = "SIGTERM", "SIGINT"  # to the ranks, after one has failed or it was stopped
 LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket|gloo/transport|nccl|aborted", re.I
 )
@@ -55,10 +57,12 @@ class Ranks:
         rank: as given.
         size: as given.
         group: as given.
+        stopped_by: name of the signal that has asked this process to stop; None: none has.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None):
         self.rank, self.size, self.group = rank, size, group
+        self.stopped_by: str | None = None
         self._patient: Any = None
 
     @property
@@ -183,12 +187,31 @@ def restarted() -> bool:
 
 
 def recorded(main: Callable[[], None]) -> Callable[[], None]:
-    """Return `main`; under torchrun one whose error torchrun repeats at its end."""
+    """Return `main`; under torchrun one whose error torchrun repeats at its end.
+
+    That is an exception that leaves it, or one for which it exits with a status; not a rank that
+    is gone, which torchrun names itself. A process that lost another ends without the end of its
+    interpreter, for whose seconds others would wait, and which may wait for the lost one.
+    """
     if not launched():
         return main
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(main)  # type: ignore[return-value]
+    def explained() -> None:
+        try:
+            main()
+        except SystemExit as stop:
+            cause, file = stop.__context__, os.environ.get("TORCHELASTIC_ERROR_FILE")
+            if isinstance(cause, LostRankError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(int(stop.code or 0))
+            if isinstance(cause, Exception) and file:
+                told = {"message": str(cause), "timestamp": int(time.time())}
+                Path(file).write_text(json.dumps(told))
+            raise
+
+    return record(explained)  # type: ignore[return-value]
 
 
 @contextmanager
@@ -219,8 +242,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     store = _c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    ranks = Ranks(rank, size)
     try:
-        yield Ranks(rank, size)
+        yield ranks
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
@@ -230,7 +254,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             "one that failed first",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        time.sleep(LINGER)  # for torchrun to see the cause first, and not this
+        # Gloo wakes those that wait for a rank that ends, no others: whoever stays, holds them up.
+        if ranks.stopped_by not in TORCHRUN_SENDS:  # else torchrun has seen the cause
+            time.sleep(LINGER)
         raise LostRankError from error
     else:
         dist.destroy_process_group()

@@ -5,10 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritium.bench.scale.links import (
+    ACROSS,
     KINDS,
     LATENCY,
     LINKS,
     REACHED,
+    WITHIN,
     Collective,
     Group,
     find_links,
@@ -69,7 +71,15 @@ def test_a_collective_takes_its_bytes_at_the_slowest_link_and_its_steps(
     rate = H200.within if nodes == 1 else min(H200.within, per_node * H200.network)
     if per_node == 1:
         rate = H200.network
-    assert taken >= LATENCY + one.moved / 3 / (REACHED * rate)
+    steps = (2 if kind == "all-reduce" else 1) * (n - 1)
+    least, most = (LATENCY + steps * x + one.moved / 3 / (REACHED * rate) for x in (WITHIN, ACROSS))
+    if nodes == 1:
+        assert taken == pytest.approx(least, rel=1e-9)
+    elif per_node == 1:
+        assert taken == pytest.approx(most, rel=1e-9)
+    else:  # of each ring's steps, as many as there are nodes cross the network
+        assert least < taken < most
+    assert seconds(one._replace(times=0), H200) == 0
     # Twice the bytes take longer, but not twice as long: the steps are as many.
     twice = seconds(one._replace(bytes=2 * nbytes), H200)
     assert taken < twice < 2 * taken

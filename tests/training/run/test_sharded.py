@@ -110,13 +110,16 @@ def test_one_command_makes_it_whole(ranks, tmp_path):
     in_parts = read_model(path, Transformer).state_dict()
     with lock_folder(tmp_path, resume=True), pytest.raises(RunFolderError, match="is in use"):
         consolidate(tmp_path)
+    written = []
     for _ in range(2):  # the second time there is nothing to do
         assert consolidate(tmp_path) == path
+        written.append({x.name: (x.stat().st_ino, x.stat().st_mtime_ns) for x in path.iterdir()})
         after = read_record(path)
         assert sorted(x.name for x in path.iterdir()) == [*FILES, "state.json"]
         for file, tensors in zip(FILES, before, strict=True):
             assert_same(read_tensors(path, file, after), tensors)
         assert after | {"files": {}} == record | {"files": {}}
+    assert written[0] == written[1]
     assert_same(read_model(path, Transformer).state_dict(), in_parts)
     assert [x.name for x in (tmp_path / "checkpoints").iterdir()] == [path.name]
 
