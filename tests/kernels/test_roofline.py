@@ -74,6 +74,20 @@ def test_counts_bytes(op, dims, forward, backward, both):
         assert counted == (s * forward, s * backward, s * both)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teachers_classes_are_read_once_in_every_pass(dtype):
+    """What `linear_cross_entropy` moves, and for each class 8 bytes and a number in dtype."""
+    layer = {"T": 3, "D": 5, "V": 7, "dtype": dtype, "device": "A100"}
+    hard = explain("linear_cross_entropy", **layer)
+    named = explain("linear_topk_kl_div", **layer, K=2)
+    assert named.backward is not None
+    assert hard.backward is not None
+    for more, less in (
+        (named.forward, hard.forward), (named.backward, hard.backward), (named.both, hard.both)
+    ):  # fmt: skip
+        assert more.bytes - less.bytes == 3 * 2 * (8 + dtype.itemsize)
+
+
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 
 

@@ -1,4 +1,7 @@
-"""Prove which steps are captured, from what, and when anew; tests/train/test_gpu.py runs them."""
+"""Prove which steps are captured, from what, and when anew, on a stand-in for CUDA.
+
+The graphs of a GPU are in tests/kernels/optimizers/test_optimizer_cuda_graph.py.
+"""
 
 from contextlib import contextmanager
 
