@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import LENGTH, few, gpt2s, llamas, others, plain, qwens
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -81,6 +81,8 @@ def assert_equal_models(own, theirs, length=LENGTH):
 
 
 @given(gpt2s() | llamas() | qwens() | plain(), st.integers(1, LENGTH))
+@example(replace(TINY, activation="relu_squared"), LENGTH)
+@example(replace(TINY, activation="relu_squared", qk_norm=False, bias=True), LENGTH)
 @few
 def test_transformers_computes_the_same_from_what_is_written(config, length):
     if not config.qk_norm and not config.window and config.d_model % config.n_heads:
