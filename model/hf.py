@@ -1,4 +1,4 @@
-"""Tritium's operations inside transformers' Llama, Mistral, Qwen3 and GPT-2: `patch(model)`.
+"""Tritium's operations inside models of transformers, as Llama and GPT-2: `patch(model)`.
 
 What is replaced computes the same, rounded once where transformers rounds several times; in float32
 logits and gradients are equal to rounding. Weights, their names and `save_pretrained` stay. Tried
@@ -16,12 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from tritium.kernels import geglu, layer_norm, linear_cross_entropy, rms_norm, rope, swiglu
+from tritium.kernels import (
+    geglu,
+    layer_norm,
+    linear_cross_entropy,
+    relu_squared,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from tritium.model.native import ARCHITECTURES, GATES
 
-RMS_NORMS = "LlamaRMSNorm", "MistralRMSNorm", "Qwen3RMSNorm"
-MLPS = "LlamaMLP", "MistralMLP", "Qwen3MLP"
-ROTARY = "LlamaRotaryEmbedding", "MistralRotaryEmbedding", "Qwen3RotaryEmbedding"
+GATED = "LlamaMLP", "MistralMLP", "Qwen3MLP"
+PLAIN = "ArceeMLP", "ApertusMLP"
+RMS_NORMS = [name.replace("MLP", "RMSNorm") for name in GATED + PLAIN]
+ROTARY = [name.replace("MLP", "RotaryEmbedding") for name in GATED + PLAIN]
 ACTIVATIONS = {"swiglu": swiglu, "geglu": partial(geglu, approximate="tanh")}
 
 
@@ -36,10 +45,11 @@ def patch(
     """Let a model of transformers compute by Tritium's operations, and return it.
 
     Args:
-        model: a Llama, Mistral, Qwen3 or GPT-2 model, with a head or without; changed in place. A
-            second call changes nothing of what the first one did.
+        model: a Llama, Mistral, Qwen3, Arcee, Apertus or GPT-2 model, with a head or without;
+            changed in place. A second call changes nothing of what the first one did.
         norm: `rms_norm`, or `layer_norm` in GPT-2, for every norm.
-        activation: `swiglu` or `geglu` for the gated activation; GPT-2 has none.
+        activation: `swiglu` or `geglu` for the gated activation, `relu_squared` for ReLU²; GPT-2
+            has neither.
         rotary: `rope` for queries and keys. GPT-2 has learned positions.
         loss: where labels are given in training mode, `linear_cross_entropy` of the hidden states,
             in a model with a language model's head: the logits are never stored whole, and None is
@@ -65,8 +75,10 @@ def patch(
             module.forward = MethodType(_rms_norm, module)
         elif norm and kind == "gpt2" and type(module) is nn.LayerNorm:
             module.forward = MethodType(_layer_norm, module)
-        elif activation and name in MLPS and config.hidden_act in GATES:
+        elif activation and name in GATED and config.hidden_act in GATES:
             module.forward = MethodType(_gated, module)
+        elif activation and name in PLAIN and config.hidden_act == "relu2":
+            module.forward = MethodType(_squared, module)
         elif rotary and name in ROTARY and not hasattr(module, "_tritium"):
             vars(module)["_tritium"] = True
             _turn_by_rope(sys.modules[type(module).__module__])
@@ -88,6 +100,10 @@ def _layer_norm(self, input: Tensor) -> Tensor:
 def _gated(self, x: Tensor) -> Tensor:
     act = ACTIVATIONS[GATES[self.config.hidden_act]]
     return self.down_proj(act(self.gate_proj(x), self.up_proj(x)))
+
+
+def _squared(self, x: Tensor) -> Tensor:
+    return self.down_proj(relu_squared(self.up_proj(x)))
 
 
 # Functions of the class, not of the instance, which a copy of the model would share with it.

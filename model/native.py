@@ -5,6 +5,9 @@
     MistralForCausalLM the same with a sliding window in every layer, without biases
     Qwen3ForCausalLM   the same with normalised queries and keys, without biases; a window in all
                        layers, in all except every n-th, or in none
+    ArceeForCausalLM   Llama with a feed-forward layer without a gate, of ReLU² or GELU
+    ApertusForCausalLM the same with normalised queries and keys, without biases; that of xIELU,
+                       as published, is refused
 
 A config of another kind is refused in both directions, with the reason. Transformers has others
 with parallel blocks (GPT-NeoX and Cohere, with LayerNorm and rotary positions): not written here.
@@ -24,10 +27,30 @@ GATES: dict[str, Activation] = {
     "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
 }  # fmt: skip
 GELUS = "gelu_new", "gelu_pytorch_tanh"
+PLAIN: dict[str, Activation] = {"relu2": "relu_squared", **dict.fromkeys(GELUS, "gelu")}
+"""Activations without a gate, of Arcee and Apertus."""
+WRITTEN = {
+    "swiglu": "silu", "geglu": "gelu_pytorch_tanh", "gelu": "gelu_pytorch_tanh",
+    "relu_squared": "relu2",
+}  # fmt: skip
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "arcee": "ArceeForCausalLM", "apertus": "ApertusForCausalLM",
 }  # fmt: skip
+NORMALISES = "qwen3", "apertus"  # queries and keys
+ABSENT: dict[str, dict[str, object]] = {
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "arcee": {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "apertus": {
+        "hidden_act": "xielu", "max_position_embeddings": 65536, "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    },
+}  # fmt: skip
+"""Values that transformers takes for absent entries, where they are not Llama's."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 IGNORED = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 """Tensors of old files that are no weights."""
@@ -49,20 +72,23 @@ class Part(NamedTuple):
 
 
 def model_type(config: ModelConfig) -> str:
-    """Return the native architecture that holds a config: gpt2, llama, mistral or qwen3.
+    """Return the native architecture that holds a config, one of `ARCHITECTURES`.
 
     Raises:
         FormatError: there is none; the message names each field that is in the way.
     """
     windows = _windows(config)
-    kind = "gpt2" if config.positions == "learned" else "qwen3" if config.qk_norm else "llama"
-    if kind == "llama" and any(windows):
-        kind = "mistral"
+    if config.positions == "learned":
+        kind = "gpt2"
+    elif config.gated:
+        kind = "qwen3" if config.qk_norm else "mistral" if any(windows) else "llama"
+    else:
+        kind = "apertus" if config.qk_norm else "arcee"
     wanted = {
         "softcap": None, "attention_softcap": None, "parallel_blocks": False, "reversible": False,
         "norm": "layer" if kind == "gpt2" else "rms",
     }  # fmt: skip
-    if kind == "gpt2" and any(windows):
+    if kind in ("gpt2", "arcee", "apertus") and any(windows):
         wanted["window"] = None
     if kind == "mistral" and not all(windows):
         wanted["full_every"] = None
@@ -73,7 +99,7 @@ def model_type(config: ModelConfig) -> str:
         }  # fmt: skip
         if config.d_model % config.n_heads:
             wanted["n_heads"] = math.gcd(config.d_model, config.n_heads)
-    elif kind != "llama":
+    elif kind not in ("llama", "arcee"):
         wanted |= {"bias": False}
     fields = {"kv_heads": "n_kv_heads", "head_width": "d_head"}  # what a user sets
     wrong = [
@@ -81,9 +107,7 @@ def model_type(config: ModelConfig) -> str:
         for name, value in wanted.items()
         if getattr(config, name) != value
     ]
-    if kind != "gpt2" and not config.gated:
-        wrong.append(f"activation={config.activation!r} (it has 'swiglu' or 'geglu')")
-    if kind == "llama" and config.d_model % config.n_heads:
+    if kind in ("llama", "arcee") and config.d_model % config.n_heads:
         wrong.append(f"d_model={config.d_model} (it has a multiple of the {config.n_heads} heads)")
     if wrong:
         raise FormatError(
@@ -123,24 +147,27 @@ def config_to_native(config: ModelConfig, dtype: str = "float32", eot: int | Non
             "layer_norm_epsilon": config.norm_eps, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,
         }  # fmt: skip
-    gates = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
-    return common | _own_to_native(config, kind) | {
+    theta = ntk_theta(config.rope_theta, config.head_width, config.rope_scaling)
+    return common | _own_to_native(config, kind, theta) | {
         "max_position_embeddings": config.max_seq_len, "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.kv_heads, "head_dim": config.head_width,
-        "intermediate_size": config.feed_forward_width, "hidden_act": gates[config.activation],
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": ntk_theta(config.rope_theta, config.head_width, config.rope_scaling),
+        "intermediate_size": config.feed_forward_width, "hidden_act": WRITTEN[config.activation],
+        "rms_norm_eps": config.norm_eps, "rope_theta": theta,
         "rope_scaling": _scaling_to_native(config.rope_scaling), "attention_dropout": 0.0,
     }  # fmt: skip
 
 
-def _own_to_native(config: ModelConfig, kind: str) -> dict:
-    """Return the entries in which Llama, Mistral and Qwen3 differ."""
+def _own_to_native(config: ModelConfig, kind: str, theta: float) -> dict:
+    """Return the entries in which Llama and its kin differ."""
     if kind == "mistral":
         return {"sliding_window": config.window}
-    if kind == "llama":
+    if kind in ("llama", "arcee"):
         return {"attention_bias": config.bias, "mlp_bias": config.bias}
+    if kind == "apertus":  # which stretches positions, and never trains id 3, unless told
+        rope = {"rope_type": "default", "rope_theta": theta}
+        rope |= _scaling_to_native(config.rope_scaling) or {}
+        return {"attention_bias": False, "pad_token_id": None, "rope_parameters": rope}
     windows = _windows(config)
     types = {"layer_types": [SLIDING if windowed else FULL for windowed in windows]}
     return {"attention_bias": False, "use_sliding_window": any(windows)} | (
@@ -172,22 +199,23 @@ def config_from_native(given: dict) -> ModelConfig:
     kind = given.get("model_type")
     if kind not in ARCHITECTURES:
         raise FormatError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}")
-    return _gpt2(_Given(given)) if kind == "gpt2" else _llama(_Given(given), kind)
+    entries = _Given(given, ABSENT.get(kind, {}))
+    return _gpt2(entries) if kind == "gpt2" else _llama(entries, kind)
 
 
 class _Given:
     """The content of a config.json, whose entries are read or refused."""
 
-    def __init__(self, given: dict):
-        self._given = given
+    def __init__(self, given: dict, absent: dict):
+        self._given, self._absent = given, absent
 
     def __call__(self, name: str, *default):
-        value = self._given.get(name)
-        if value is None:
-            if not default:
-                raise FormatError(f"it has no {name}")
-            return default[0]
-        return value
+        for value in (self._given.get(name), self._absent.get(name), *default):
+            if value is not None:
+                return value
+        if not default:
+            raise FormatError(f"it has no {name}")
+        return None
 
     def is_null(self, name: str) -> bool:
         """Whether an entry is there and null."""
@@ -217,24 +245,25 @@ def _gpt2(given: _Given) -> ModelConfig:
 
 
 def _llama(given: _Given, kind: str) -> ModelConfig:
-    given.must_be("hidden_act", *GATES)
+    acts = PLAIN if kind in ("arcee", "apertus") else GATES
+    given.must_be("hidden_act", *acts)
     bias = given("attention_bias", False)
-    if kind == "llama":
+    if kind in ("llama", "arcee"):
         if given("mlp_bias", False) != bias:
             raise FormatError(f"attention_bias and mlp_bias must be alike, got {bias}, {not bias}")
     else:
         given.must_be("attention_bias", False)
     window, full_every = _window_from_native(given, kind)
-    heads, default = given("num_attention_heads"), 128 if kind == "qwen3" else None
-    groups, length = (8, 4096 * 32) if kind == "mistral" else (heads, 2048)
+    heads, act = given("num_attention_heads"), given("hidden_act", "silu")
+    groups = None if given.is_null("num_key_value_heads") else given("num_key_value_heads", heads)
     theta, scaling = _scaling_from_native(given)
     return ModelConfig(
         vocab_size=given("vocab_size"), n_layers=given("num_hidden_layers"),
         d_model=given("hidden_size"), n_heads=heads,
-        n_kv_heads=given("num_key_value_heads", groups), d_head=given("head_dim", default),
-        d_ff=given("intermediate_size"), max_seq_len=given("max_position_embeddings", length),
+        n_kv_heads=groups, d_head=given("head_dim", None),
+        d_ff=given("intermediate_size"), max_seq_len=given("max_position_embeddings", 2048),
         rope_theta=theta, rope_scaling=scaling, norm_eps=given("rms_norm_eps", 1e-6),
-        activation=GATES[given("hidden_act", "silu")], bias=bias, qk_norm=kind == "qwen3",
+        activation=acts[act], bias=bias, qk_norm=kind in NORMALISES,
         tie_embeddings=given("tie_word_embeddings", False), window=window, full_every=full_every,
     )  # fmt: skip
 
@@ -254,7 +283,7 @@ def _window_from_native(given: _Given, kind: str) -> tuple[int | None, int | Non
         return None, None
     every = types.index(FULL) + 1 if FULL in types else n + 1
     pattern = [SLIDING if (i + 1) % every else FULL for i in range(n)]
-    if kind != "llama" and types == pattern:
+    if kind in ("mistral", "qwen3") and types == pattern:
         return size, None if every > n else every
     raise FormatError(
         f"layer_types must be {SLIDING!r}, with {FULL!r} every so many layers, or all {FULL!r}, "
@@ -337,10 +366,17 @@ def _llama_layout(config: ModelConfig, model: str) -> Iterator[tuple[str, Part]]
         "feed_forward.gate_up": (("gate_proj", "up_proj"), (F, F)),
         "feed_forward.down": (("down_proj",), ()),
     }
+    if not config.gated:
+        layers["feed_forward.up"] = (("up_proj",), ())
+        del layers["feed_forward.gate_up"]
     norms = {
         "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
     }  # fmt: skip
-    if model == "qwen3":
+    if model == "apertus":
+        norms = {
+            "attention_norm": "attention_layernorm", "feed_forward_norm": "feedforward_layernorm",
+        }  # fmt: skip
+    if model in NORMALISES:
         norms |= {
             "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
         }  # fmt: skip

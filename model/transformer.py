@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         cls, dir_or_name: str | os.PathLike[str], *, device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None, **options: Any,
     ) -> Self:  # fmt: skip
-        """Read a GPT-2, Llama, Mistral or Qwen3 model in Hugging Face's layout, to be evaluated.
+        """Read a model in Hugging Face's layout, of `tritium.model.native`, to be evaluated.
 
         Args:
             dir_or_name: a folder with config.json and safetensors, in one file or several; or a
@@ -134,8 +134,8 @@ class Transformer(nn.Module):
     ) -> None:  # fmt: skip
         """Write a new folder in Hugging Face's layout, all of it or nothing.
 
-        It is that of GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM or Qwen3ForCausalLM of
-        transformers, whose logits are the same. GEGLU and biases are read by transformers, perhaps
+        It is that of GPT-2, Llama, Mistral, Qwen3, Arcee or Apertus in transformers, whose logits
+        are the same. GEGLU, biases and an Apertus without xIELU are read by transformers, perhaps
         not by others.
 
         Args:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,7 +17,7 @@ from rich.progress import track
 
 import tritium.bench
 from tritium.training.run.json_text import to_json
-from tritium.training.run.run_folder import read_lines
+from tritium.training.run.run_folder import RunFolderError, lock_folder, read_lines
 
 SCRIPT = Path(tritium.bench.__file__).parents[1] / "train.py"
 UNSEEN = "--no-keep-best", "--keep-last", "1", "--sample-tokens", "0"
@@ -57,19 +59,25 @@ class Outcome:
     """Tokens trained on."""
     seconds: float = nan
     """Seconds of the training steps."""
+    processor_seconds: float = nan
+    """Processor time of the whole run, its start and validation included."""
 
 
-def run_all(trials: Sequence[Trial], folder: Path, common: Iterable[str]) -> list[Outcome]:
+def run_all(
+    trials: Sequence[Trial], folder: Path, common: Iterable[str], *, only_ended: bool = False
+) -> list[Outcome]:
     """Run what `folder` does not hold yet, one after another, and return all outcomes.
 
     Args:
         trials: the runs; equal ones run once.
         folder: where their run folders go, and trials.jsonl, a line for each that ended. Called
-            again after a stop, those lines are not run again.
+            again after a stop, those lines are not run again; what a run left that was killed is
+            deleted, and the run made again.
         common: arguments of every run, in front of its own.
+        only_ended: run none, and return the outcomes that `folder` holds.
 
     Raises:
-        TrialError: train.py is not there, or refused its arguments.
+        TrialError: train.py is not there, or refused its arguments, or a run is in progress there.
     """
     if not SCRIPT.is_file():
         raise TrialError(f"{SCRIPT} is not there; run it in a checkout, which has train.py")
@@ -81,6 +89,8 @@ def run_all(trials: Sequence[Trial], folder: Path, common: Iterable[str]) -> lis
     for trial in trials:
         whole = Trial(trial.name, (*common, *trial.arguments), trial.seed)
         wanted[_key(whole)] = whole
+    if only_ended:
+        return [known[key] for key in wanted if key in known]
     left = [(key, trial) for key, trial in wanted.items() if key not in known]
     for key, trial in track(left, "runs", transient=True):
         known[key] = _run(trial, folder / f"{len(known)}-{_plain(trial.name)}-{trial.seed}")
@@ -107,6 +117,13 @@ def difference(changed: Sequence[float], unchanged: Sequence[float]) -> tuple[fl
 
 
 def _run(trial: Trial, run: Path) -> Outcome:
+    if run.exists():
+        try:
+            with lock_folder(run, resume=True):
+                shutil.rmtree(run)
+        except RunFolderError as error:
+            raise TrialError(str(error)) from None
+    before = _processor_seconds()
     command = [sys.executable, SCRIPT, *trial.arguments, "--seed", str(trial.seed), *UNSEEN]
     log = run.with_suffix(".txt")
     with log.open("w") as said:
@@ -123,7 +140,13 @@ def _run(trial: Trial, run: Path) -> Outcome:
     return Outcome(
         trial.name, trial.arguments, trial.seed, last["val_loss"], last["val_bits_per_byte"],
         last["tokens"], last["tokens"] / last["tokens_per_s_overall"],
+        _processor_seconds() - before,
     )  # fmt: skip
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that ended
+    return used.ru_utime + used.ru_stime
 
 
 def _outcome(line: dict) -> Outcome:

@@ -66,6 +66,7 @@ def main(
     minutes: float | None = None,
     flags: str = "",
     out: Path = Path("runs/ablations"),
+    ended: bool = False,
     write: bool = False,
 ) -> None:
     """Train with each change over several seeds and show what it does.
@@ -77,8 +78,9 @@ def main(
         seeds: runs of each, from seed 0; one shows no interval.
         steps: length of every run; the preset's if neither this nor minutes is given.
         minutes: the same by the clock, which a slower change pays for.
-        flags: flags of train.py for all runs.
+        flags: flags of train.py for all runs, behind an equals sign: --flags="--threads 1".
         out: folder of the runs; those that ended there are not run again.
+        ended: run none, show those that ended, each change with the seeds that it has.
         write: keep the table and the picture as ablations.md and .png in the folder of results.
     """
     if steps is not None and minutes is not None:
@@ -90,9 +92,11 @@ def main(
     length = length if minutes is None else ["--max-minutes", f"{minutes:g}"]
     trials = [Trial(name, given, seed) for seed in range(seeds) for name, given in chosen.items()]
     try:
-        outcomes = run_all(trials, out, [preset, *shlex.split(flags), *length])
+        outcomes = run_all(trials, out, [preset, *shlex.split(flags), *length], only_ended=ended)
     except TrialError as error:
         raise SystemExit(f"bench ablate: {error}") from None
+    if not any(outcome.name == AS_IT_IS for outcome in outcomes):
+        raise SystemExit(f"bench ablate: no run without a change has ended in {out}; drop --ended")
     table = effects(outcomes)
     asked = [*map(shlex.quote, changes), f"--preset {preset} --seeds {seeds}"]
     if steps is not None:
@@ -100,13 +104,16 @@ def main(
     if minutes is not None:
         asked.append(f"--minutes {minutes:g}")
     if flags:
-        asked.append(f"--flags {shlex.quote(flags)}")
+        asked.append(f"--flags={shlex.quote(flags)}")
+    if ended:
+        asked.append("--ended")
     command = " ".join(asked)
     lines = (
         f"`python -m tritium.bench ablate {command}`, torch {torch.__version__}, "
         f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}",
         "Effect: changed less unchanged, bits per byte of held-out text; below 0 is better. "
-        f"± is half of the 95 % interval of the mean over {seeds} seeds.",
+        "± is half of the 95 % interval of the mean over the seeds, each compared with its like "
+        "unchanged. The processor's seconds are those of a whole run.",
     )
     kept = tables.results() / f"{RESULTS}.md" if write else None
     tables.present(lines, table, width=WIDTH, write_to=kept)
@@ -135,13 +142,21 @@ def by_name(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return found
 
 
-def effects(outcomes: Sequence[Outcome]) -> Table:
-    """Return a row for each change, the best first."""
+def pairs(outcomes: Sequence[Outcome]) -> dict[str, tuple[list[Outcome], list[float]]]:
+    """Return the outcomes of each change, and the losses without it of the same seeds."""
     found = by_name(outcomes)
-    unchanged = [x.bits_per_byte for x in found[AS_IT_IS]]
-    table = Table("change", "bits per byte", "effect", "±", "tokens", "s", "shown")
+    unchanged = {x.seed: x.bits_per_byte for x in found[AS_IT_IS]}
+    both = {name: [x for x in each if x.seed in unchanged] for name, each in found.items()}
+    return {name: (each, [unchanged[x.seed] for x in each]) for name, each in both.items() if each}
+
+
+def effects(outcomes: Sequence[Outcome]) -> Table:
+    """Return a row for each change, the best first, over the seeds that unchanged runs have too."""
+    table = Table(
+        "change", "seeds", "bits per byte", "effect", "±", "tokens", "s", "processor s", "shown"
+    )
     rows = []
-    for name, each in found.items():
+    for name, (each, unchanged) in pairs(outcomes).items():
         losses = [x.bits_per_byte for x in each]
         effect, half = difference(losses, unchanged)
         shown = "yes" if abs(effect) > half else "no"
@@ -153,8 +168,10 @@ def effects(outcomes: Sequence[Outcome]) -> Table:
             cells = (f"{effect:+.4f}", "" if half == inf else f"{half:.4f}", shown)
         rows.append(
             (effect if isfinite(effect) else inf, (
-                name, f"{mean(losses):.4f}", *cells[:2], f"{mean(x.tokens for x in each):,.0f}",
-                f"{mean(x.seconds for x in each):.0f}", cells[2],
+                name, str(len(each)), f"{mean(losses):.4f}", *cells[:2],
+                f"{mean(x.tokens for x in each):,.0f}",
+                f"{mean(x.seconds for x in each):.0f}",
+                f"{mean(x.processor_seconds for x in each):.0f}", cells[2],
             ))
         )  # fmt: skip
     for _, cells in sorted(rows, key=lambda row: row[0]):
@@ -163,27 +180,30 @@ def effects(outcomes: Sequence[Outcome]) -> Table:
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw every effect with its interval, the best on top; changes that diverged are left out."""
-    found = by_name(outcomes)
-    unchanged = [x.bits_per_byte for x in found[AS_IT_IS]]
+    """Draw every effect with its interval, the best on top; changes that diverged are left out.
+
+    An effect of one seed has no interval and a hollow mark.
+    """
+    found = pairs(outcomes)
+    _, unchanged = found.pop(AS_IT_IS)
     rows = [
-        (*difference([x.bits_per_byte for x in each], unchanged), name)
-        for name, each in found.items()
-        if name != AS_IT_IS
+        (*difference([x.bits_per_byte for x in each], same), name)
+        for name, (each, same) in found.items()
     ]
     rows = sorted((row for row in rows if isfinite(row[0])), reverse=True)
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     for y, (effect, half, _) in enumerate(rows):
-        interval = half if isfinite(half) else 0.0
-        clear = abs(effect) > interval
-        color = "0.6" if not clear else "tab:blue" if effect < 0 else "tab:orange"
-        axes.errorbar(effect, y, xerr=interval, fmt="o", color=color, capsize=3)
+        color = "0.6" if abs(effect) <= half else "tab:blue" if effect < 0 else "tab:orange"
+        if isfinite(half):
+            axes.errorbar(effect, y, xerr=half, fmt="o", color=color, capsize=3)
+        else:
+            axes.plot(effect, y, "o", color=color, markerfacecolor="none")
     axes.axvline(0, color="0.3", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for *_, name in rows])
     axes.set(
         xlabel="changed less unchanged, bits per byte (left is better)",
         title=f"unchanged: {mean(unchanged):.4f} bits per byte, {len(unchanged)} seeds; "
-        "bars are 95 % intervals",
+        "bars: 95 % intervals; hollow: one seed",
     )
     axes.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Random configurations over all families, small enough to be compared number by number."""
 
 import os
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -61,6 +62,13 @@ def llamas(draw, qwen=False):
 
 def qwens():
     return llamas(qwen=True)
+
+
+@st.composite
+def plain(draw):
+    """Arcee's and Apertus' blocks: Llama's and Qwen3's without gate and windows."""
+    base, activation = draw(llamas() | qwens()), draw(st.sampled_from(["gelu", "relu_squared"]))
+    return replace(base, activation=activation, window=None, full_every=None)
 
 
 @st.composite

@@ -9,6 +9,8 @@ from families import few
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -37,6 +39,8 @@ CONFIGS = {
     ),
     "mistral": MistralConfig(**HEADS, head_dim=6, num_key_value_heads=2, sliding_window=3),
     "qwen3": Qwen3Config(**HEADS, head_dim=6, num_key_value_heads=1),
+    "arcee": ArceeConfig(**HEADS, num_key_value_heads=2),
+    "apertus": ApertusConfig(**HEADS, num_key_value_heads=1, hidden_act="relu2"),
     "gpt2": GPT2Config(vocab_size=37, n_positions=32, n_embd=12, n_layer=2, n_head=3),
 }  # fmt: skip
 SWITCHES = "norm", "activation", "rotary", "loss"
@@ -205,11 +209,12 @@ def recording(name, call, called):
     return recorded
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "apertus", "gpt2"])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_switch_brings_its_operation_alone(kind, switch, monkeypatch):
     called = set()
-    for name in ("rms_norm", "layer_norm", "swiglu", "rope", "linear_cross_entropy"):
+    norms, activations = ("rms_norm", "layer_norm"), ("swiglu", "relu_squared")
+    for name in (*norms, *activations, "rope", "linear_cross_entropy"):
         monkeypatch.setattr(hf, name, recording(name, getattr(hf, name), called))
     monkeypatch.setitem(hf.ACTIVATIONS, "swiglu", hf.swiglu)
     untouched = build(kind).train()
@@ -219,7 +224,8 @@ def test_each_switch_brings_its_operation_alone(kind, switch, monkeypatch):
     assert not called  # in a model beside it, of the same class
     model(tokens, labels=tokens)
     has = {
-        "norm": "layer_norm" if kind == "gpt2" else "rms_norm", "activation": "swiglu",
+        "norm": "layer_norm" if kind == "gpt2" else "rms_norm",
+        "activation": "relu_squared" if kind == "apertus" else "swiglu",
         "rotary": "rope", "loss": "linear_cross_entropy",
     }  # fmt: skip
     none = kind == "gpt2" and switch in ("activation", "rotary")
@@ -260,7 +266,7 @@ def test_once_more_changes_nothing_and_copies_stay_patched(tmp_path):
 
 def test_refuses_what_it_does_not_know():
     own = Transformer(ModelConfig(vocab_size=7, n_layers=1, d_model=8, n_heads=2))
-    with pytest.raises(TypeError, match="must be one of gpt2, llama, mistral, qwen3 of transf"):
+    with pytest.raises(TypeError, match="must be one of gpt2, llama, mistral, qwen3, arcee, "):
         patch(own)
     model = GPT2LMHeadModel(CONFIGS["gpt2"])
     model.loss_function = lambda *_, **__: 0

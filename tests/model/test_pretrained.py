@@ -3,17 +3,21 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import LENGTH, few, gpt2s, llamas, others, qwens
-from hypothesis import given
+from families import LENGTH, few, gpt2s, llamas, others, plain, qwens
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -24,7 +28,7 @@ from transformers import (
 
 from tritium.data import Tokenizer
 from tritium.model import ModelConfig, RopeScaling, Transformer
-from tritium.model.native import FormatError, config_to_native, model_type
+from tritium.model.native import FormatError, config_from_native, config_to_native, model_type
 from tritium.model.pretrained import INDEX, native_weights
 
 TINY = ModelConfig(vocab_size=40, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, max_seq_len=12)
@@ -76,7 +80,9 @@ def assert_equal_models(own, theirs, length=LENGTH):
         )
 
 
-@given(gpt2s() | llamas() | qwens(), st.integers(1, LENGTH))
+@given(gpt2s() | llamas() | qwens() | plain(), st.integers(1, LENGTH))
+@example(replace(TINY, activation="relu_squared"), LENGTH)
+@example(replace(TINY, activation="relu_squared", qk_norm=False, bias=True), LENGTH)
 @few
 def test_transformers_computes_the_same_from_what_is_written(config, length):
     if not config.qk_norm and not config.window and config.d_model % config.n_heads:
@@ -130,6 +136,12 @@ def foreign_configs():
     yield Qwen3Config(**small, **heads, **windows, max_window_layers=0)
     types = ["sliding_attention", "full_attention"]
     yield Qwen3Config(**small, **heads, **windows, layer_types=types)
+    yield ArceeConfig(**small, **heads, num_key_value_heads=2, head_dim=10)
+    yield ArceeConfig(**small, **heads, attention_bias=True, mlp_bias=True, hidden_act="gelu_new")
+    plain = dict(hidden_act="relu2", pad_token_id=None)  # whose embedding has no gradient
+    yield ApertusConfig(**small, **heads, **plain, num_key_value_heads=1)
+    rope = dict(rope_type="default", rope_theta=100.0)
+    yield ApertusConfig(**small, **heads, **plain, rope_parameters=rope)
 
 
 @pytest.mark.parametrize("config", [*foreign_configs()], ids=lambda c: c.model_type)
@@ -144,6 +156,18 @@ def test_reads_what_transformers_writes(config, shards, tmp_path):
     own = Transformer.from_pretrained(tmp_path)
     assert not own.training
     assert_equal_models(own, theirs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "arcee", "apertus"])
+def test_an_absent_entry_is_what_transformers_takes_for_it(kind):
+    sizes = dict(vocab_size=37, hidden_size=64, num_attention_heads=32, num_hidden_layers=2)
+    given = {"model_type": kind, "intermediate_size": 20, **sizes}
+    if kind == "apertus":
+        assert AutoConfig.for_model(**given).hidden_act == "xielu"
+        given["hidden_act"] = "relu2"
+    own, theirs = map(config_from_native, (given, AutoConfig.for_model(**given).to_dict()))
+    assert own == replace(theirs, d_head=own.d_head)
+    assert own.head_width == theirs.head_width
 
 
 @pytest.mark.parametrize("config", [TINY, GPT2], ids=["qwen3", "gpt2"])
@@ -232,7 +256,15 @@ def test_what_no_architecture_holds_is_refused_before_anything_is_written(config
         ),
         (dict(positions="learned", window=4), r"window=4 \(it has None\)"),
         (dict(norm="layer"), "norm='layer' .it has 'rms'"),
-        (dict(activation="relu_squared"), "activation='relu_squared'"),
+        (
+            dict(activation="relu_squared", window=4),
+            "ApertusForCausalLM comes nearest, except for window=4",
+        ),
+        (dict(activation="gelu", bias=True), "ApertusForCausalLM comes nearest, except for bias="),
+        (
+            dict(activation="relu_squared", qk_norm=False, window=4),
+            "ArceeForCausalLM comes nearest, except for window=4",
+        ),
         (dict(bias=True), "bias=True .it has False"),
         (dict(positions="learned"), "GPT2LMHeadModel comes nearest, except for norm='rms'"),
         (dict(d_head=6, qk_norm=False, d_model=18), r"d_model=18 \(it has a multiple of the 4"),
@@ -271,7 +303,7 @@ DAMAGES = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), "must hold an object, got a list"),
     "other": (
         lambda f: rewritten(f, model_type="mamba"),
-        "config.json: model_type must be one of gpt2, llama, mistral, qwen3, got 'mamba'",
+        "config.json: model_type must be one of gpt2, llama, mistral, qwen3, arcee, apertus, got",
     ),
     "no width": (lambda f: rewritten(f, hidden_size="absent"), "it has no hidden_size"),
     "a wrong size": (lambda f: rewritten(f, hidden_size="16"), "d_model must be a whole number"),
@@ -283,6 +315,10 @@ DAMAGES = {
         "layer_types must be 'sliding_attention', with 'full_attention' every so many layers, or",
     ),
     "activation": (lambda f: rewritten(f, hidden_act="relu"), "hidden_act must be 'silu' or"),
+    "xIELU": (
+        lambda f: rewritten(f, model_type="apertus", hidden_act="absent"),
+        "hidden_act must be 'relu2' or 'gelu_new' or 'gelu_pytorch_tanh' for this model, got 'xi",
+    ),
     "rope": (
         lambda f: rewritten(f, rope_scaling={"rope_type": "longrope"}),
         "rope_type must be default, linear, dynamic, llama3 or yarn, got 'longrope'",

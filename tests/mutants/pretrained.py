@@ -93,6 +93,46 @@ MUTANTS = [
         original='        wanted |= {"bias": False}\n',
         replacement="        pass\n",
     ),
+    _native(
+        what="an Apertus whose positions are stretched as published",
+        original='"pad_token_id": None, "rope_parameters": rope}',
+        replacement='"pad_token_id": None}',
+    ),
+    _native(
+        what="an Apertus that never trains the embedding of id 3",
+        original='"pad_token_id": None, "rope_parameters": rope}',
+        replacement='"rope_parameters": rope}',
+    ),
+    _native(
+        what="the norms of an Apertus change places",
+        original='"attention_layernorm", "feed_forward_norm": "feedforward_layernorm"',
+        replacement='"feedforward_layernorm", "feed_forward_norm": "attention_layernorm"',
+    ),
+    _native(
+        what="ReLU² without the square",
+        original='"relu_squared": "relu2",',
+        replacement='"relu_squared": "relu",',
+    ),
+    _native(
+        what="a window of an Apertus is exported as none",
+        original='if kind in ("gpt2", "arcee", "apertus") and any(windows):',
+        replacement='if kind == "gpt2" and any(windows):',
+    ),
+    _native(
+        what="biases of an Arcee are exported as none",
+        original='    if kind in ("llama", "arcee"):\n        return',
+        replacement='    if kind == "llama":\n        return',
+    ),
+    _native(
+        what="an absent epsilon of an Apertus is Llama's",
+        original='"max_position_embeddings": 65536, "rms_norm_eps": 1e-5,',
+        replacement='"max_position_embeddings": 65536,',
+    ),
+    _native(
+        what="an Apertus that says no activation is one of ReLU²",
+        original='"hidden_act": "xielu", ',
+        replacement="",
+    ),
     _pretrained(
         what="head and embedding are not tied again",
         original="if config.tie_embeddings:  # two tensors",

@@ -1,11 +1,13 @@
 """Ablations: effects and intervals of made-up runs, and runs of train.py that are made once."""
 
+import shlex
 from math import inf, nan
 
 import pytest
 
 from tritium.bench.runs import _trials, ablate
 from tritium.bench.runs._trials import Outcome, Trial, TrialError, difference, run_all
+from tritium.training.run.run_folder import lock_folder
 
 
 @pytest.fixture
@@ -47,16 +49,44 @@ def test_the_best_change_comes_first_and_what_diverged_last(tmp_path):
     assert (tmp_path / "effects.png").stat().st_size > 1000
 
 
+def test_seeds_that_ended_are_compared_with_the_same_seeds():
+    made = outcomes(unchanged=(2.0, 3.0, 5.0), all=(1.9, 2.9, 4.9), less=(1.0, 2.1))
+    table = ablate.effects([x for x in made if (x.name, x.seed) != ("less", 0)])
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [(row[0], row[1], row[3], row[4], row[-1]) for row in rows] == [
+        ("less", "1", "-0.9000", "", "no"),
+        ("all", "3", "-0.1000", "0.0000", "yes"),
+        ("unchanged", "3", "", "", ""),
+    ]
+    without = ablate.pairs([x for x in made if (x.name, x.seed) != ("unchanged", 0)])
+    held = {name: len(each) for name, (each, _) in without.items()}
+    assert held == {"unchanged": 2, "all": 2, "less": 1}
+
+
 def test_runs_are_made_once_and_their_ends_are_kept(corpus, tmp_path, monkeypatch):
+    killed = tmp_path / "runs" / "0-as-it-is-0"
+    killed.mkdir(parents=True)
+    (killed / "log.jsonl").write_text('{"step": 1, "val_loss": 9.0}\n{"st')
     common = ["tiny", "--max-steps", "2", "--data", str(corpus)]
     trials = [Trial("as it is", (), 0), Trial("wide [b]/*", ("--model.d-model", "32"), 0)]
     first = run_all(trials, tmp_path / "runs", common)
     assert [x.name for x in first] == ["as it is", "wide [b]/*"]
     assert first[0].bits_per_byte != first[1].bits_per_byte
     assert all(x.tokens == 2 * 4 * 64 and 1 < x.bits_per_byte < 20 for x in first)
+    assert all(0.5 < x.processor_seconds < 100 for x in first)  # as the start alone takes
 
     monkeypatch.setattr(_trials, "_run", lambda *_: pytest.fail("it was run again"))
     assert run_all(trials, tmp_path / "runs", common) == first
+    trials.append(Trial("not yet", ("--seed", "3"), 0))
+    assert run_all(trials, tmp_path / "runs", common, only_ended=True) == first
+
+
+def test_a_run_in_progress_is_left_alone(tmp_path):
+    with lock_folder(tmp_path / "0-as-it-is-0", resume=False) as run:
+        (run / "log.jsonl").touch()
+        with pytest.raises(TrialError, match="is in use by process"):
+            run_all([Trial("as it is", (), 0)], tmp_path, ["tiny"])
+        assert (run / "log.jsonl").exists()
 
 
 def test_what_train_py_refuses_is_said(corpus, tmp_path):
@@ -83,6 +113,9 @@ def test_the_verb_trains_and_shows(corpus, tmp_path, capsys):
     )  # fmt: skip
     said = capsys.readouterr().out
     assert "narrow" in said
+    assert "--flags=" + shlex.quote(f"--data '{corpus}'") in said  # else it takes them for its own
     assert (tmp_path / "out" / "ablations.png").exists()
+    with pytest.raises(SystemExit, match=r"no run without a change has ended in .*drop --ended"):
+        ablate.main(out=tmp_path / "none", ended=True)
     with pytest.raises(SystemExit, match="no change 'wider'"):
         ablate.main(("wider",))
