@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from tritium.kernels import _packed_rows, runtime
+from tritium.kernels import runtime
 from tritium.kernels.launcher import Launcher
 from tritium.model import ModelConfig, Transformer, block, transformer
 from tritium.training.optim import OptimizerConfig
@@ -134,7 +134,7 @@ def recorded() -> Iterator[Recorder]:
         mock.patch.object(block, "float32_on_cpu", lambda x: x),
         mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
         mock.patch.object(transformer, "multiplied_dtype", return_value=torch.bfloat16),
-        mock.patch.object(_packed_rows, "keeps_rows", return_value=False),  # asks the driver
+        mock.patch("tritium.kernels._packed_rows.keeps_rows", return_value=False),  # asks a driver
         # It is dispatched, below where this mode sees anything.
         mock.patch.object(EMBEDDINGS, "_backward_into", EMBEDDINGS._launch_sums),
         mock.patch.object(torch.Tensor, "backward", in_backward),

@@ -27,17 +27,17 @@ class Lowered:
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
-        """How often each operator of Tritium is called."""
+        """Calls of each operator of Tritium."""
         self.seconds = 0.0
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        ours = [
+        own = [
             node.target for node in module.graph.nodes
             if getattr(node.target, "namespace", None) == "tritium"
         ]  # fmt: skip
-        for op in ours:
+        for op in own:
             self.calls[op.name()] = self.calls.get(op.name(), 0) + 1
-        unknown = {op.name() for op in ours if op not in lowerings}
+        unknown = {op.name() for op in own if op not in lowerings}
         assert not unknown, f"Inductor knows no lowering of {unknown}; older ones would never end"
         start = time.thread_time()
         graph = GraphLowering(module)
