@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tritium.model.config import Activation, ModelConfig, RopeScaling
 from tritium.model.rotary import ntk_theta
@@ -209,7 +209,7 @@ class _Given:
     def __init__(self, given: dict, absent: dict):
         self._given, self._absent = given, absent
 
-    def __call__(self, name: str, *default):
+    def __call__(self, name: str, *default: Any) -> Any:
         for value in (self._given.get(name), self._absent.get(name), *default):
             if value is not None:
                 return value

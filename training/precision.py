@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -128,15 +128,16 @@ def deterministic() -> Iterator[None]:
     """
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    setting: Any = torch.utils.deterministic  # whose module has the attribute without saying so
+    fills = setting.fill_uninitialized_memory
     workspace = os.environ.get(WORKSPACE)
     os.environ.setdefault(WORKSPACE, ":4096:8")  # as cuBLAS wants it, or it raises
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setting.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        setting.fill_uninitialized_memory = fills
         if workspace is None:
             del os.environ[WORKSPACE]
