@@ -81,7 +81,7 @@ class Law:
 
     @property
     def free(self) -> np.ndarray:
-        """The names of those of c, p and q that are fitted."""
+        """Mask of those of c, p and q that are fitted."""
         slopes = [name is not None for name in self.terms]
         slopes[-1] &= self.slope is None
         return np.array([True] * len(self.terms) + slopes + [self.q is None])
