@@ -31,13 +31,13 @@ class Lowered:
         self.seconds = 0.0
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        ours = [
+        called = [
             node.target for node in module.graph.nodes
             if getattr(node.target, "namespace", None) == "tritium"
         ]  # fmt: skip
-        for op in ours:
+        for op in called:
             self.calls[op.name()] = self.calls.get(op.name(), 0) + 1
-        unknown = {op.name() for op in ours if op not in lowerings}
+        unknown = {op.name() for op in called if op not in lowerings}
         assert not unknown, f"Inductor knows no lowering of {unknown}; older ones would never end"
         start = time.thread_time()
         graph = GraphLowering(module)
