@@ -27,7 +27,7 @@ class Lowered:
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
-        """How often each operator of Tritium is called."""
+        """Number of calls of each operator of Tritium."""
         self.seconds = 0.0
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
