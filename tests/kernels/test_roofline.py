@@ -76,7 +76,7 @@ def test_counts_bytes(op, dims, forward, backward, both):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teachers_classes_are_read_once_in_every_pass(dtype):
-    """Bytes are those of `linear_cross_entropy`, and for each class 8 and a number in dtype."""
+    """The bytes of `linear_cross_entropy`, and for each class 8 and a number in dtype."""
     layer = {"T": 3, "D": 5, "V": 7, "dtype": dtype, "device": "A100"}
     hard = explain("linear_cross_entropy", **layer)
     named = explain("linear_topk_kl_div", **layer, K=2)

@@ -27,17 +27,17 @@ class Lowered:
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
-        """Calls of each operator of Tritium."""
+        """Number of calls of each operator of Tritium."""
         self.seconds = 0.0
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        own = [
+        called = [
             node.target for node in module.graph.nodes
             if getattr(node.target, "namespace", None) == "tritium"
         ]  # fmt: skip
-        for op in own:
+        for op in called:
             self.calls[op.name()] = self.calls.get(op.name(), 0) + 1
-        unknown = {op.name() for op in own if op not in lowerings}
+        unknown = {op.name() for op in called if op not in lowerings}
         assert not unknown, f"Inductor knows no lowering of {unknown}; older ones would never end"
         start = time.thread_time()
         graph = GraphLowering(module)

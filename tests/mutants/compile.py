@@ -8,7 +8,7 @@ _runtime = partial(Mutant, file="kernels/runtime.py")
 
 MUTANTS = [
     _runtime(
-        what="Inductor knows of no operator",
+        what="no operator registered with Inductor",
         original="        _register_lowering(overload)\n",
         replacement="",
     ),
@@ -18,7 +18,7 @@ MUTANTS = [
         replacement="or is_compiling():",
     ),
     _runtime(
-        what="an operator that Inductor knows the backward of alone",
+        what="only backward operators registered with Inductor",
         original="lowering is None or op in lowering.lowerings:",
         replacement='lowering is None or op in lowering.lowerings or "forward" in str(op):',
     ),
