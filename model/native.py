@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tritium.model.config import Activation, ModelConfig, RopeScaling
 from tritium.model.rotary import ntk_theta
@@ -38,7 +38,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM", "arcee": "ArceeForCausalLM", "apertus": "ApertusForCausalLM",
 }  # fmt: skip
 NORMALISES = "qwen3", "apertus"  # queries and keys
-ABSENT: dict[str, dict[str, object]] = {
+ABSENT: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32},
     "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768},
     "arcee": {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
@@ -209,7 +209,7 @@ class _Given:
     def __init__(self, given: dict, absent: dict):
         self._given, self._absent = given, absent
 
-    def __call__(self, name: str, *default):
+    def __call__(self, name: str, *default: Any) -> Any:
         for value in (self._given.get(name), self._absent.get(name), *default):
             if value is not None:
                 return value

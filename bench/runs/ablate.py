@@ -186,11 +186,12 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """
     found = pairs(outcomes)
     _, unchanged = found.pop(AS_IT_IS)
-    rows = [
-        (*difference([x.bits_per_byte for x in each], same), name)
-        for name, (each, same) in found.items()
-    ]
-    rows = sorted((row for row in rows if isfinite(row[0])), reverse=True)
+    rows = []
+    for name, (each, same) in found.items():
+        effect, half = difference([x.bits_per_byte for x in each], same)
+        if isfinite(effect):
+            rows.append((effect, half, name))
+    rows.sort(reverse=True)
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     for y, (effect, half, _) in enumerate(rows):
         color = "0.6" if abs(effect) <= half else "tab:blue" if effect < 0 else "tab:orange"
