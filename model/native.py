@@ -38,7 +38,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM", "arcee": "ArceeForCausalLM", "apertus": "ApertusForCausalLM",
 }  # fmt: skip
 NORMALISES = "qwen3", "apertus"  # queries and keys
-ABSENT: dict[str, dict[str, object]] = {
+ABSENT: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32},
     "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768},
     "arcee": {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},

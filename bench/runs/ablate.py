@@ -112,8 +112,8 @@ def main(
         f"`python -m tritium.bench ablate {command}`, torch {torch.__version__}, "
         f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}",
         "Effect: changed less unchanged, bits per byte of held-out text; below 0 is better. "
-        "± is half of the 95 % interval of the mean over the seeds, each compared with its like "
-        "unchanged. The processor's seconds are those of a whole run.",
+        "± is half of the 95 % interval of the mean over the seeds, each run compared with the "
+        "unchanged one of its seed. The processor's seconds are those of a whole run.",
     )
     kept = tables.results() / f"{RESULTS}.md" if write else None
     tables.present(lines, table, width=WIDTH, write_to=kept)
@@ -186,11 +186,12 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """
     found = pairs(outcomes)
     _, unchanged = found.pop(AS_IT_IS)
-    rows = [
-        (*difference([x.bits_per_byte for x in each], same), name)
-        for name, (each, same) in found.items()
-    ]
-    rows = sorted((row for row in rows if isfinite(row[0])), reverse=True)
+    rows = []
+    for name, (each, same) in found.items():
+        effect, half = difference([x.bits_per_byte for x in each], same)
+        if isfinite(effect):
+            rows.append((effect, half, name))
+    rows.sort(reverse=True)
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     for y, (effect, half, _) in enumerate(rows):
         color = "0.6" if abs(effect) <= half else "tab:blue" if effect < 0 else "tab:orange"
@@ -200,10 +201,11 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
             axes.plot(effect, y, "o", color=color, markerfacecolor="none")
     axes.axvline(0, color="0.3", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for *_, name in rows])
-    axes.set(
-        xlabel="changed less unchanged, bits per byte (left is better)",
-        title=f"unchanged: {mean(unchanged):.4f} bits per byte, {len(unchanged)} seeds; "
+    axes.set_xlabel("changed less unchanged, bits per byte (left is better)")
+    figure.suptitle(  # over the names too, which take up to half of the width
+        f"unchanged: {mean(unchanged):.4f} bits per byte, {len(unchanged)} seeds; "
         "bars: 95 % intervals; hollow: one seed",
+        fontsize=10,
     )
     axes.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
