@@ -123,6 +123,11 @@ def _linear_kl_div(h: Tensor, w: Tensor, teacher_h: Tensor, teacher_w: Tensor) -
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def _linear_topk_kl_div(h: Tensor, w: Tensor, indices: Tensor, log_prob: Tensor) -> Tensor:
+    student, teacher = F.linear(h, w).log_softmax(-1), log_prob.log_softmax(-1)
+    return F.kl_div(student.gather(-1, indices), teacher, reduction="batchmean", log_target=True)
+
+
 EAGER: dict[str, Callable] = {
     "softmax": lambda x: x.softmax(-1),
     "log_softmax": lambda x: x.log_softmax(-1),
@@ -130,6 +135,7 @@ EAGER: dict[str, Callable] = {
     "linear_cross_entropy": lambda h, w, target: F.cross_entropy(F.linear(h, w), target),
     "linear_log_prob": _linear_log_prob,
     "linear_kl_div": _linear_kl_div,
+    "linear_topk_kl_div": _linear_topk_kl_div,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "layer_norm": _layer_norm,

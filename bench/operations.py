@@ -141,6 +141,12 @@ def _layer(make: Make, T: int, D: int, V: int) -> tuple[Tensor, ...]:
     return make(T, D), make(V, D, scale=D**-0.5), make.integers(V, T)
 
 
+def _likeliest(make: Make, T: int, D: int, V: int, K: int) -> tuple[Tensor, ...]:
+    h_TD, w_VD, _ = _layer(make, T, D, V)
+    teacher = (make(T, D) @ w_VD.detach().T).float().log_softmax(-1).topk(K)
+    return h_TD, w_VD, teacher.indices, teacher.values.to(h_TD.dtype).detach()
+
+
 def _rope_inputs(make: Make, T: int, H: int, K: int) -> tuple[Tensor, ...]:
     L = min(T, 4096)
     return make(T // L, L, H, K), *make.angles(L, K)
@@ -195,6 +201,12 @@ OPERATIONS: dict[str, Operation] = {
         {"liger": liger("fused_linear_jsd", jsd_beta=0.0), "fla": implementations.fla_kl_div},
         shared=(1, 3), gradient_in_forward=("Tritium", "liger", "fla"), rows=("T", 8192, 64),
         cpu_shapes=1,
+    ),
+    "linear_topk_kl_div": Operation(
+        {name: dims | {"K": 64} for name, dims in LAYERS.items()}, "D",
+        {"T": 64, "D": 64, "V": 1000, "K": 16}, _likeliest,
+        {"Tritium": own("linear_topk_kl_div")}, EAGER["linear_topk_kl_div"], shared=(1,),
+        gradient_in_forward=("Tritium",), rows=("T", 8192, 64), cpu_shapes=1,
     ),
     "rms_norm": _norm("rms_norm", norm("rms_norm", 1e-6), 1, 1, {
         "liger": liger("rms_norm", eps=1e-6, in_place=False), "quack": quack("rmsnorm"),

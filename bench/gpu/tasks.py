@@ -22,8 +22,9 @@ LONG_LIMIT = 150.0  # of a step, whose compilation is that of a model
 
 ORDER = (
     "linear_cross_entropy", "cross_entropy", "rms_norm", "add_rms_norm", "softmax", "swiglu",
-    "qk_norm_rope", "rope", "embedding", "linear_log_prob", "linear_kl_div", "layer_norm",
-    "add_layer_norm", "geglu", "dropout_add", "relu_squared", "log_softmax", "info_nce", "mse_loss",
+    "qk_norm_rope", "rope", "embedding", "linear_log_prob", "linear_kl_div", "linear_topk_kl_div",
+    "layer_norm", "add_layer_norm", "geglu", "dropout_add", "relu_squared", "log_softmax",
+    "info_nce", "mse_loss",
 )  # fmt: skip
 """The operations, the most important first."""
 
