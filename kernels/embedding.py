@@ -320,8 +320,8 @@ def _validate(
     V = weight.shape[0]
     if padding_idx is not None and not -V <= padding_idx < V:
         raise ValueError(f"embedding: padding_idx must be in [{-V}, {V}), got {padding_idx}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"embedding: dtype must be floating point, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"embedding: dtype must be a floating-point torch.dtype, got {dtype!r}")
     if not into_grad:
         return
     grad = weight.grad if weight.is_leaf else None

@@ -59,7 +59,7 @@ def show_help(preset: str, *, everything: bool) -> None:
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     print(USAGE.format(preset=preset), end="")
     for name, about in ABOUT_PRESETS.items():
-        print(f"  {name:8}{about}")
+        print(f"  {name:{max(map(len, PRESETS)) + 2}}{about}")
     for title, members in GROUPS.items():
         print(f"\n{title}")
         for setting in settings().values():

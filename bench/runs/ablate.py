@@ -47,7 +47,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "LayerNorm": ("--model.norm", "layer"),
     "no QK-norm": ("--no-qk-norm",),
     "GELU without gate": ("--model.activation", "gelu"),
-    "squared ReLU without gate": ("--model.activation", "relu_squared"),
+    "SwiGLU": ("--model.activation", "swiglu"),
     "learned positions": ("--model.positions", "learned"),
     "embedding and output layer apart": ("--no-tie-embeddings",),
     "softcap 15": ("--model.softcap", "15"),
@@ -113,7 +113,8 @@ def main(
         f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}",
         "Effect: changed less unchanged, bits per byte of held-out text; below 0 is better. "
         "± is half of the 95 % interval of the mean over the seeds, each run compared with the "
-        "unchanged one of its seed. The processor's seconds are those of a whole run.",
+        "unchanged one of its seed. The processor's seconds are those of a whole run. Shown: "
+        "the interval holds no 0.",
     )
     kept = tables.results() / f"{RESULTS}.md" if write else None
     tables.present(lines, table, width=WIDTH, write_to=kept)

@@ -146,7 +146,8 @@ def _check(
 ) -> None:  # fmt: skip
     wrong = None
     if len(sizes) < LEAST_SIZES or not all(a < b for a, b in pairwise((0, *sizes))):
-        wrong = f"--sizes must be {LEAST_SIZES} or more, growing, got {' '.join(map(str, sizes))}"
+        got = " ".join(map(str, sizes))
+        wrong = f"--sizes must be {LEAST_SIZES} or more numbers, growing from above 0, got {got}"
     elif predict is not None and predict <= sizes[-1]:
         wrong = f"--predict must be above the largest of --sizes, {sizes[-1]:g}, got {predict:g}"
     elif minutes is not None and ratio is not None:

@@ -69,7 +69,8 @@ def main(
     """
     wrong = None
     if len(rates) < 3 or not all(a < b for a, b in pairwise((0, *rates))):
-        wrong = f"--rates must be 3 or more, growing, got {' '.join(map(str, rates))}"
+        got = " ".join(map(str, rates))
+        wrong = f"--rates must be 3 or more numbers, growing from above 0, got {got}"
     elif steps < 40:
         wrong = f"--steps must be at least 40, got {steps}"
     elif seeds < 1:

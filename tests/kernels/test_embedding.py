@@ -361,5 +361,8 @@ def test_refuses_a_gradient_that_it_cannot_add_to(weight):
         weight.grad = torch.ones(4, 3).T
     with pytest.raises(ValueError, match="into_grad adds to"):
         embedding(torch.tensor([0]), weight, into_grad=True)
-    with pytest.raises(ValueError, match="embedding: dtype must be floating point"):
-        embedding(torch.tensor([0]), weight, dtype=torch.int32)
+    for dtype in (torch.int32, "bfloat16"):
+        with pytest.raises(
+            ValueError, match=f"dtype must be a floating-point torch.dtype, got .*{dtype}"
+        ):
+            embedding(torch.tensor([0]), weight, dtype=dtype)

@@ -299,9 +299,18 @@ def test_some_of_several_seeds_within():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"sizes": (1e4, 2e4, 4e4, 8e4)}, "--sizes must be 5 or more, growing, got 10000.0 2"),
-        ({"sizes": (1e4, 2e4, 8e4, 4e4, 9e4)}, "--sizes must be 5 or more, growing"),
-        ({"sizes": (-1.0, 2e4, 3e4, 4e4, 9e4)}, "--sizes must be 5 or more, growing"),
+        (
+            {"sizes": (1e4, 2e4, 4e4, 8e4)},
+            "--sizes must be 5 or more numbers, growing from above 0, got 10000.0 2",
+        ),
+        (
+            {"sizes": (1e4, 2e4, 8e4, 4e4, 9e4)},
+            "--sizes must be 5 or more numbers, growing from above 0",
+        ),
+        (
+            {"sizes": (-1.0, 2e4, 3e4, 4e4, 9e4)},
+            "--sizes must be 5 or more numbers, growing from above 0",
+        ),
         ({"sizes": (6e3, 12e3, 12.1e3, 48e3, 96e3)}, "two have 14,040 parameters, take them fur"),
         ({"predict": 9e4}, "--predict must be above the largest of --sizes, 96000, got 90000"),
         ({"minutes": 1.0, "tokens_per_parameter": 2.0}, "exclude each other; drop one"),

@@ -98,9 +98,12 @@ def test_the_verb_sweeps_then_shortens_the_best(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"rates": (1e-3, 2e-3)}, "--rates must be 3 or more, growing, got 0.001 0.002"),
-        ({"rates": (1e-3, 4e-3, 2e-3)}, "--rates must be 3 or more, growing"),
-        ({"rates": (0.0, 4e-3, 8e-3)}, "--rates must be 3 or more, growing"),
+        (
+            {"rates": (1e-3, 2e-3)},
+            "--rates must be 3 or more numbers, growing from above 0, got 0.001 0.002",
+        ),
+        ({"rates": (1e-3, 4e-3, 2e-3)}, "--rates must be 3 or more numbers, growing from above 0"),
+        ({"rates": (0.0, 4e-3, 8e-3)}, "--rates must be 3 or more numbers, growing from above 0"),
         ({"steps": 39}, "--steps must be at least 40, got 39"),
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
     ],
