@@ -251,9 +251,12 @@ def opened(config: TrainConfig, run: Path) -> Iterator[tuple[Path, Path, Paralle
         run, reason = ranks.from_first(run), ""
         if config.parallel == "auto" and mode == "ddp":
             mode, reason = auto_mode(config, ranks, device)
+        # "auto" is for one process alone, which says nothing of shares.
+        asked = config.memory.micro_batch_size
+        micro_batch = 0 if asked is None or asked == AUTO else int(asked)
         parallel = Parallel(
             ranks, mode, group_size=group_size_of(config, ranks.size), device=device.type,
-            reason=reason, batch=(config.batch_size, int(config.memory.micro_batch_size or 0)),
+            reason=reason, batch=(config.batch_size, micro_batch),
         )  # fmt: skip
         with ranks.folder(run, resume=config.resume) as files:
             yield run, files, parallel
