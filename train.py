@@ -35,6 +35,7 @@ from tritium.model import ModelConfig, Transformer, lora
 from tritium.training.card import Card, fit_to_card
 from tritium.training.command_line import parse, resume_command
 from tritium.training.cuda_graph import training_step
+from tritium.training.depth import described
 from tritium.training.device import (
     choose_device,
     describe,
@@ -144,6 +145,8 @@ def train(
     )
     epoch = loader.n_windows / config.batch_size
     config = fit_to_data(config, preset, loader.n_tokens, epoch, console.print)
+    if config.depth is not None:
+        console.print(described(config))
     tokens_per_step = config.batch_size * shape.max_seq_len
     budget = config.length.budget(tokens_per_step, epoch)
 

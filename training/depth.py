@@ -100,6 +100,19 @@ def fit_to_depth(config: TrainConfig, usual: TrainConfig, given: Collection[str]
     )  # fmt: skip
 
 
+def described(config: TrainConfig) -> str:
+    """Return a line that says what a run's depth has set."""
+    muon = config.optimizer.muon_learning_rate
+    rates = f"learning rate {config.schedule.learning_rate:.3g}"
+    rates += "" if muon is None else f", Muon's {muon:.3g}"
+    return (
+        f"Depth {config.depth}: width {config.model.d_model}, steps of {config.batch_size} × "
+        f"{config.model.max_seq_len:,} tokens, {rates}, weight decay "
+        f"{config.optimizer.weight_decay:.3g}, warm-up of {config.schedule.warmup_steps} steps. "
+        "Each given as a flag stays."
+    )
+
+
 def parameters(model: ModelConfig) -> int:
     """Return the parameters that multiply a token."""
     embedding = 0 if model.tie_embeddings else model.vocab_size * model.d_model

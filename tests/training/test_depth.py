@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tritium.model.config import ModelConfig
 from tritium.model.shapes import num_parameters
 from tritium.training.command_line import parse
-from tritium.training.depth import parameters
+from tritium.training.depth import described, parameters
 from tritium.training.settings import PRESETS, TrainConfig
 from tritium.training.validation import ConfigError
 
@@ -150,3 +150,11 @@ def test_what_names_another_shape_is_refused(words, said):
 def test_depths_that_are_none_are_refused(depth):
     with pytest.raises(ConfigError, match=r"depth must be .*change --depth"):
         settings("small", "--depth", depth)
+
+
+def test_a_line_says_what_a_depth_has_set():
+    config = settings("small", "--depth", 2, "--batch-size", 24, "--weight-decay", 0.25)
+    said = described(config)
+    assert said.startswith("Depth 2: width 128, steps of 24 × 256 tokens, learning rate ")
+    assert f", Muon's {config.optimizer.muon_learning_rate:.3g}, weight decay 0.25, " in said
+    assert "Muon" not in described(settings("tiny", "--depth", 1))
