@@ -161,6 +161,28 @@ def test_excluded_classes_make_no_nan(softcap, device):
     torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_no_other_class_is_left(softcap, beta, device, path):
+    """Others that are all excluded get no gradient, and the named ones that of a smaller layer."""
+    hidden, weight, bias = layer(4, 3, 9, device)
+    named = torch.tensor([2, 7], device=device)
+    bias[[x for x in range(9) if x not in (2, 7)]] = -torch.inf
+    log_prob = torch.randn(4, 2, device=device).log_softmax(-1)
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    loss = linear_topk_kl_div(
+        *leaves, named.expand(4, 2), log_prob, linear_bias=bias, softcap=softcap, beta=beta
+    )
+    grads = torch.autograd.grad(loss, leaves)
+    alone = linear_topk_kl_div(
+        hidden, weight[named], torch.tensor([[0, 1]] * 4, device=device), log_prob,
+        linear_bias=bias[named], softcap=softcap, beta=beta,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, alone)
+    wanted = torch.autograd.grad(alone, leaves)
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_a_class_outside_the_vocabulary_is_never_a_number(device, path):
     """It raises in the reference; in the kernel its row is nan, gradient included."""
     if path == "reference":  # on a GPU PyTorch's own kernel would stop all use of the device
