@@ -191,15 +191,25 @@ def test_a_frozen_input_costs_no_product(frozen, device, monkeypatch):
 
 
 def test_a_float16_gradient_survives_until_its_loss_scale(device):
-    """Gradients of 1e-7 per logit, which float16 cannot hold, reach the weights scaled."""
+    """Gradients of 1e-8 per logit, which float16 cannot hold, reach the weights scaled."""
     hidden, weight, _ = layer(64, 8, 20, device, torch.float16)
-    teacher = [(x.float() * 1.01).half() for x in (hidden, weight)]
+    hidden *= 5e-4  # nearly the same probability everywhere, so that little is to be moved
+    teacher = [(x.float() * 1.05).half() for x in (hidden, weight)]
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     grads = torch.autograd.grad(linear_kl_div(*leaves, *teacher) * 2**14, leaves)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     loss = linear_kl_div_reference(*exact, *(x.double() for x in teacher)) * 2**14
     for x, e in zip(grads, torch.autograd.grad(loss, exact), strict=True):
         assert (x - e).norm() < 0.05 * e.norm()
+
+
+def test_the_mean_is_over_the_tokens_that_count(device, path):
+    student, teacher = layer(9, 3, 20, device)[:2], layer(9, 4, 20, device)[:2]
+    mask = torch.arange(9, device=device) % 3 != 1
+    each = linear_kl_div(*student, *teacher, mask=mask, reduction="none")
+    mean = linear_kl_div(*student, *teacher, mask=mask)
+    torch.testing.assert_close(mean, each[mask].mean())
+    assert each[~mask].tolist() == [0.0] * 3
 
 
 def test_logits_exist_in_chunks_only(path, device):
