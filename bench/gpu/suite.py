@@ -72,6 +72,7 @@ class Suite:
     def start(self) -> None:
         """Start, without the tests that ran in a session before."""
         path = self.folder / RESULTS
+        Journal(path)  # which removes a line that a kill cut short: others append behind it
         self.before = path.stat().st_size if path.exists() else 0
         for number in range(len(self.shares)):
             self._start(number)

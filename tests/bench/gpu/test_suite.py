@@ -115,6 +115,8 @@ def test_results_of_a_run_that_is_cut_are_there_and_the_next_takes_the_rest(tree
     assert outcomes(first)["test_fails"] == "failed"
     (tree / "hang").unlink()
     text = log.read_text()
+    with log.open("a") as file:
+        file.write('{"test": "a line that a kill cut sh')
     found, how = run(tree)
     assert how == "complete"
     assert len(found) == 7
