@@ -25,7 +25,7 @@ from tritium.data.records import summary
 from tritium.data.tokenizer import FILE as TOKENIZER_FILE
 from tritium.data.tokenizer import Tokenizer
 
-VERSION = 3  # raise it whenever the same source and settings would give other files
+VERSION = 4  # raise it whenever the same source and settings would give other files
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 25  # held in memory until a shard is written: 64 or 128 MiB per split

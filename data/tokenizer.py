@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 
-# Words with one character before them, numbers in groups of three, punctuation, white space. Every
-# repeat is bounded: without that a megabyte of spaces overflows tiktoken's stack, and training
-# takes the square of the longest word.
+# Words with one character before them, numbers in groups of three, punctuation, and white space,
+# where a line break takes the indentation of the next line with it: of Python's standard library a
+# token is 6 % more text than without. Every repeat is bounded: without that a megabyte of spaces
+# overflows tiktoken's stack, and training takes the square of the longest word.
 PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,64}[\r\n]{0,64}"
-    r"|\s{0,64}[\r\n]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+    r"[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]{1,64}(?:[\r\n]{1,64}[ \t]{0,64})?"
+    r"|\s{0,64}[\r\n]{1,64}[ \t]{0,64}|\s{1,64}(?!\S)|\s{1,64}"
 )
 CHARACTER = r"[\s\S]"
 CHARACTERS = "characters"

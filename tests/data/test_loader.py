@@ -234,7 +234,7 @@ DAMAGES = [
     (drop("manifest.json"), r"manifest\.json: No such file or directory; run prepare first"),
     (put("{"), r"manifest\.json is damaged"),
     (put("[]"), r"manifest\.json is damaged: TypeError"),
-    (in_manifest(version=1), "has version 1, this is 3; run prepare again"),
+    (in_manifest(version=1), "has version 1, this is 4; run prepare again"),
     (in_manifest(splits={}), r"manifest\.json is damaged: KeyError"),
     (in_manifest(splits={"train": [], "val": []}), r"damaged.*a split has no shard"),
     (in_manifest(extra=1), r"manifest\.json is damaged: TypeError.*extra"),

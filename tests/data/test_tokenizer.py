@@ -25,6 +25,7 @@ CASES = [
     "中文没有空格 日本語 한국어 العربية",
     "\0\x01\x7f",
     " " * 100 + "x",
+    "f():\n    a\n\n\tb = [\n        1,\r\n  2]\n" + " " * 70 + "c",
     "\n" * 200,
     "a" * 200,
     "=" * 200 + "\n" * 70,
@@ -64,6 +65,15 @@ def test_same_ids_as_hugging_face(rich, text):
 def test_same_ids_as_hugging_face_on_random_text(rich, text):
     actual, expected = rich
     assert actual.encode(text) == expected.encode(text).ids
+
+
+@pytest.mark.parametrize("width", [4, 8, 60])
+@pytest.mark.parametrize("before", [":", ")", "", "\r"])
+def test_a_line_break_and_the_indentation_behind_it_are_a_token(before, width):
+    line = f"{before}\n{' ' * width}"
+    tokenizer = Tokenizer.train([f"x{line}x\n" * 50], 400)
+    assert tokenizer.decode(tokenizer.encode(f"x{line}x")[1:-1]) == line
+    assert len(tokenizer.encode(f"x{line}x")) == 3
 
 
 def test_same_ids_as_hugging_face_on_ambiguous_merges():
