@@ -92,6 +92,9 @@ class ModelConfig:
     """Add biases in every projection and in the LayerNorms; the output layer has none."""
     qk_norm: bool = True
     """Normalise queries and keys head by head."""
+    qk_gain: float = 1.0
+    """First weight of the norms of queries and keys, which training changes. Scores of a head of
+    width K are at most qk_gain² · √K at first: 1 makes narrow heads blunt."""
     tie_embeddings: bool = True
     """Use the embedding as output layer too."""
     softcap: float | None = None
@@ -141,6 +144,7 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _set_number(self, "rope_theta", "above 0; 10000 is usual")
+        _set_number(self, "qk_gain", "above 0; 1 is usual")
         _set_number(self, "norm_eps", "at least 0; 1e-6 is usual", least=0)
         for name in ("softcap", "attention_softcap"):
             if getattr(self, name) is not None:

@@ -67,7 +67,7 @@ SHAPES: dict[str, dict] = {
     "qwen3-tiny": dict(
         vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, max_seq_len=64,
     ),
-    "qwen3-small": dict(vocab_size=4096, n_layers=2, d_model=256, n_heads=4, max_seq_len=256),
+    "qwen3-small": dict(vocab_size=4096, n_layers=3, d_model=96, n_heads=3, max_seq_len=256),
     "qwen3-98m": dict(vocab_size=16384, n_layers=12, d_model=768, n_heads=12, max_seq_len=1024),
 }  # fmt: skip
 """Arguments of `ModelConfig` by name."""

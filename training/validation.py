@@ -86,7 +86,7 @@ RANGES = {
     "vocab_size": _whole(1), "n_layers": _whole(1, 10_000), "d_model": _whole(1, 2**20),
     "n_heads": _whole(1, 2**20), "n_kv_heads": _whole(1, 2**20), "d_ff": _whole(1, 2**24),
     "max_seq_len": _whole(1, 2**24), "rope_theta": Range("be at least 1", 1, LARGEST),
-    "norm_eps": AT_LEAST_0, "softcap": ABOVE_0, "d_head": _whole(1, 2**16),
+    "qk_gain": ABOVE_0, "norm_eps": AT_LEAST_0, "softcap": ABOVE_0, "d_head": _whole(1, 2**16),
     "window": _whole(1, 2**24), "full_every": _whole(1, 10_000), "attention_softcap": ABOVE_0,
     # RopeScaling
     "factor": Range("be at least 1", 1, LARGEST), "original_length": _whole(1, 2**24),

@@ -44,6 +44,16 @@ def test_deviations_are_those_of_the_sources(kind):
             assert torch.equal(p, torch.full_like(p, name.endswith("weight")))
 
 
+@pytest.mark.parametrize("gain", [1.0, 1.75])
+def test_norms_of_queries_and_keys_begin_at_their_gain_and_no_other_does(gain):
+    model = Transformer(replace(CONFIG, positions="rope", qk_gain=gain))
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            of_heads = name.endswith(("query_norm.weight", "key_norm.weight"))
+            assert torch.equal(p, torch.full_like(p, gain if of_heads else 1.0)), name
+    assert Transformer(replace(CONFIG, qk_norm=False, qk_gain=gain)).blocks[0] is not None
+
+
 @pytest.mark.parametrize("kind", DEVIATIONS)
 def test_an_embedding_that_is_the_output_layer_is_drawn_as_one(kind):
     torch.manual_seed(1)

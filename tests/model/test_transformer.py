@@ -186,7 +186,7 @@ WHOLE = (
     "vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "max_seq_len",
     "window", "full_every",
 )  # fmt: skip
-REAL = "rope_theta", "norm_eps", "softcap", "attention_softcap"
+REAL = "rope_theta", "qk_gain", "norm_eps", "softcap", "attention_softcap"
 WORDS = "positions", "norm", "activation", "attention", "initialisation"
 
 
