@@ -168,7 +168,7 @@ def test_an_interval_with_the_forms_error_holds_where_the_curve_bends():
 def test_the_forms_error_is_students_by_the_number_of_hindcasts():
     # A law without any spread: the interval is that of the errors alone.
     fit = Fit(LAWS["compute"], ladder(compute), draws=20_000)
-    _, low, high = map(log, fit.predict(NEXT, errors=(0.03, -0.04)))
+    _, low, high = map(log, fit.predict(NEXT, errors=(0.03, 0.04)))
     half = 4.303 * sqrt((0.03**2 + 0.04**2) / 2)  # 97.5 % of t of 2 degrees of freedom
     assert (high - low) / 2 == pytest.approx(half, rel=0.08)
 
