@@ -34,7 +34,7 @@ VERBS = {
     "characters": ("runs.characters", "the preset characters beside nanoGPT's recipe for a CPU"),
     "cpu_record": (
         "runs.cpu_record",
-        "three minutes of training on two cores by a frozen protocol: an entry of docs/cpu.md",
+        "three minutes of training on two cores, by a frozen protocol: docs/cpu.md",
     ),
     "find_lr": ("runs.find_lr", "loss while the learning rate grows: where training breaks"),
     "trainer": ("runs.trainer", "train.py on a GPU: CUDA graphs, speed, precisions"),

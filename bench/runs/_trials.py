@@ -153,7 +153,7 @@ def _t_point(freedom: int) -> float:
 def _run(trial: Trial, run: Path) -> Outcome:
     before = processor_seconds()
     entries = train(trial, run)
-    if not entries:
+    if entries is None:
         return Outcome(trial.name, trial.arguments, trial.seed)
     last = next(entry for entry in reversed(entries) if "val_loss" in entry)
     return Outcome(
@@ -166,7 +166,7 @@ def _run(trial: Trial, run: Path) -> Outcome:
 def train(
     trial: Trial, run: Path, environment: Mapping[str, str] | None = None,
     wait: Callable[[subprocess.Popen], object] = subprocess.Popen.wait,
-) -> list[dict]:  # fmt: skip
+) -> list[dict] | None:  # fmt: skip
     """Train by train.py in a process of its own, and return the lines of its log.
 
     Args:
@@ -176,10 +176,11 @@ def train(
         wait: returns when the process has ended.
 
     Returns:
-        The lines; none if it diverged.
+        The lines, the last of which that is a step has been validated; None if it diverged.
 
     Raises:
-        TrialError: train.py refused its arguments, or a run is in progress there.
+        TrialError: train.py refused its arguments, or took no step in its time, or a run is in
+            progress there.
     """
     if run.exists():
         try:
@@ -202,11 +203,17 @@ def train(
                 raise
     status = process.returncode
     if status == DIVERGED:
-        return []
+        return None
     if status:
         last = (log.read_text().strip().splitlines() or ["nothing said"])[-1]
         raise TrialError(f"{trial.name}: train.py ended with status {status}: {last} (all: {log})")
-    return read_lines(run / "log.jsonl")
+    lines = read_lines(run / "log.jsonl")
+    if not any("val_loss" in line for line in lines):
+        raise TrialError(
+            f"{trial.name}, seed {trial.seed}: its time had passed before the first step (all: "
+            f"{log}); make it longer, or free the machine"
+        )
+    return lines
 
 
 def processor_seconds() -> float:

@@ -39,7 +39,7 @@ class Run:
 
     seed: int
     bits_per_byte: float
-    """Of the held-out documents, with the last weights."""
+    """Loss of the held-out documents, with the last weights."""
     bits_per_byte_to_choose_by: float
     """The last validation of train.py, of other documents."""
     steps: int
@@ -47,7 +47,7 @@ class Run:
     seconds: float
     """Wall-clock time of the steps and the validations between them, without start-up."""
     processor_seconds: float
-    """Of the whole process."""
+    """Processor time of the whole process."""
     share: float
     """Share of the time in which a thread of the process wanted a core that one had it."""
 

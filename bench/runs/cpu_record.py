@@ -193,7 +193,7 @@ def train(trial: Trial, run: Path, held_out: Iterable[str]) -> Run:
     waits, before = Waits(os.sched_getaffinity(0)), processor_seconds()
     lines = train_by_script(trial, run, environment, waits.watch)
     used = processor_seconds() - before
-    if not lines:
+    if lines is None:
         raise TrialError(
             f"{trial.name}, seed {trial.seed}: diverged; see {run.with_suffix('.txt')}"
         )

@@ -125,7 +125,7 @@ MUTANTS = [
     ),
     _record(
         what="what diverged is measured",
-        original="    if not lines:\n",
+        original="    if lines is None:\n",
         replacement="    if False:\n",
     ),
     _record(

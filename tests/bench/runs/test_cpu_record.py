@@ -203,7 +203,7 @@ def test_a_process_is_watched_to_its_end_and_without_counts_nothing_is_claimed(t
 
 
 def test_the_loss_is_that_of_each_document_alone_in_bits_per_byte(monkeypatch):
-    """Of a model that knows nothing, each token is worth log2 of the vocabulary."""
+    """Each token is worth log2 of the vocabulary to a model that knows nothing."""
     documents = ["abc abc abc", "añb" * 30]
     tokenizer = Tokenizer.train(documents, 300, characters=True)
     model = Transformer(
@@ -297,7 +297,7 @@ def test_what_ended_is_not_run_again_and_nothing_is_kept_unasked(protocol):
 def test_two_seeds_are_refused_and_a_run_that_diverged_is_no_entry(protocol, monkeypatch):
     with pytest.raises(SystemExit, match="bench cpu_record: --seeds must be at least 3, got 2"):
         protocol.call(date="", seeds=2)
-    monkeypatch.setattr(cpu_record, "train_by_script", lambda *_: [])
+    monkeypatch.setattr(cpu_record, "train_by_script", lambda *_: None)
     with pytest.raises(SystemExit, match="bench cpu_record: characters, seed 0: diverged; see"):
         protocol.call(date="", write=True)
     assert not [*(protocol.page.parent / "cpu").iterdir()]
