@@ -58,8 +58,10 @@ def sums_held(sums):
 
 def test_another_library_is_refused_with_its_files(library, tmp_path):
     folder, sums = library
-    (folder / "in_ff" / "a.py").write_text("x")
     (folder / "in_00" / "a.py").unlink()
+    with pytest.raises(TrialError, match=r"of its 4 files 1 are missing \(in_00/a.py\) in"):
+        cpu_text.write_text(folder, tmp_path / "out", sums)
+    (folder / "in_ff" / "a.py").write_text("x")
     words = (
         r"library of CPython 3.11.7; of its 4 files 1 are missing \(in_00/a.py\) and 1 are others "
         r"\(in_ff/a.py\) in .*lib; name that library by --text"
