@@ -32,6 +32,10 @@ VERBS = {
     "scaling": ("runs.scaling", "a ladder of models, and the loss of the next size predicted"),
     "tokens_to_loss": ("runs.tokens_to_loss", "tokens that Muon needs to AdamW's loss, both swept"),
     "characters": ("runs.characters", "the preset characters beside nanoGPT's recipe for a CPU"),
+    "cpu_record": (
+        "runs.cpu_record",
+        "three minutes of training on two cores, by a frozen protocol: docs/cpu.md",
+    ),
     "find_lr": ("runs.find_lr", "loss while the learning rate grows: where training breaks"),
     "trainer": ("runs.trainer", "train.py on a GPU: CUDA graphs, speed, precisions"),
     "activations": (

@@ -47,7 +47,9 @@ def deep(model: ModelConfig, depth: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def fit_to_depth(config: TrainConfig, usual: TrainConfig, given: Collection[str]) -> TrainConfig:
+def fit_to_depth(
+    config: TrainConfig, usual: TrainConfig, given: Collection[str], *, power_of_two: bool = True
+) -> TrainConfig:
     """Return settings whose length, batch, rates and decay follow from the shape.
 
     Args:
@@ -55,6 +57,8 @@ def fit_to_depth(config: TrainConfig, usual: TrainConfig, given: Collection[str]
         usual: those of the preset, as they are without a depth.
         given: flags on the command line, without dashes. What they set stays, and what follows from
             it follows from their value.
+        power_of_two: whether the batch is one, of sequences. Else it is the nearest whole number,
+            which runs of a ladder want: steps between powers would be steps of their losses.
     """
     context = config.model.max_seq_len
     usual_batch = usual.batch_size * usual.model.max_seq_len
@@ -68,7 +72,8 @@ def fit_to_depth(config: TrainConfig, usual: TrainConfig, given: Collection[str]
         growth = (asked.max_steps / usual_steps) ** (BATCH_EXPONENT / (1 - BATCH_EXPONENT))
     batch = config.batch_size
     if "batch-size" not in given:
-        batch = 2 ** max(0, round(log2(growth * usual_batch / context)))
+        batch = growth * usual_batch / context
+        batch = 2 ** max(0, round(log2(batch))) if power_of_two else max(1, round(batch))
     if asked.max_steps:
         tokens = asked.max_steps * batch * context
     steps = max(1, round(tokens / (batch * context)))

@@ -25,9 +25,13 @@ def choose_device(name: str) -> torch.device:
 
 def set_threads(wanted: int) -> int:
     """Set the number of CPU threads: `wanted`, else as many cores as this process may use."""
-    allowed = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
-    torch.set_num_threads(wanted or max(1, min(allowed, _cgroup_cores())))
+    torch.set_num_threads(wanted or min(torch.get_num_threads(), usable_cores()))
     return torch.get_num_threads()
+
+
+def usable_cores() -> int:
+    """Return how many CPUs this process may use, by its affinity and its container's quota."""
+    return max(1, min(len(os.sched_getaffinity(0)), _cgroup_cores()))
 
 
 def keep_freed_memory() -> None:

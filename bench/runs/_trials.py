@@ -6,12 +6,12 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite, nan, sqrt
+from math import inf, isfinite, nan, sqrt
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean, stdev, variance
+from typing import Any, TypeVar
 
 from rich.progress import track
 
@@ -29,6 +29,8 @@ T_POINTS = (
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
     2.052, 2.048, 2.045,
 )  # fmt: skip
+
+Kept = TypeVar("Kept")  # a dataclass of numbers and texts
 
 
 class TrialError(Exception):
@@ -101,51 +103,122 @@ def run_all(
     return [known[key] for key in wanted]
 
 
+def once(out: Path, key: str, make: Callable[[], Kept], kind: type[Kept]) -> Kept:
+    """Return what was kept under `key` in ended.jsonl of a folder, or make and keep it."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "ended.jsonl"
+    ended = {x["key"]: x["run"] for x in read_lines(kept)} if kept.exists() else {}
+    if key in ended:
+        return kind(**ended[key])
+    run = make()
+    with kept.open("a") as file:
+        file.write(to_json({"key": key, "run": vars(run)}) + "\n")
+    return run
+
+
 def difference(changed: Sequence[float], unchanged: Sequence[float]) -> tuple[float, float]:
     """Return the mean of paired differences, and half of its 95 % interval (Student's t).
 
     NaN in a pair makes both NaN; of one pair there is no interval, and it is infinite.
     """
     apart = [x - y for x, y in zip(changed, unchanged, strict=True)]
-    if len(apart) < 2:
-        return apart[0], float("inf")
-    if not all(map(isfinite, apart)):
-        return nan, nan
-    freedom = len(apart) - 1
-    point = T_POINTS[freedom] if freedom < len(T_POINTS) else 1.96 + 2.5 / freedom
-    return mean(apart), point * stdev(apart) / sqrt(len(apart))
+    return interval(apart) if all(map(isfinite, apart)) or len(apart) < 2 else (nan, nan)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean, and half of its 95 % interval; of one value that is infinite."""
+    if len(values) < 2:
+        return values[0], inf
+    return mean(values), _t_point(len(values) - 1) * stdev(values) / sqrt(len(values))
+
+
+def welch(later: Sequence[float], earlier: Sequence[float]) -> tuple[float, float]:
+    """Return the difference of two means, and half of its 95 % interval (Welch's t).
+
+    Their spreads may differ, and their numbers, each two or more. Degrees of freedom are those of
+    Welch and Satterthwaite, rounded down.
+    """
+    squares = [variance(x) / len(x) for x in (later, earlier)]
+    between, together = mean(later) - mean(earlier), sum(squares)
+    if together == 0:
+        return between, 0.0
+    parts = (s**2 / (len(x) - 1) for s, x in zip(squares, (later, earlier), strict=True))
+    return between, _t_point(int(together**2 / sum(parts) + 1e-9)) * sqrt(together)
+
+
+def _t_point(freedom: int) -> float:
+    return T_POINTS[freedom] if freedom < len(T_POINTS) else 1.96 + 2.5 / freedom
 
 
 def _run(trial: Trial, run: Path) -> Outcome:
+    before = processor_seconds()
+    entries = train(trial, run)
+    if entries is None:
+        return Outcome(trial.name, trial.arguments, trial.seed)
+    last = next(entry for entry in reversed(entries) if "val_loss" in entry)
+    return Outcome(
+        trial.name, trial.arguments, trial.seed, last["val_loss"], last["val_bits_per_byte"],
+        last["tokens"], last["tokens"] / last["tokens_per_s_overall"],
+        processor_seconds() - before,
+    )  # fmt: skip
+
+
+def train(
+    trial: Trial, run: Path, environment: Mapping[str, str] | None = None,
+    wait: Callable[[subprocess.Popen], object] = subprocess.Popen.wait,
+) -> list[dict] | None:  # fmt: skip
+    """Train by train.py in a process of its own, and return the lines of its log.
+
+    Args:
+        trial: the run.
+        run: its folder; one that a killed run left there is deleted.
+        environment: that of the process. None: this one's.
+        wait: returns when the process has ended.
+
+    Returns:
+        The lines, the last of which that is a step has been validated; None if it diverged.
+
+    Raises:
+        TrialError: train.py refused its arguments, or took no step in its time, or a run is in
+            progress there.
+    """
     if run.exists():
         try:
             with lock_folder(run, resume=True):
                 shutil.rmtree(run)
         except RunFolderError as error:
             raise TrialError(str(error)) from None
-    before = _processor_seconds()
     command = [sys.executable, SCRIPT, *trial.arguments, "--seed", str(trial.seed), *UNSEEN]
     log = run.with_suffix(".txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as said:
-        status = subprocess.run(
-            [*map(str, command), "--out", str(run)], stdout=said, stderr=subprocess.STDOUT
-        ).returncode
+        command = [*map(str, command), "--out", str(run)]
+        with subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env=environment
+        ) as process:
+            try:
+                wait(process)
+            except BaseException:  # of Ctrl-C too, as subprocess.run does
+                process.kill()
+                raise
+    status = process.returncode
     if status == DIVERGED:
-        return Outcome(trial.name, trial.arguments, trial.seed)
+        return None
     if status:
         last = (log.read_text().strip().splitlines() or ["nothing said"])[-1]
         raise TrialError(f"{trial.name}: train.py ended with status {status}: {last} (all: {log})")
-    entries = read_lines(run / "log.jsonl")
-    last = next(entry for entry in reversed(entries) if "val_loss" in entry)
-    return Outcome(
-        trial.name, trial.arguments, trial.seed, last["val_loss"], last["val_bits_per_byte"],
-        last["tokens"], last["tokens"] / last["tokens_per_s_overall"],
-        _processor_seconds() - before,
-    )  # fmt: skip
+    lines = read_lines(run / "log.jsonl")
+    if not any("val_loss" in line for line in lines):
+        raise TrialError(
+            f"{trial.name}, seed {trial.seed}: its time had passed before the first step (all: "
+            f"{log}); make it longer, or free the machine"
+        )
+    return lines
 
 
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that ended
+def processor_seconds() -> float:
+    """Return the processor time of all processes that this one has started and that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 

@@ -20,9 +20,9 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from math import cos, pi, sqrt
 from pathlib import Path
@@ -33,11 +33,10 @@ from rich.table import Table
 
 from tritium.bench import tables
 from tritium.bench.harness import device_name
-from tritium.bench.runs._trials import SCRIPT, UNSEEN, difference
+from tritium.bench.runs._trials import SCRIPT, UNSEEN, difference, once
 from tritium.bench.runs.plain_gpt import PlainGPT
 from tritium.data import Tokenizer, TokenLoader, prepare
 from tritium.data.tokenizer import CHARACTERS
-from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import read_lines
 from tritium.training.settings import PRESETS
 
@@ -88,9 +87,9 @@ def main(
     pairs = []
     for seed in range(seeds):
         key = f"{folder.manifest.key} {seed}"
-        recipe = _once(out, f"recipe {key}", partial(reference, folder, seed))
+        recipe = once(out, f"recipe {key}", partial(reference, folder, seed), Run)
         own = partial(preset, folder, seed, out, shlex.split(flags))
-        pairs.append((recipe, _once(out, f"preset {key} {PRESETS[PRESET]} {flags}", own)))
+        pairs.append((recipe, once(out, f"preset {key} {PRESETS[PRESET]} {flags}", own, Run)))
     asked = [f"--data {shlex.quote(str(data))}"] if data else []
     asked += [f"--seeds {seeds}"] + ([f"--flags {shlex.quote(flags)}"] if flags else [])
     sizes = {k: sum(x.tokens for x in v) for k, v in folder.manifest.splits.items()}
@@ -176,19 +175,6 @@ def preset(folder: str | os.PathLike[str], seed: int, out: Path, flags: list[str
         raise SystemExit(f"bench characters: train.py ended with status {status}; see {log}")
     last = next(x for x in reversed(read_lines(run / "log.jsonl")) if "report_loss" in x)
     return Run(last["report_loss"], *took)
-
-
-def _once(out: Path, key: str, train: Callable[[], Run]) -> Run:
-    """Return what was kept under `key` in ended.jsonl, or train and keep it."""
-    out.mkdir(parents=True, exist_ok=True)
-    kept = out / "ended.jsonl"
-    ended = {x["key"]: x["run"] for x in read_lines(kept)} if kept.exists() else {}
-    if key in ended:
-        return Run(**ended[key])
-    run = train()
-    with kept.open("a") as file:
-        file.write(to_json({"key": key, "run": asdict(run)}) + "\n")
-    return run
 
 
 def _rate(step: int, steps: int) -> float:

@@ -8,16 +8,21 @@ next size is predicted and said, and only then is it trained. Whether the outcom
 interval is judged by Chinchilla's form; the others are shown beside it.
 
 Runs are those of train.py's preset `characters` in float32 on one thread, tokens being bytes. Width
-grows with depth as in that preset. Its learning rates were chosen at one width and batch; here they
-are multiplied by the root of (its width / width), for hidden matrices by the spectral condition of
-Yang et al., for the rest as nanochat does it, and of (batch / its batch), as nanochat does it too.
+grows with depth as in that preset. Batch, learning rates, decay and warm-up of each run follow from
+its width and tokens by the laws of `training.depth`: with the same batch and warm-up everywhere the
+shortest runs are far from their best, which bends the curve (Porian et al.), and with the same
+decay the longest ones.
 
-Yang et al., "A Spectral Condition for Feature Learning", 2023. https://arxiv.org/abs/2310.17813
-Karpathy, nanochat, 2025. https://github.com/karpathy/nanochat
+The interval counts an error of the form. For each size of the ladder, sizes at least as far below
+it as the ladder is below the next size are fitted alone, and predict it: the errors that the form
+made where the outcome is known. See `scaling_laws.hindcasts`.
+
+Porian et al., "Resolving Discrepancies in Compute-Optimal Scaling of Language Models", 2024.
+https://arxiv.org/abs/2406.19146
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -34,30 +39,32 @@ from rich.table import Table
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import Outcome, Trial, TrialError, run_all
-from tritium.bench.runs.scaling_laws import LAWS, Estimate, Fit, Point
+from tritium.bench.runs.scaling_laws import LAWS, Estimate, Fit, Point, divisions, hindcasts
 from tritium.model.config import ModelConfig
 from tritium.model.shapes import flops_per_token, num_parameters
-from tritium.training.settings import PRESETS
+from tritium.training.depth import fit_to_depth
+from tritium.training.schedule import Length
+from tritium.training.settings import PRESETS, TrainConfig
 
 RESULTS = "scaling"  # .md and .png, in the folder of results
 WIDTH = 130
 PRESET = PRESETS["characters"]
 VOCAB = 257  # bytes, and the end of a text
-CONTEXT, BATCH = 128, 4
-TOKENS_PER_STEP = CONTEXT * BATCH
+CONTEXT = 128
 SHARES = 0.25, 1.0  # of the tokens that a size gets
 LEAST_SIZES = 5
 # A single layer cannot look up what followed a token before (Olsson et al., "In-context Learning
 # and Induction Heads", 2022, https://arxiv.org/abs/2209.11895): its losses are on another curve.
 LEAST_LAYERS = 2
 LEAST_STEPS = 10
+LEAST_HINDCASTS = 2  # of one error no spread is known
 TRIED = 40  # steps of the two runs that measure the speed
+HOFFMANN = 20.0  # tokens for each parameter, of several bytes each
 JUDGE = "Chinchilla"
 COMMON = (
     "characters", "--threads", "1", "--device", "cpu", "--precision", "float32",
     "--no-self-check", "--eval-every", "1000000", "--eval-tokens", "65536", "--log-every", "50",
-    "--batch-size", str(BATCH), "--model.max-seq-len", str(CONTEXT), "--model.vocab-size",
-    str(VOCAB),
+    "--model.max-seq-len", str(CONTEXT), "--model.vocab-size", str(VOCAB),
 )  # fmt: skip
 
 
@@ -97,9 +104,15 @@ def main(
                 f"bench scaling: sizes must differ by more than the step between shapes; two have "
                 f"{hidden(larger):,} parameters, take them further apart"
             )
+    n = len(divisions([_point(x, 1) for x in ladder], _point(last, 1)))
+    if n < LEAST_HINDCASTS:
+        raise SystemExit(
+            f"bench scaling: an interval needs {LEAST_HINDCASTS} sizes with 3 others as far below "
+            f"as the ladder is below {predict:g}, got {n}; add sizes, or take --predict nearer"
+        )
     given = [*COMMON, *([] if data is None else ["--data", str(data)]), *shlex.split(flags)]
     try:
-        ratio = tokens_per_parameter or 20.0
+        ratio = tokens_per_parameter or HOFFMANN
         if minutes is not None:
             ratio = _affordable([*ladder, last], minutes, seeds, out, given)
             print(f"{minutes:g} minutes are {ratio:.2f} tokens for each parameter.")
@@ -108,8 +121,9 @@ def main(
         ]
         points = _points(trials, run_all(trials, out, given))
         fits = fit(points, ratio)
-        expected = _point(last, steps(last, ratio))
-        predictions = {name: each.predict(expected) for name, each in fits.items()}
+        expected = _planned(trial(last, ratio, 0), last)
+        errors = {name: hindcasts(x.law, x.points, expected) for name, x in fits.items()}
+        predictions = {name: x.predict(expected, errors=errors[name]) for name, x in fits.items()}
         for name, value in predictions.items():
             print(f"Predicted by {name}: {_interval(value)} nats per token")
         trials = [trial(last, ratio, seed) for seed in range(seeds)]
@@ -127,6 +141,9 @@ def main(
         "all of them, then the next size. Loss in nats per token of held-out text, which for "
         "bytes is 1.44 bits per byte each. Intervals hold 95 %.",
         verdict(predictions[JUDGE], [x.loss for x in outcomes]),
+        f"{JUDGE}'s form inside the ladder, of each size from those as far below it, trained less "
+        f"predicted: {', '.join(f'{100 * x:+.2f} %' for x in errors[JUDGE])}. The intervals of "
+        "predictions hold errors as large; constants have those of the fit alone.",
         f"{JUDGE}'s form is least for that size's {expected.flops:.2e} FLOPs at "
         "{:.3g} ({:.3g} to {:.3g}) tokens for each parameter.".format(
             *fits[JUDGE].best_ratio(expected.flops)
@@ -188,26 +205,37 @@ def hidden(model: ModelConfig) -> int:
     return _parameters(model) - model.vocab_size * model.d_model
 
 
-def steps(model: ModelConfig, ratio: float) -> int:
-    """Return the steps in which a model sees `ratio` tokens for each parameter."""
-    return max(LEAST_STEPS, round(ratio * _parameters(model) / TOKENS_PER_STEP))
+def settings(model: ModelConfig, ratio: float) -> TrainConfig:
+    """Return settings of a model that sees `ratio` tokens for each parameter."""
+    length = Length(max_tokens=max(CONTEXT * LEAST_STEPS, round(ratio * _parameters(model))))
+    return fit_to_depth(
+        replace(PRESET, model=model, length=length), PRESET, {"max-tokens"}, power_of_two=False
+    )
+
+
+def arguments(model: ModelConfig, flags: Mapping[str, object]) -> tuple[str, ...]:
+    """Return flags of train.py: a model's shape, and others by their names."""
+    shaped = {
+        "model.d-model": model.d_model, "model.n-layers": model.n_layers,
+        "model.n-heads": model.n_heads,
+    }  # fmt: skip
+    return tuple(word for name, x in {**shaped, **flags}.items() for word in (f"--{name}", str(x)))
 
 
 def trial(model: ModelConfig, ratio: float, seed: int, length: int | None = None) -> Trial:
-    """Return the run of a model over its tokens, or over `length` steps."""
-    length = length or steps(model, ratio)
-    usual = PRESET.batch_size * PRESET.model.max_seq_len
-    factor = sqrt(PRESET.model.d_model / model.d_model * TOKENS_PER_STEP / usual)
-    lr = factor * PRESET.schedule.learning_rate
-    muon = factor * (PRESET.optimizer.muon_learning_rate or PRESET.schedule.learning_rate)
+    """Return the run of a model over its tokens, or over their first `length` steps."""
+    config = settings(model, ratio)
+    tokens = config.length.max_tokens or 0
+    length = length or max(LEAST_STEPS, round(tokens / (config.batch_size * CONTEXT)))
     flags = {
-        "model.d-model": model.d_model, "model.n-layers": model.n_layers,
-        "model.n-heads": model.n_heads, "max-steps": length,
-        "warmup-steps": min(PRESET.schedule.warmup_steps, length // 10),
-        "learning-rate": f"{lr:.3g}", "muon-learning-rate": f"{muon:.3g}",
+        "batch-size": config.batch_size, "max-steps": length,
+        "warmup-steps": min(config.schedule.warmup_steps, length // 10),
+        "learning-rate": f"{config.schedule.learning_rate:.4g}",
+        "muon-learning-rate": f"{config.optimizer.muon_learning_rate:.4g}",
+        "weight-decay": f"{config.optimizer.weight_decay:.4g}",
     }  # fmt: skip
-    given = tuple(word for name, x in flags.items() for word in (f"--{name}", str(x)))
-    return Trial(f"{model.n_layers} x {model.d_model}, {length} steps", given, seed)
+    name = f"{model.n_layers} x {model.d_model}, {length} steps of {config.batch_size}"
+    return Trial(name, arguments(model, flags), seed)
 
 
 def _affordable(
@@ -215,27 +243,29 @@ def _affordable(
 ) -> float:
     """Return the tokens per parameter for which all runs together take so many minutes."""
     ends = models[0], models[-1]
-    tried = run_all([trial(x, 0, 0, TRIED) for x in ends], out, common)
+    tried = run_all([trial(x, HOFFMANN, 0, TRIED) for x in ends], out, common)
     (low, a), (high, b) = (
-        (flops_per_token(x), seconds.seconds / TRIED)
-        for x, seconds in zip(ends, tried, strict=True)
+        (flops_per_token(x), outcome.seconds / outcome.tokens)
+        for x, outcome in zip(ends, tried, strict=True)
     )
-    rise = max(0.0, b - a) / (high - low)  # a step's seconds are linear in its FLOPs
+    rise = max(0.0, b - a) / (high - low)  # a token's seconds are linear in its FLOPs
 
     def seconds(model: ModelConfig) -> float:
-        return _parameters(model) / TOKENS_PER_STEP * (
-            a + rise * (flops_per_token(model) - low)
-        )  # fmt: skip
+        return _parameters(model) * (a + rise * (flops_per_token(model) - low))
 
     each = sum(SHARES) * sum(map(seconds, models[:-1])) + seconds(models[-1])
     return 60 * minutes / (seeds * each)
 
 
-def _point(model: ModelConfig, length: int, loss: float = float("nan")) -> Point:
-    tokens = length * TOKENS_PER_STEP
+def _point(model: ModelConfig, tokens: int, loss: float = float("nan")) -> Point:
     return Point(
         _parameters(model), hidden(model), tokens, flops_per_token(model) * tokens, loss
     )  # fmt: skip
+
+
+def _planned(trial: Trial, model: ModelConfig, loss: float = float("nan")) -> Point:
+    given = dict(zip(trial.arguments[::2], trial.arguments[1::2], strict=True))
+    return _point(model, int(given["--max-steps"]) * int(given["--batch-size"]) * CONTEXT, loss)
 
 
 def _points(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> list[Point]:
@@ -249,7 +279,7 @@ def _points(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> list[Point]
             **{x: int(given[f"--model.{x.replace('_', '-')}"])
                for x in ("d_model", "n_layers", "n_heads")},
         )  # fmt: skip
-        found.append(_point(model, int(given["--max-steps"]), outcome.val_loss))
+        found.append(_planned(trial, model, outcome.val_loss))
     return found
 
 

@@ -15,7 +15,14 @@ papers fit ln L; Hoffmann et al. by Huber's loss, because of outliers among 400 
 Intervals: losses are drawn anew from the fit, with the spread of its residuals, and fitted again,
 many times. The spread is itself known only by the runs less the constants: each draw takes it from
 its χ² distribution, which gives Student's t where a law is linear. A prediction's interval is that
-of a run, its own spread included. It knows nothing of errors of the law's form.
+of a run, its own spread included.
+
+An error of the law's form is not in the residuals: where a curve bends more than its law, the law
+fits all runs and misses the next. `hindcasts` measures it inside the ladder, where the outcomes are
+known: each size is predicted from the sizes at least as far below it as the runs are below the one
+to be predicted. With their root mean square s and number m, the prediction is drawn with s · t(m)
+added. That errs on the wide side, since s holds the spread of runs and of constants too, which the
+other draws have already. It cannot hold a bend that begins above the ladder.
 
 Kaplan et al., "Scaling Laws for Neural Language Models", 2020, equations 1.3 and 1.5.
 https://arxiv.org/abs/2001.08361
@@ -36,6 +43,7 @@ MOST_DAMPING = 1e6
 STARTS = (0.2, 0.5, 1.0)  # exponents, and q where it is free
 LEAST, MOST = 1e-3, 3.0  # exponents, and q
 LEVEL = 0.95
+LEAST_BELOW = 3  # sizes from which another is predicted
 
 
 class Point(NamedTuple):
@@ -136,7 +144,7 @@ class Fit:
                 f"{law.formula} has {unknown} constants and needs more runs than these, got {n}; "
                 "add sizes or lengths"
             )
-        self.law = law
+        self.law, self.points = law, points
         x = law.logs(points)
         self._center = x.mean(0)  # logs of millions would tie slopes to intercepts
         x, y = x - self._center, np.log([point.loss for point in points])
@@ -158,14 +166,24 @@ class Fit:
         nearest = (ends[0][1] <= ends[1][1])[:, None]
         self._drawn = np.where(nearest, ends[0][0], ends[1][0])
         self._own = noise[:, n]
+        self._seed = seed
 
-    def predict(self, point: Point, level: float = LEVEL) -> Estimate:
-        """Return the loss of a run in nats per token, and the interval that holds it."""
+    def predict(self, point: Point, level: float = LEVEL, errors: Sequence[float] = ()) -> Estimate:
+        """Return the loss of a run in nats per token, and the interval that holds it.
+
+        Args:
+            point: the run.
+            level: share of the runs that the interval holds.
+            errors: of ln L, that the form makes so far from its runs, as `hindcasts` returns them.
+                None given: the interval is that of a law which holds.
+        """
         x = self.law.logs([point]) - self._center
-        return _estimate(
-            np.exp(_value(self.law, x, self._theta)[:, 0]),
-            np.exp(_value(self.law, x, self._drawn)[:, 0] + self._own), level,
-        )  # fmt: skip
+        drawn = _value(self.law, x, self._drawn)[:, 0] + self._own
+        if errors:
+            spread = np.sqrt(np.mean(np.square(errors)))
+            random = np.random.default_rng([self._seed, 1])
+            drawn = drawn + spread * random.standard_t(len(errors), len(drawn))
+        return _estimate(np.exp(_value(self.law, x, self._theta)[:, 0]), np.exp(drawn), level)
 
     def constants(self, level: float = LEVEL) -> dict[str, Estimate]:
         """Return the constants of the published form."""
@@ -191,6 +209,39 @@ class Fit:
         moved = theta.copy()
         moved[:, :K] += theta[:, K : 2 * K] * self._center
         return moved
+
+
+def hindcasts(law: Law, points: Sequence[Point], beyond: Point) -> list[float]:
+    """Return ln of (trained / predicted) loss where a law predicts sizes of its own runs.
+
+    Each is predicted by a fit of smaller ones, as `divisions` has them; of several runs that are
+    equally long it is the mean.
+    """
+    errors = []
+    for longest, below in divisions(points, beyond):
+        predicted = Fit(law, below, draws=1).predict(longest[0]).value
+        errors.append(float(np.mean([np.log(x.loss / predicted) for x in longest])))
+    return errors
+
+
+def divisions(points: Sequence[Point], beyond: Point) -> list[tuple[list[Point], list[Point]]]:
+    """Return sizes that can be predicted from others: their longest runs, and runs of the others.
+
+    Args:
+        points: the runs.
+        beyond: the run to be predicted in the end, of a larger size. The others are at least as
+            many times smaller as the largest of `points` is smaller than it, and of three sizes.
+    """
+    sizes = sorted({x.parameters for x in points})
+    reach = sizes[-1] / beyond.parameters
+    found = []
+    for size in sizes:
+        below = [x for x in points if x.parameters <= reach * size * (1 + 1e-9)]
+        if len({x.parameters for x in below}) >= LEAST_BELOW:
+            runs = [x for x in points if x.parameters == size]
+            most = max(x.tokens for x in runs)
+            found.append(([x for x in runs if x.tokens == most], below))
+    return found
 
 
 def _estimate(value: np.ndarray, drawn: np.ndarray, level: float) -> Estimate:

@@ -24,11 +24,13 @@ from rich.table import Table
 from tritium.bench import tables
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import Outcome, Trial, TrialError, difference, run_all
-from tritium.bench.runs.scaling import COMMON, PRESET, TOKENS_PER_STEP, hidden, shape, trial
+from tritium.bench.runs.scaling import COMMON, CONTEXT, PRESET, arguments, hidden, shape
 
 RESULTS = "tokens_to_loss.md"
 WIDTH = 110
 SHARES = 0.25, 0.5  # of the tokens, on which Muon is trained too
+BATCH = 4  # sequences, of every run
+TOKENS_PER_STEP = BATCH * CONTEXT
 RULES = "AdamW", "Muon"
 RATIO = (PRESET.optimizer.muon_learning_rate or 0.0) / PRESET.schedule.learning_rate
 
@@ -80,7 +82,10 @@ def main(
     model = shape(size)
 
     def runs(names: Iterable[str], chosen: Iterable[float], share: float = 1.0) -> list[Trial]:
-        usual = trial(model, 0, 0, round(share * steps)).arguments
+        length = round(share * steps)
+        warm_up = min(PRESET.schedule.warmup_steps, length // 10)
+        flags = {"batch-size": BATCH, "max-steps": length, "warmup-steps": warm_up}
+        usual = arguments(model, flags)
         return [
             Trial(f"{name} at {lr:g}, {share:g} of tokens", (*usual, *_rule(name, lr)), seed)
             for seed in range(seeds) for lr in chosen for name in names

@@ -98,15 +98,65 @@ MUTANTS = [
         original='whether = "within" if inside == len(losses) else "NOT within"',
         replacement='whether = "within"',
     ),
-    _scaling(
-        what="learning rates grow with width",
-        original="PRESET.model.d_model / model.d_model *",
-        replacement="model.d_model / PRESET.model.d_model *",
+    _laws(
+        what="the form's error is left out",
+        original="        if errors:\n",
+        replacement="        if False:\n",
+    ),
+    _laws(
+        what="the form's error is that of many hindcasts",
+        original="standard_t(len(errors), len(drawn))",
+        replacement="standard_normal(len(drawn))",
+    ),
+    _laws(
+        what="hindcasts that balance are no error",
+        original="spread = np.sqrt(np.mean(np.square(errors)))",
+        replacement="spread = np.std(errors)",
+    ),
+    _laws(
+        what="a prediction drawn anew at every call",
+        original="np.random.default_rng([self._seed, 1])",
+        replacement="np.random.default_rng()",
+    ),
+    _laws(
+        what="a size is predicted from the next one below it",
+        original="if x.parameters <= reach * size * (1 + 1e-9)]",
+        replacement="if x.parameters < size]",
+    ),
+    _laws(
+        what="hindcasts know their outcome",
+        original="if x.parameters <= reach * size * (1 + 1e-9)]",
+        replacement="]",
+    ),
+    _laws(
+        what="hindcasts of the short runs too",
+        original="found.append(([x for x in runs if x.tokens == most], below))",
+        replacement="found.append((runs, below))",
     ),
     _scaling(
-        what="learning rates leave the batch out",
-        original="* TOKENS_PER_STEP / usual)",
-        replacement=")",
+        what="batches are powers of two",
+        original=', {"max-tokens"}, power_of_two=False',
+        replacement=', {"max-tokens"}',
+    ),
+    _scaling(
+        what="decay is the preset's",
+        original='        "weight-decay": f"{config.optimizer.weight_decay:.4g}",\n',
+        replacement="",
+    ),
+    _scaling(
+        what="the prediction is of a law which holds",
+        original="x.predict(expected, errors=errors[name]) for",
+        replacement="x.predict(expected) for",
+    ),
+    _scaling(
+        what="one hindcast is enough",
+        original="LEAST_HINDCASTS = 2",
+        replacement="LEAST_HINDCASTS = 0",
+    ),
+    _scaling(
+        what="steps of the preset's batch",
+        original="round(tokens / (config.batch_size * CONTEXT))",
+        replacement="round(tokens / (PRESET.batch_size * CONTEXT))",
     ),
     _scaling(
         what="the embedding counts as hidden",

@@ -89,6 +89,20 @@ def test_a_run_in_progress_is_left_alone(tmp_path):
         assert (run / "log.jsonl").exists()
 
 
+def test_a_run_without_a_step_is_said(tmp_path, monkeypatch):
+    """Such as one that was started with less time than it takes to make the model."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "run = pathlib.Path(sys.argv[-1])\n"
+        "run.mkdir()\n"
+        "(run / 'log.jsonl').touch()\n"
+    )
+    monkeypatch.setattr(_trials, "SCRIPT", script)
+    with pytest.raises(TrialError, match="a, seed 1: its time had passed before the first step"):
+        run_all([Trial("a", (), 1)], tmp_path / "runs", [])
+
+
 def test_what_train_py_refuses_is_said(corpus, tmp_path):
     with pytest.raises(TrialError, match=r"deep: train.py ended with status 2: .*n-layers"):
         run_all(
