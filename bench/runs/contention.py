@@ -27,6 +27,7 @@ from rich.table import Table
 
 from train import accumulate_gradients
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.model import Transformer
 from tritium.training.device import keep_freed_memory, set_threads
@@ -56,6 +57,9 @@ def main(rounds: int = 4, seconds: float = 1.5, settle: float = 2.2, write: bool
         settle: seconds of a turn before it.
         write: keep the table in contention.md, in the folder of results.
     """
+    at_least(1, rounds=rounds)
+    at_least(0.1, seconds=seconds)
+    at_least(0, settle=settle)
     rates: dict[tuple[str, str], list[float]] = {(n, load): [] for n in RUNS for load in LOADS}
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(transient=True, auto_refresh=False))

@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.data import DocumentLoader, Tokenizer, TokenLoader, prepare
 from tritium.data.corpus import documents
@@ -40,6 +41,7 @@ def main(mb: float = 48, repeats: int = 7, write: bool = False) -> None:
         repeats: how often each is measured; the median and the best are shown.
         write: keep the tables in data.md, in the folder of results.
     """
+    at_least(1, mb=mb, repeats=repeats)
     encoding = Table(
         "documents", "what", "MB/s", "best", "M tokens/s", "of bare", "CPU s", "of bare"
     )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from train import accumulate_gradients
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.bench.runs.plain_gpt import PlainGPT
 from tritium.model import ModelConfig, Transformer
@@ -61,6 +62,7 @@ def main(
         threads: numbers of CPU threads to measure with.
         write: keep the table in throughput.md, in the folder of results.
     """
+    at_least(1, turns=turns, steps=steps, threads=min(threads, default=0))
     table = Table(*COLUMNS)
     runs = [(n, dtype) for n in threads for dtype in PRECISIONS]
     # Shown between turns alone: a thread that refreshed it would take a core from one of them.

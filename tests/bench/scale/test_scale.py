@@ -114,6 +114,7 @@ def test_the_command_prints_tables_draws_and_refuses(monkeypatch, tmp_path, caps
         (("--gpus", "0"), "gpus, batch-size, length and node must be at least 1"),
     ],
 )
-def test_wrong_input_ends_in_a_sentence(words, message, monkeypatch):
-    with pytest.raises(SystemExit, match=message):
+def test_wrong_input_ends_in_a_sentence(words, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run_main(monkeypatch, *words)
+    assert message in capsys.readouterr().err
