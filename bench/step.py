@@ -81,6 +81,9 @@ def main(
             "Launches counted without a GPU: none was run. First the launches of one block, in the "
             "first micro-batch of a step and in each further one; then those of a whole step.",
             *(f"Casts and copies, {phase}: {why}." for phase, why in count.REASONS.items()),
+            "Optimizer: "
+            + "; ".join(f"`{name}`: {what}" for name, what in count.OF_OPTIMIZER.items())
+            + ".",
         ]
     path = tables.results() / (PROFILE if cuda else COUNTS) if write else None
     tables.present(lines, *found, width=WIDTH, write_to=path)
