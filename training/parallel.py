@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tritium.kernels.roofline import quantity
+from tritium.kernels.units import quantity
 from tritium.model.shapes import num_parameters
 from tritium.model.transformer import Transformer
 from tritium.training import tensor_parallel

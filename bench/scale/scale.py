@@ -25,7 +25,8 @@ from tritium.bench.scale.links import Links, find_links
 from tritium.bench.scale.parts import MODES, mesh_of
 from tritium.bench.scale.picture import Point, draw
 from tritium.bench.scale.predict import Job, Plan, RankBytes, StepTime, moved
-from tritium.kernels.roofline import Device, duration, quantity
+from tritium.kernels.roofline import Device
+from tritium.kernels.units import duration, quantity
 from tritium.model import ModelConfig
 from tritium.training.memory.plan import USABLE
 
