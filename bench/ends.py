@@ -26,7 +26,7 @@ def ended(command: str) -> Iterator[None]:
     """Run a verb inside the block; end the process with a sentence where it cannot be done.
 
     Args:
-        command: `bench` and the verb, which stand in front of the sentence.
+        command: `bench` and the verb, which begin the sentence.
 
     Raises:
         SystemExit: with status 2 after a `WrongInputError`, 1 after a `FailedError`.

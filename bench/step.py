@@ -18,6 +18,7 @@ from tritium.bench import harness, tables
 from tritium.bench import step_launches as count
 from tritium.bench.ends import FailedError, WrongInputError, as_wrong_input, at_least
 from tritium.kernels.roofline import Device, explain, find_device
+from tritium.kernels.units import counted
 from tritium.model import ModelConfig, Transformer
 from tritium.training.cuda_graph import WARM_UP, training_step
 from tritium.training.optim import OptimizerConfig
@@ -64,8 +65,9 @@ def main(
         config = ModelConfig(
             vocab_size=vocabulary, n_layers=layers, d_model=width, n_heads=heads, max_seq_len=length
         )
-    shape = f"{layers} layers, {width} wide, {heads} heads, vocabulary {vocabulary:,}"
-    parts = f"{batch} x {length} tokens in {micro_batches} micro-batches"
+    shape = f"{counted(layers, 'layer')}, {width} wide, {counted(heads, 'head')}"
+    shape += f", vocabulary {vocabulary:,}"
+    parts = f"{batch} x {length} tokens in {counted(micro_batches, 'micro-batch')}"
     cuda = torch.cuda.is_available()
     name = harness.device_name(torch.device("cuda" if cuda else "cpu"))
     lines = [

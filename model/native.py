@@ -193,8 +193,8 @@ def _scaling_to_native(scaling: RopeScaling) -> dict | None:
 def config_from_native(given: dict) -> ModelConfig:
     """Return the shape that the content of a config.json describes.
 
-    A file names heads and widths that a shape may leave to others; where it names what None stands
-    for, the field is None, so that a shape comes back from a file as it went.
+    A file names heads and widths that a shape may leave to others; where it names what None
+    means, the field is None, so that a shape comes back from a file as it went.
 
     Raises:
         FormatError: it is of another architecture, or asks for what this model does not have.

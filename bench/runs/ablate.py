@@ -25,6 +25,7 @@ from tritium.bench import tables
 from tritium.bench.ends import WrongInputError, at_least, split_flags
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import Outcome, RefusedError, Trial, difference, run_all
+from tritium.kernels.units import counted
 
 RESULTS = "ablations"  # .md and .png, in the folder of results
 WIDTH = 118
@@ -208,7 +209,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [name for *_, name in rows])
     axes.set_xlabel("changed less unchanged, bits per byte (left is better)")
     figure.suptitle(  # over the names too, which take up to half of the width
-        f"unchanged: {mean(unchanged):.4f} bits per byte, {len(unchanged)} seeds; "
+        f"unchanged: {mean(unchanged):.4f} bits per byte, {counted(len(unchanged), 'seed')}; "
         "bars: 95 % intervals",
         fontsize=10,
     )

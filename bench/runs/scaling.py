@@ -36,6 +36,7 @@ from tritium.bench.ends import WrongInputError, at_least, split_flags
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import Outcome, Trial, TrialError, run_all
 from tritium.bench.runs.scaling_laws import LAWS, Estimate, Fit, Point
+from tritium.kernels.units import counted
 from tritium.model.config import ModelConfig
 from tritium.model.shapes import flops_per_token, num_parameters
 from tritium.training.settings import PRESETS
@@ -102,7 +103,7 @@ def main(
     ratio = tokens_per_parameter or 20.0
     if minutes is not None:
         ratio = _affordable([*ladder, last], minutes, seeds, out, given)
-        print(f"{minutes:g} minutes are {ratio:.2f} tokens for each parameter.")
+        print(f"{counted(minutes, 'minute')} are {ratio:.2f} tokens for each parameter.")
     trials = [trial(x, ratio * s, seed) for x in ladder for s in SHARES for seed in range(seeds)]
     points = _points(trials, run_all(trials, out, given))
     fits = fit(points, ratio)

@@ -199,17 +199,17 @@ MUTANTS = [
         replacement="if False:",
     ),
     _native(
-        what="a width that is what None stands for is named after reading",
+        what="a width that is what None means is named after reading",
         original='meant = {"d_ff": replace(config, d_ff=None).feed_forward_width, ',
         replacement="meant = {",
     ),
     _native(
-        what="heads that are as many as None stands for are named after reading",
+        what="heads that are as many as None means are named after reading",
         original='meant["d_head"] = config.d_model // config.n_heads',
         replacement="pass",
     ),
     _native(
-        what="a feed-forward width that None does not stand for is forgotten",
+        what="a feed-forward width that None does not mean is forgotten",
         original="for x, value in meant.items() if getattr(config, x) == value})",
         replacement="for x, value in meant.items()})",
     ),
