@@ -7,6 +7,8 @@ from importlib import import_module
 
 import tyro
 
+from tritium.bench.ends import ended
+
 VERBS = {
     "gpu": (
         "gpu.session",
@@ -65,12 +67,15 @@ def main() -> None:
     verb, *arguments = sys.argv[1:] or ["--help"]
     verb = verb.replace("-", "_") if verb[0] != "-" else verb
     if verb in VERBS:
-        tyro.cli(_main_of(VERBS[verb][0]), args=arguments, prog=f"python -m tritium.bench {verb}")
+        with ended(f"bench {verb}"):
+            made = _main_of(VERBS[verb][0])
+            tyro.cli(made, args=arguments, prog=f"python -m tritium.bench {verb}")
         return
     from tritium.bench.operations import OPERATIONS
 
     if verb == "all" or verb in OPERATIONS:
-        tyro.cli(_main_of("compare"), args=[verb, *arguments], prog="python -m tritium.bench")
+        with ended("bench"):
+            tyro.cli(_main_of("compare"), args=[verb, *arguments], prog="python -m tritium.bench")
         return
     known = verb in ("--help", "-h", "help")
     said = _usage(list(OPERATIONS))
@@ -95,6 +100,7 @@ def _usage(operations: list[str]) -> str:
             names,
             "What --write, --save and --plot keep goes to bench/results at the root of a checkout,",
             "elsewhere to ./bench-results.",
+            "Exit status: 2 for wrong input; 1 if a run failed, or a result is not as it must be.",
         ]
     )
 

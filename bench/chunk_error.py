@@ -18,9 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.errors import relative_rms
 from tritium.bench.harness import device_name
 from tritium.kernels.linear_cross_entropy import linear_cross_entropy
+from tritium.kernels.units import counted
 
 RESULTS = "chunk_error.md"  # in the folder of results
 WIDTH = 120
@@ -82,7 +84,8 @@ def main(T: int = 4096, D: int = 256, V: int = 4096, write: bool = False) -> Non
         V: vocabulary.
         write: keep the table in chunk_error.md, in the folder of results.
     """
-    columns = [f"{n} chunk{'s' * (n > 1)}, %" for n in CHUNKS]
+    at_least(1, T=T, D=D, V=V)
+    columns = [f"{counted(n, 'chunk')}, %" for n in CHUNKS]
     rows = [(name, *(f"{100 * e:.3f}" for e in errors)) for name, errors in measure(T, D, V)]
 
     def table(style: box.Box) -> Table:

@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from tritium.bench import harness, tables
 from tritium.bench.case import Case, Settings, implementations_of, installed
+from tritium.bench.ends import WrongInputError
 from tritium.bench.operations import OPERATIONS, Operation
 from tritium.bench.tables import Report, Row
 from tritium.kernels.runtime import uses_triton
@@ -137,7 +138,7 @@ def main(
     """
     names = list(OPERATIONS) if "all" in ops else list(ops)
     if unknown := sorted(set(names) - set(OPERATIONS)):
-        raise SystemExit(f"bench: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+        raise WrongInputError(f"no operation {unknown}; there are {', '.join(OPERATIONS)}")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     settings = replace(
         settings_here(console, quick), dtype=DTYPES[dtype], sizes=sizes, compiled=compile

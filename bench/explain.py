@@ -6,6 +6,7 @@ import torch
 import tyro
 
 from tritium.bench.compare import DTYPES
+from tritium.bench.ends import as_wrong_input
 from tritium.kernels.roofline import OPERATIONS, explain
 
 STATE_DTYPES = DTYPES | {"uint8": torch.uint8}
@@ -29,13 +30,11 @@ def main(
         state_dtype: of an optimizer's moments.
         device: part of a device's name, such as H200; the present GPU if left out.
     """
-    try:
+    with as_wrong_input(ValueError):
         found = explain(
             op, **_dims(op, shape), dtype=DTYPES[dtype], device=device,
             master=None if master == "none" else master, state_dtype=STATE_DTYPES[state_dtype],
         )  # fmt: skip
-    except ValueError as problem:
-        raise SystemExit(str(problem)) from None
     print(found)
 
 

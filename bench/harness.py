@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tritium.bench.errors import as_tuple
 from tritium.kernels.roofline import Device
+from tritium.kernels.units import counted
 
 Call = Callable[[], object]
 
@@ -43,7 +44,7 @@ def device_name(device: torch.device) -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()
     model = models[0] if models else platform.machine()
-    return f"CPU {model}, {threads} thread{'s' * (threads > 1)}"
+    return f"CPU {model}, {counted(threads, 'thread')}"
 
 
 def cache_bytes(device: torch.device) -> int:

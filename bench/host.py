@@ -22,6 +22,7 @@ from torch import Tensor
 from triton import knobs
 
 from tritium.bench import harness, host_cost, tables
+from tritium.bench.ends import WrongInputError, at_least
 from tritium.bench.operations import OPERATIONS, Make
 from tritium.kernels import runtime
 
@@ -66,13 +67,12 @@ def main(
         write: write the table to host.md, in the folder of results.
     """
     if knobs.runtime.interpret or runtime.REFERENCE:
-        raise SystemExit(
-            "bench host: kernels must be compiled; unset TRITON_INTERPRET and TRITIUM_REFERENCE"
+        raise WrongInputError(
+            "kernels must be compiled; unset TRITON_INTERPRET and TRITIUM_REFERENCE"
         )
     if unknown := sorted({*ops} - {*OPERATIONS}):
-        raise SystemExit(
-            f"bench host: no operation {unknown}; name some of {', '.join(OPERATIONS)}"
-        )
+        raise WrongInputError(f"no operation {unknown}; name some of {', '.join(OPERATIONS)}")
+    at_least(1, rounds=rounds, calls=calls)
     names = ops or tuple(name for name in OPERATIONS if name not in LEFT_OUT)
     rows = [measure(name, rounds, calls) for name in names]
     table = Table("operation", "Tritium, us", "PyTorch, us", "Liger, us", "Tritium is")

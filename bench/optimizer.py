@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tritium.bench import harness, host_cost
 from tritium.bench.case import Settings, attempt, installed, percent_of_bound
 from tritium.bench.compare import command_line, make_report, settings_here, show, watched
+from tritium.bench.ends import WrongInputError
 from tritium.bench.errors import relative_rms
 from tritium.bench.implementations import Loader
 from tritium.bench.optimizer_implementations import Parameters, Stepper
@@ -191,7 +192,7 @@ def _notes(tasks: dict[str, Task], settings: Settings) -> Iterator[str]:
 def named(table: dict[str, T], parts: tuple[str, ...], what: str) -> dict[str, T]:
     """The entries whose name contains one of `parts`; all without any."""
     if unknown := [part for part in parts if not any(part in name for name in table)]:
-        raise SystemExit(f"bench: no {what} {unknown}; there are {'; '.join(table)}")
+        raise WrongInputError(f"no {what} {unknown}; there are {'; '.join(table)}")
     return {name: x for name, x in table.items() if any(part in name for part in parts or ("",))}
 
 

@@ -16,7 +16,9 @@ from rich.table import Table
 import train
 from tritium.bench import harness, tables
 from tritium.bench import step_launches as count
+from tritium.bench.ends import FailedError, WrongInputError, as_wrong_input, at_least
 from tritium.kernels.roofline import Device, explain, find_device
+from tritium.kernels.units import counted
 from tritium.model import ModelConfig, Transformer
 from tritium.training.cuda_graph import WARM_UP, training_step
 from tritium.training.optim import OptimizerConfig
@@ -56,13 +58,16 @@ def main(
         micro_batches: parts of a step, each with a forward and a backward pass.
         write: keep the tables in the folder of results: step.md of a GPU, step_launches.md without.
     """
-    if micro_batches < 1 or batch % micro_batches:
-        raise SystemExit(f"bench step: {micro_batches} micro-batches do not divide {batch}")
-    config = ModelConfig(
-        vocab_size=vocabulary, n_layers=layers, d_model=width, n_heads=heads, max_seq_len=length
-    )
-    shape = f"{layers} layers, {width} wide, {heads} heads, vocabulary {vocabulary:,}"
-    parts = f"{batch} x {length} tokens in {micro_batches} micro-batches"
+    at_least(1, micro_batches=micro_batches, batch=batch)
+    if batch % micro_batches:
+        raise WrongInputError(f"{micro_batches} micro-batches do not divide {batch}")
+    with as_wrong_input(ValueError):
+        config = ModelConfig(
+            vocab_size=vocabulary, n_layers=layers, d_model=width, n_heads=heads, max_seq_len=length
+        )
+    shape = f"{counted(layers, 'layer')}, {width} wide, {counted(heads, 'head')}"
+    shape += f", vocabulary {vocabulary:,}"
+    parts = f"{batch} x {length} tokens in {counted(micro_batches, 'micro-batch')}"
     cuda = torch.cuda.is_available()
     name = harness.device_name(torch.device("cuda" if cuda else "cpu"))
     lines = [
@@ -78,6 +83,9 @@ def main(
             "Launches counted without a GPU: none was run. First the launches of one block, in the "
             "first micro-batch of a step and in each further one; then those of a whole step.",
             *(f"Casts and copies, {phase}: {why}." for phase, why in count.REASONS.items()),
+            "Optimizer: "
+            + "; ".join(f"`{name}`: {what}" for name, what in count.OF_OPTIMIZER.items())
+            + ".",
         ]
     path = tables.results() / (PROFILE if cuda else COUNTS) if write else None
     tables.present(lines, *found, width=WIDTH, write_to=path)
@@ -252,7 +260,5 @@ def device_events(events: Iterable[Any]) -> list[tuple[str, float, float]]:
         and not RANGE.match(event.name)
     ]
     if not found:
-        raise SystemExit(
-            "bench step: the profiler saw no kernel; run no other one (nsys, ncu) beside it"
-        )
+        raise FailedError("the profiler saw no kernel; run no other one (nsys, ncu) beside it")
     return found

@@ -4,7 +4,8 @@ A step runs on CPU tensors as it would on a GPU: products in bfloat16, Tritium's
 their kernels. A dispatch mode sees PyTorch's operators, a recorder the launches of Tritium's
 kernels, of which none is compiled or run: outputs hold whatever was in memory. Operators that
 return a view or unwritten memory launch nothing and are left out; each other counts as one launch,
-of which a GPU may make several (a product in two parts, a large sum, a sort).
+of which a GPU may make several (a product in two parts, a large sum, a sort). The optimizer's table
+of addresses is made on the host, also beside a GPU: its upload counts, its making does not.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 from unittest import mock
 
 import torch
@@ -59,6 +61,9 @@ NO_LAUNCH = {
     "_record_function_enter_new", "_record_function_exit", "is_same_size",
 }  # fmt: skip
 EMBEDDINGS = import_module("tritium.kernels.embedding")
+POINTER_TABLE = import_module("tritium.kernels.optimizers._pointer_table")
+MAKE_TABLE = POINTER_TABLE._tables.__wrapped__  # not from its cache
+UPLOAD = "upload"
 REASONS = {
     "forward": "the weights of all blocks in bfloat16, one call a step; in each micro-batch the "
     "output layer's weight and the losses of its rows",
@@ -66,6 +71,13 @@ REASONS = {
     "the tokens as int32, to be sorted",
 }
 """Reasons for casts and copies, by phase."""
+OF_OPTIMIZER = {
+    UPLOAD: "addresses of the gradients, where these are not where they were before",
+    "_grad_norm_partials_kernel": "sums of squares of all gradients",
+    "_optimizer_prepare_kernel": "their norm, the clipping, step counts and rates",
+    "_optimizer_update_kernel": "all weights and moments",
+}
+"""The optimizer's launches."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.phase = "forward"
+        self._on_host = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "tritium" and func._schema.is_mutable:
@@ -93,7 +106,7 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(f"bench step: {func} hides what it launches; call it undispatched")
         name = func._schema.name.partition("::")[2]
         views = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
-        if not views and name not in NO_LAUNCH:
+        if not views and name not in NO_LAUNCH and not self._on_host:
             self._append(_kind(name, args), name)
         return func(*args, **(kwargs or {}))
 
@@ -101,6 +114,19 @@ class Recorder(TorchDispatchMode):
         """Record the launch of one of Tritium's kernels."""
         name = launcher._kernel.fn.__name__
         self._append(next((OWN[start] for start in OWN if name.startswith(start)), OTHER), name)
+
+    def address_table(self, *rows: Any) -> Any:
+        """Make an optimizer's table of addresses, always anew."""
+        self._on_host = True
+        try:
+            return MAKE_TABLE(*rows)
+        finally:
+            self._on_host = False
+
+    def upload(self, x: Tensor, device: torch.device) -> Tensor:
+        """Record what is copied from the host."""
+        self._append(CASTS, UPLOAD)
+        return x
 
     def _append(self, kind: str, name: str) -> None:
         kind = OPTIMIZER if self.phase == OPTIMIZER else kind
@@ -137,6 +163,8 @@ def recorded() -> Iterator[Recorder]:
         mock.patch("tritium.kernels._packed_rows.keeps_rows", return_value=False),  # asks a driver
         # It is dispatched, below where this mode sees anything.
         mock.patch.object(EMBEDDINGS, "_backward_into", EMBEDDINGS._launch_sums),
+        mock.patch.object(POINTER_TABLE, "_tables", recorder.address_table),
+        mock.patch.object(POINTER_TABLE, "upload", recorder.upload),
         mock.patch.object(torch.Tensor, "backward", in_backward),
         recorder,
     ):

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tritium.kernels.roofline import Device, duration, quantity
+from tritium.kernels.roofline import Device
+from tritium.kernels.units import duration, quantity
 from tritium.training.run.json_text import to_json
 
 matplotlib.use("Agg")

@@ -2,7 +2,7 @@
 
     `rows`: student's and teacher's logits -> loss, and its gradient over the student's logits
 
-The formulas are in linear_kl_div.py.
+The formulas are in linear_kl_div.py; rows are padded (_padded_rows.py).
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritium.kernels._cross_entropy_options import LOWEST, LOWEST_GAP, final_logits
 from tritium.kernels._cross_entropy_rows import LN_2, LOG2_E, _capped
+from tritium.kernels._padded_rows import load_logits, store_gradient, store_zeros
 from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import accumulator, power_of_2, uses_triton
 
@@ -58,10 +59,7 @@ def _scores(
     x_ptr, offs_V, V, W, inverse, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    if MASKED:
-        x_V = tl.load(x_ptr + offs_V, mask=offs_V < W, other=0.0).to(ACC)
-    else:
-        x_V = tl.load(x_ptr + offs_V).to(ACC)
+    x_V = load_logits(x_ptr, offs_V, W, MASKED, ACC)
     z_V = _capped(x_V, 1.0, softcap, False, SOFTCAP, ACC) * inverse
     if SOFTCAP:
         z_V = tl.where(x_V == float("-inf"), x_V, z_V)
@@ -141,11 +139,7 @@ def _diverge(
         dz_V *= give
         if SOFTCAP:
             dz_V = _through_cap(dz_V, x_V, inverse, softcap)
-        if MASKED:
-            dz_V = tl.where(offs_V < V, dz_V, 0.0)
-            tl.store(x_ptr + offs_V, dz_V.to(x_ptr.dtype.element_ty), mask=offs_V < W)
-        else:
-            tl.store(x_ptr + offs_V, dz_V.to(x_ptr.dtype.element_ty))
+        store_gradient(x_ptr, offs_V, V, W, dz_V, MASKED)
     return of_p, of_q
 
 
@@ -157,8 +151,6 @@ def _linear_kl_div_kernel(
     KIND: tl.constexpr, GRADIENT: tl.constexpr, COUNTS: tl.constexpr, SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    # Rows are W long, of which V are classes and the rest 0, before and after: W is a multiple of
-    # 64, so that all accesses are wide.
     beta = tl.full((), beta, ACC)
     inverse = 1 / tl.full((), temperature, ACC)
     softcap, teacher_softcap = tl.full((), softcap, ACC), tl.full((), teacher_softcap, ACC)
@@ -243,11 +235,8 @@ def _linear_kl_div_kernel(
                 )  # fmt: skip
     else:
         tl.store(loss_ptr + t, 0.0)
-        if GRADIENT:  # zeros, whatever the logits hold
-            zero_V = tl.zeros(offs_V.shape, x_ptr.dtype.element_ty)
-            for v in range(0, full, BLOCK_V):
-                tl.store(x_ptr + v + offs_V, zero_V)
-            tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)
+        if GRADIENT:
+            store_zeros(x_ptr, offs_V, full, W, BLOCK_V)
 
 
 _launch_rows = Launcher(_linear_kl_div_kernel)

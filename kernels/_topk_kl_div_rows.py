@@ -4,6 +4,7 @@ K classes of each row, and all others as one: K + 1 outcomes, whose logits are t
 and the logarithm of the sum of exp over the others. The divergence is of these outcomes; what its
 gradient gives to the last one is divided among its classes by their probabilities. The logits of
 the K classes are set aside and overwritten by -inf, so that a pass sums over all others exactly.
+Rows are padded (_padded_rows.py).
 """
 
 import torch
@@ -27,6 +28,7 @@ from tritium.kernels._kl_div_rows import (
     gradient_reference,
     scores,
 )
+from tritium.kernels._padded_rows import store_gradient, store_zeros
 from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import accumulator, power_of_2, uses_triton
 
@@ -48,11 +50,7 @@ def _store_rest(
     dz_V = rate * tl.exp2((z_V - m) * LOG2_E)
     if SOFTCAP:
         dz_V = _through_cap(dz_V, z_V, inverse, softcap)
-    if MASKED:
-        dz_V = tl.where(offs_V < V, dz_V, 0.0)
-        tl.store(x_ptr + offs_V, dz_V.to(x_ptr.dtype.element_ty), mask=offs_V < W)
-    else:
-        tl.store(x_ptr + offs_V, dz_V.to(x_ptr.dtype.element_ty))
+    store_gradient(x_ptr, offs_V, V, W, dz_V, MASKED)
 
 
 @triton.jit
@@ -63,7 +61,6 @@ def _linear_topk_kl_div_kernel(
     KIND: tl.constexpr, GRADIENT: tl.constexpr, COUNTS: tl.constexpr, SOFTCAP: tl.constexpr,
     ACC: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Rows are W long, of which V are classes and the rest 0, before and after.
     beta, softcap = tl.full((), beta, ACC), tl.full((), softcap, ACC)
     inverse = 1 / tl.full((), temperature, ACC)
     t = tl.program_id(0).to(tl.int64)
@@ -141,11 +138,8 @@ def _linear_topk_kl_div_kernel(
             tl.store(x_ptr + class_K, dz_K.to(x_ptr.dtype.element_ty), mask=known_K)
     else:
         tl.store(loss_ptr + t, 0.0)
-        if GRADIENT:  # zeros, whatever the logits hold
-            zero_V = tl.zeros(offs_V.shape, x_ptr.dtype.element_ty)
-            for v in range(0, full, BLOCK_V):
-                tl.store(x_ptr + v + offs_V, zero_V)
-            tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)
+        if GRADIENT:
+            store_zeros(x_ptr, offs_V, full, W, BLOCK_V)
 
 
 _launch_rows = Launcher(_linear_topk_kl_div_kernel)

@@ -13,6 +13,8 @@ Each row of dw is written by one program, once: so it may as well be added to.
 T tokens (every leading axis, flattened), D features, V rows, B blocks of S sorted positions.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -20,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tritium.kernels.launcher import Launcher
+from tritium.kernels.launcher import Launcher, Plan, planned
 from tritium.kernels.runtime import (
     accumulator,
     apply,
@@ -39,6 +41,7 @@ S = 32  # sorted positions per block
 UNROLL = tl.constexpr(4)  # rows being loaded at a time
 BLOCK_D = 256  # features per program of the backward, which is one warp: 8 a thread
 BLOCK_B = 32  # partials that are added at a time
+INT32_MAX = (1 << 31) - 1
 
 
 def embedding_reference(
@@ -148,15 +151,24 @@ def _embedding_runs_kernel(
         tl.store(dw_ptrs, dw_D, mask=offs_D < D)
 
 
-def _launch_forward(tokens_T: Tensor, w_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    (T,), (V, D) = tokens_T.shape, w_VD.shape
-    y_TD = w_VD.new_empty(T, D, dtype=dtype)
-    block_D = min(power_of_2(D), TILE)
-    block_T = TILE // block_D
-    _look_up(
-        (cdiv(T, block_T) * cdiv(D, block_D),), (tokens_T, w_VD, y_TD),
-        (T, D, V, w_VD.stride(0)), (block_T, block_D),
+@planned
+def _plan_forward(
+    T: int, shape: torch.Size, stride: int, dtypes: tuple[torch.dtype, ...], tile: int
+) -> Plan:
+    V, D = shape
+    block_D = min(power_of_2(D), tile)
+    block_T = tile // block_D
+    return Plan(
+        (cdiv(T, block_T) * cdiv(D, block_D),), (T, D, V, stride), (block_T, block_D)
     )  # fmt: skip
+
+
+def _launch_forward(tokens_T: Tensor, w_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    T, shape = tokens_T.shape[0], w_VD.shape
+    y_TD = w_VD.new_empty(T, shape[1], dtype=dtype)
+    dtypes = tokens_T.dtype, w_VD.dtype, dtype
+    plan = _plan_forward(T, shape, w_VD.stride(0), dtypes, TILE)
+    _look_up.launch(plan, tokens_T, w_VD, y_TD)
     return y_TD
 
 
@@ -168,27 +180,45 @@ def _launch_backward(
     return dw_VD
 
 
+class _SumsPlan(NamedTuple):
+    n_blocks: int
+    """B, of S sorted tokens each."""
+    acc: torch.dtype
+    """Dtype of the partial sums."""
+    blocks: Plan
+    runs: Plan
+
+
+@planned
+def _plan_sums(
+    T: int, shape: torch.Size, stride: int, dtypes: tuple[torch.dtype, ...], add: bool,
+    size: int, block_D: int, block_B: int,
+) -> _SumsPlan:  # fmt: skip
+    (V, D), B, acc = shape, cdiv(T, size), torch.promote_types(dtypes[0], torch.float32)
+    block_D = min(power_of_2(D), block_D)
+    grid = (B * cdiv(D, block_D),)
+    blocks = Plan(
+        grid, (T, D, V, stride), (size, block_D, accumulator(acc), add), num_warps=1
+    )  # fmt: skip
+    return _SumsPlan(B, acc, blocks, Plan(grid, (T, D, V), (size, block_B, block_D, add)))
+
+
 def _launch_sums(
     dy_TD: Tensor, tokens_T: Tensor, dw_VD: Tensor, padding_idx: int, add: bool = True
 ) -> None:
     """Write the sum of each token's gradients to its row, or add it."""
     T, (V, D) = dy_TD.shape[0], dw_VD.shape
-    # What gets no gradient becomes V, and sorts last. As int32: half as many passes of the sort.
-    counts_T = (tokens_T >= 0) & (tokens_T < V)
+    dtypes = dy_TD.dtype, dw_VD.dtype
+    plan = _plan_sums(T, dw_VD.shape, dy_TD.stride(0), dtypes, add, S, BLOCK_D, BLOCK_B)
+    # What gets no gradient becomes V, and sorts last: the remainder of -1 is V.
+    tokens_T = tokens_T if V < INT32_MAX else tokens_T.long()
+    keys_T = tokens_T.clamp(-1, V).remainder_(V + 1)
     if padding_idx >= 0:
-        counts_T &= tokens_T != padding_idx
-    keys_T = torch.where(counts_T, tokens_T, V).to(torch.int32)
-    sorted_T, order_T = keys_T.sort(stable=True)
-    B = cdiv(T, S)
-    acc = torch.promote_types(dy_TD.dtype, torch.float32)
-    partials_B2D = dy_TD.new_empty(B, 2, D, dtype=acc)
-    block_D = min(power_of_2(D), BLOCK_D)
-    grid = (B * cdiv(D, block_D),)
-    _add_blocks(
-        grid, (sorted_T, order_T, dy_TD, dw_VD, partials_B2D), (T, D, V, dy_TD.stride(0)),
-        (S, block_D, accumulator(acc), add), num_warps=1,
-    )  # fmt: skip
-    _add_runs(grid, (sorted_T, partials_B2D, dw_VD), (T, D, V), (S, BLOCK_B, block_D, add))
+        keys_T.masked_fill_(keys_T == padding_idx, V)
+    sorted_T, order_T = keys_T.int().sort(stable=True)  # half as many passes of the sort
+    partials_B2D = dy_TD.new_empty(plan.n_blocks, 2, D, dtype=plan.acc)
+    _add_blocks.launch(plan.blocks, sorted_T, order_T, dy_TD, dw_VD, partials_B2D)
+    _add_runs.launch(plan.runs, sorted_T, partials_B2D, dw_VD)
 
 
 _look_up = Launcher(_embedding_forward_kernel)
@@ -285,13 +315,8 @@ def embedding(
             weight that is a leaf, requires a gradient and has a contiguous `grad` or none, or one
             of the others is not as above.
     """
-    unknown = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
-    for name, value in unknown.items():
-        if value is not None and value is not False:
-            raise ValueError(
-                f"embedding: {name} must be left out, got {value!r}; there is no kernel that "
-                "honours it: call torch.nn.functional.embedding"
-            )
+    if max_norm is not None or scale_grad_by_freq is not False or sparse is not False:
+        _refuse(max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
     _validate(input, weight, padding_idx, dtype, into_grad)
     if not uses_triton(weight, "embedding"):
         return embedding_reference(input, weight, padding_idx, dtype)
@@ -302,6 +327,15 @@ def embedding(
         parameter = weight  # the result is made to require a gradient by the weight, as ever
     y_TD = apply(_Embedding, tokens_T, w_VD, excluded, dtype or weight.dtype, parameter)
     return y_TD.view(*input.shape, D)
+
+
+def _refuse(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"embedding: {name} must be left out, got {value!r}; there is no kernel that "
+                "honours it: call torch.nn.functional.embedding"
+            )
 
 
 def _validate(

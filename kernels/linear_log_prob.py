@@ -41,6 +41,7 @@ from tritium.kernels._linear_cross_entropy import (
     check_layer,
     chunk_rows,
 )
+from tritium.kernels._padded_rows import load_logits, store_gradient, store_zeros
 from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
     accumulator,
@@ -80,10 +81,7 @@ def _store_log_prob_gradient(
     MASKED: tl.constexpr, ENTROPY: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    if MASKED:
-        x_V = tl.load(x_ptr + offs_V, mask=offs_V < W, other=0.0).to(ACC)
-    else:
-        x_V = tl.load(x_ptr + offs_V).to(ACC)
+    x_V = load_logits(x_ptr, offs_V, W, MASKED, ACC)
     z_V = _capped(x_V, logit_scale, softcap, SCALE, SOFTCAP, ACC)
     log_p_V = (z_V - m) - log_s
     p_V = tl.exp2(log_p_V * LOG2_E)
@@ -95,11 +93,7 @@ def _store_log_prob_gradient(
         dz_V *= 1 - u_V * u_V
     if SCALE:
         dz_V *= logit_scale
-    if MASKED:
-        dz_V = tl.where(offs_V < V, dz_V, 0.0)
-        tl.store(x_ptr + offs_V, dz_V.to(x_ptr.dtype.element_ty), mask=offs_V < W)
-    else:
-        tl.store(x_ptr + offs_V, dz_V.to(x_ptr.dtype.element_ty))
+    store_gradient(x_ptr, offs_V, V, W, dz_V, MASKED)
 
 
 @triton.jit
@@ -109,8 +103,6 @@ def _log_prob_backward_kernel(
     ENTROPY: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    # Rows are W long, of which V are classes and the rest 0, before and after: W is a multiple of
-    # 64, so that all accesses are wide.
     softcap, logit_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
     t = tl.program_id(0).to(tl.int64)
     x_ptr += t * stride_xC
@@ -150,10 +142,7 @@ def _log_prob_backward_kernel(
             dz_t *= logit_scale
         tl.store(x_ptr + target, dz_t.to(x_ptr.dtype.element_ty), mask=known)
     else:
-        zero_V = tl.zeros((BLOCK_V,), x_ptr.dtype.element_ty)
-        for v in range(0, full, BLOCK_V):
-            tl.store(x_ptr + v + offs_V, zero_V)
-        tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)
+        store_zeros(x_ptr, offs_V, full, W, BLOCK_V)
 
 
 _launch_rows = Launcher(_log_prob_backward_kernel)

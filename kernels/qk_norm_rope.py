@@ -226,12 +226,14 @@ class _QkNormRope(torch.autograd.Function):
         angles, weights = (cos_SJ, sin_SJ, offset_B), (q_weight_K, k_weight_K)
         q_BLHK, k_BLGK = _forward(_heads(qkv), *angles, *weights, eps, G, interleaved)
         ctx.save_for_backward(None if q_weight_K is None else qkv, *angles, *weights)
-        ctx.shape, ctx.options = qkv.shape, (eps, interleaved)
-        batch = qkv.shape[:-2]
-        q, k = q_BLHK, k_BLGK
-        if len(batch) != 2:
-            q, k = (x.view(*batch, *x.shape[2:]) for x in (q_BLHK, k_BLGK))
-        return q, k, qkv[..., -G:, :]
+        ctx.options = eps, interleaved
+        v = qkv.narrow(-2, -G, G)
+        if qkv.ndim == 4:
+            ctx.shape = None
+            return q_BLHK, k_BLGK, v
+        ctx.shape = qkv.shape
+        q, k = (x.view(*qkv.shape[:-2], *x.shape[2:]) for x in (q_BLHK, k_BLGK))
+        return q, k, v
 
     @staticmethod
     @once_differentiable
@@ -242,7 +244,8 @@ class _QkNormRope(torch.autograd.Function):
         sums_K = [
             x if needs else None for needs, x in zip(ctx.needs_input_grad[1:3], sums_K, strict=True)
         ]
-        return dqkv_BLNK.view(ctx.shape), *sums_K, *[None] * 6
+        dqkv = dqkv_BLNK if ctx.shape is None else dqkv_BLNK.view(ctx.shape)
+        return dqkv, *sums_K, None, None, None, None, None, None
 
 
 def qk_norm_rope(
@@ -296,9 +299,9 @@ def qk_norm_rope(
     """
     _validate(qkv, q_weight, k_weight, kv_heads)
     validate_tables("qk_norm_rope", qkv, offset, cos=cos, sin=sin)
-    weights = [w for w in (q_weight, k_weight) if w is not None]
     G = _kv_heads(qkv, kv_heads)
     if not uses_triton(qkv, "qk_norm_rope"):
+        weights = [w for w in (q_weight, k_weight) if w is not None]
         if uses_cpu_backward(qkv, *weights):
             return HandWritten.apply(
                 qkv, q_weight, k_weight, cos, sin, eps, G, offset, interleaved,
@@ -342,9 +345,9 @@ def _validate(
         )
     if (q_weight is None) != (k_weight is None):
         raise ValueError("qk_norm_rope: q_weight and k_weight must both be given, or both be None")
+    if q_weight is None or k_weight is None:
+        return
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if w is None or q_weight is None:
-            continue
         if w.shape != (K,):
             raise ValueError(f"qk_norm_rope: {name} must have shape [{K}], got {list(w.shape)}")
         if w.device != qkv.device:

@@ -21,6 +21,8 @@ from operator import add, mul
 
 import torch
 
+from tritium.kernels.units import duration, quantity
+
 # Reachable shares of a datasheet's figures: 4.3 of 4.8 TB/s copying and 785 of 989 TFLOP/s in bf16
 # products, on an H200. The other devices are assumed to reach the same shares.
 COPY_SHARE = 4.3 / 4.8
@@ -114,28 +116,6 @@ class Explanation:
             f"products in bf16 {quantity(self.device.matrix_16, 'FLOP/s')}",
             *(f"  {name:<9}{bound}" for name, bound in passes),
         ])  # fmt: skip
-
-
-def quantity(number: float, unit: str) -> str:
-    """Return `number` with three digits and a decimal prefix: 1530 B is "1.53 kB"."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{_three_digits(number / size)} {prefix}{unit}"
-    return f"{_three_digits(number)} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return `seconds` with three digits, in s, ms or us."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{_three_digits(seconds / size)} {unit}"
-    return f"{_three_digits(seconds * 1e6)} us"
-
-
-def _three_digits(number: float) -> str:
-    if number >= 100:
-        return f"{number:.0f}"
-    return f"{number:.1f}" if number >= 10 else f"{number:.2f}"
 
 
 Phases = tuple[Work, ...]

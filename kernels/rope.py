@@ -244,6 +244,8 @@ def _heads(x: Tensor) -> Tensor:
     """Return `x` as `[B, L, H, K]`: a view where the strides allow, else a copy."""
     if x.ndim == 4:
         return unit_stride(x)
+    if x.ndim == 3:
+        return unit_stride(x.unsqueeze(0))
     return unit_stride(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tritium.model.config import Activation, ModelConfig, RopeScaling
@@ -192,6 +193,9 @@ def _scaling_to_native(scaling: RopeScaling) -> dict | None:
 def config_from_native(given: dict) -> ModelConfig:
     """Return the shape that the content of a config.json describes.
 
+    A file names heads and widths that a shape may leave to others; where it names what None
+    means, the field is None, so that a shape comes back from a file as it went.
+
     Raises:
         FormatError: it is of another architecture, or asks for what this model does not have.
         ValueError: its sizes do not fit each other.
@@ -200,7 +204,11 @@ def config_from_native(given: dict) -> ModelConfig:
     if kind not in ARCHITECTURES:
         raise FormatError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}")
     entries = _Given(given, ABSENT.get(kind, {}))
-    return _gpt2(entries) if kind == "gpt2" else _llama(entries, kind)
+    config = _gpt2(entries) if kind == "gpt2" else _llama(entries, kind)
+    meant = {"d_ff": replace(config, d_ff=None).feed_forward_width, "n_kv_heads": config.n_heads}
+    if config.d_model % config.n_heads == 0:
+        meant["d_head"] = config.d_model // config.n_heads
+    return replace(config, **{x: None for x, value in meant.items() if getattr(config, x) == value})
 
 
 class _Given:

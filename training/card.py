@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from tritium.kernels.roofline import quantity
+from tritium.kernels.units import quantity
 from tritium.model.shapes import flops_per_token, num_parameters
 from tritium.model.transformer import ModelConfig
 from tritium.training.schedule import Length

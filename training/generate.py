@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tritium.data import DataError
+from tritium.kernels.units import counted
 from tritium.model.sampling import write_stream
 from tritium.training.device import choose_device
 from tritium.training.monitor.terminal import tolerant_output
@@ -113,7 +114,7 @@ class _Rate:
 
     def __str__(self) -> str:
         rate = self._tokens / self._seconds if self._seconds else 0.0
-        return "; ".join((f"{self._tokens:,} tokens, {rate:,.0f} tokens/s", *self._way))
+        return "; ".join((f"{counted(self._tokens, 'token')}, {rate:,.0f} tokens/s", *self._way))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import tyro
 from torch import Tensor
 
 from tritium.data import DataError, Tokenizer
+from tritium.kernels.units import counted
 from tritium.model.transformer import Transformer
 from tritium.training.device import choose_device
 from tritium.training.monitor.plot import draw
@@ -154,7 +155,7 @@ def main(
     draw(failures.append, plot, seen, out, rows, following, f"{run}: {text!r}")
     if failures:
         raise ValueError(failures[0])
-    print(f"Attention of {len(rows)} layers: {out}")
+    print(f"Attention of {counted(len(rows), 'layer')}: {out}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tritium.kernels.roofline import quantity
+from tritium.kernels.units import counted, quantity
 from tritium.model.shapes import num_parameters
 from tritium.model.transformer import Transformer
 from tritium.training import tensor_parallel
@@ -97,9 +97,10 @@ class Parallel:
         groups = f", in groups of {self._group_size}" if self.mode in MESHES else ""
         unseen = "; no sample is drawn, of a model that no rank has" * (self.mode in SHARDED)
         sequences, micro_batch = self._batch
+        ranks = counted(self.ranks.size, "rank")
         own, each = sequences // self.data.size, " group" if self.mode == "tp" else ""
         return (
-            f"Parallel: {self.mode} on {self.ranks.size} ranks{groups}{self._reason}{unseen}\n"
+            f"Parallel: {self.mode} on {ranks}{groups}{self._reason}{unseen}\n"
             f"Each{each} takes {own:,} of the {sequences:,} sequences of a batch, "
             f"{min(own, micro_batch or own):,} at a time; speed is that of all, memory of rank 0"
         )

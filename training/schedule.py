@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from tritium.kernels.units import counted
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -19,7 +21,9 @@ class Budget:
     """Seconds of the run, those before a resume included."""
 
     def __str__(self) -> str:
-        return f"{self.steps:,} steps" if self.seconds is None else f"{self.seconds / 60:g} minutes"
+        if self.seconds is not None:
+            return counted(self.seconds / 60, "minute")
+        return counted(self.steps or 0, "step")
 
     def used(self, step: int, seconds: float, *, after: int = 0) -> float:
         """Return how much of it is used, from 0 to 1, after `step` steps and `seconds` seconds.

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from tritium.kernels import fall_back, runtime
 from tritium.kernels.optimizers import join_reference
-from tritium.kernels.roofline import duration
 from tritium.kernels.runtime import references, uses_triton
+from tritium.kernels.units import duration
 from tritium.model.transformer import Transformer
 from tritium.training.optim import Optimizer, OptimizerConfig
 from tritium.training.precision import Arithmetic

@@ -14,6 +14,7 @@ import tyro
 
 from tritium.data.corpus import INSTALLED
 from tritium.data.tokenizer import CHARACTERS
+from tritium.kernels.units import counted
 from tritium.model.lora import Projection
 from tritium.model.shapes import ShapeName
 from tritium.model.transformer import ModelConfig
@@ -226,7 +227,7 @@ def fit_to_data(
             fitted = replace(fitted, schedule=replace(config.schedule, warmup_steps=steps))
         log(
             f"Little data, {n_tokens:,} tokens, which the model will memorise: the run ends after "
-            f"{length.max_epochs:g} epochs, {budget.steps:,} steps instead of "
+            f"{counted(length.max_epochs, 'epoch')}, {counted(budget.steps, 'step')} instead of "
             f"{length.max_steps:,}; --max-epochs or --max-steps choose another length."
         )
     elif epochs > EPOCHS:

@@ -50,6 +50,7 @@ from tritium.bench.compiled._machine_code import (
 )
 from tritium.bench.compiled._stub_driver import Compiled, StubDriver
 from tritium.bench.compiled.cases import CASES
+from tritium.bench.ends import FailedError, WrongInputError
 from tritium.kernels import runtime
 
 RESULTS = "static.md"  # in the folder of results
@@ -228,11 +229,11 @@ def main(ops: tyro.conf.Positional[tuple[str, ...]] = (), write: bool = False) -
         write: keep the tables of all operations in static.md, in the folder of results.
     """
     if unknown := set(ops) - set(CASES):
-        raise SystemExit(f"static: no operation {sorted(unknown)}; there are {', '.join(CASES)}")
+        raise WrongInputError(f"no operation {sorted(unknown)}; there are {', '.join(CASES)}")
     if write and ops:
-        raise SystemExit("static: --write keeps the tables of all operations; name none of them")
+        raise WrongInputError("--write keeps the tables of all operations; name none of them")
     if knobs.runtime.interpret:
-        raise SystemExit("static: TRITON_INTERPRET is set, so nothing compiles; unset it")
+        raise WrongInputError("TRITON_INTERPRET is set, so nothing compiles; unset it")
     release = ".".join(triton.__version__.split(".")[:2])
     tried = ", ".join(TRIED)
     unknown_version = f"static: Triton {triton.__version__} is none of those tried, {tried}"
@@ -243,7 +244,7 @@ def main(ops: tyro.conf.Positional[tuple[str, ...]] = (), write: bool = False) -
     except (AttributeError, ImportError, TypeError) as error:
         if release in TRIED:
             raise
-        raise SystemExit(f"{unknown_version}, and does not compile here: {error}") from error
+        raise FailedError(f"{unknown_version}, and does not compile here: {error}") from error
     found = lines(rows)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(*make_tables(found), sep="\n")

@@ -15,7 +15,8 @@ from tritium.bench.gpu.tasks import CHECK, OPERATION, OPTIMIZER, PROFILE, STEP, 
 from tritium.bench.harness import PASSES
 from tritium.bench.tables import Row, describe_rates
 from tritium.data import atomic
-from tritium.kernels.roofline import Device, duration, quantity
+from tritium.kernels.roofline import Device
+from tritium.kernels.units import duration, quantity
 
 SHOWN = 20  # names of a list
 NOTHING = "Not reached."

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from tritium.bench import harness, tables
 from tritium.bench.compare import command_line, versions
+from tritium.bench.ends import WrongInputError
 from tritium.bench.gpu import START, ahead, page, picture
 from tritium.bench.gpu.blocked import Blocked
 from tritium.bench.gpu.journal import Journal
@@ -95,8 +96,8 @@ class Session:
         for before in self.journal.of("session")[:1]:
             if different := [name for name in now if before[name] != now[name]]:
                 found = "; ".join(f"{x} was {before[x]}, is {now[x]}" for x in different)
-                raise SystemExit(
-                    f"bench gpu: {self.folder} must hold measurements of one device and one "
+                raise WrongInputError(
+                    f"{self.folder} must hold measurements of one device and one "
                     f"version of the code: {found}; name another folder with --out"
                 )
         date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -261,8 +262,8 @@ def alone(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SystemExit(
-                f"bench gpu: {folder} is in use by another session; wait for it, or name another "
+            raise WrongInputError(
+                f"{folder} is in use by another session; wait for it, or name another "
                 "folder with --out"
             ) from None
         yield
@@ -283,7 +284,7 @@ def main(
         compile: measure torch.compile too; on a CPU it takes minutes.
     """
     if minutes < 0.5:
-        raise SystemExit(f"bench gpu: --minutes must be 0.5 or more, got {minutes:g}")
+        raise WrongInputError(f"--minutes must be 0.5 or more, got {minutes:g}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a page of what is there, even then
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = re.sub(r"[^a-z0-9]+", "-", harness.device_name(device).lower()).strip("-")

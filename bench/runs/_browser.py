@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tritium.bench.ends import FailedError
+
 MISSING = (
     "a picture of a page needs a browser; run: "
     "pip install 'PySide6-Essentials==6.8.3' 'PySide6-Addons==6.8.3'"
@@ -13,7 +15,7 @@ SETTLED = 1000  # milliseconds after loading
 PATIENCE = 60_000
 
 
-class BrowserError(RuntimeError):
+class BrowserError(FailedError):
     """The page could not be drawn."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -16,12 +17,13 @@ from typing import Any, TypeVar
 from rich.progress import track
 
 import tritium.bench
+from tritium.bench.ends import FailedError, WrongInputError
 from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import RunFolderError, lock_folder, read_lines
 
 SCRIPT = Path(tritium.bench.__file__).parents[1] / "train.py"
 UNSEEN = "--no-keep-best", "--keep-last", "1", "--sample-tokens", "0"
-DIVERGED = 70  # exit status of train.py
+WRONG_INPUT, DIVERGED = 2, 70  # exit statuses of train.py
 
 # 97.5 % points of Student's t by degrees of freedom; beyond the last it is within 3 % of 1.96.
 T_POINTS = (
@@ -33,8 +35,20 @@ T_POINTS = (
 Kept = TypeVar("Kept")  # a dataclass of numbers and texts
 
 
-class TrialError(Exception):
+class TrialError(FailedError):
     """A run that could not be made at all."""
+
+
+class RefusedError(WrongInputError):
+    """A run that train.py refused; the sentence is train.py's.
+
+    Attributes:
+        name: that of the run.
+    """
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,8 @@ def run_all(
         only_ended: run none, and return the outcomes that `folder` holds.
 
     Raises:
-        TrialError: train.py is not there, or refused its arguments, or a run is in progress there.
+        TrialError: train.py is not there, or failed.
+        RefusedError: train.py refused its arguments, or a run is in progress there.
     """
     if not SCRIPT.is_file():
         raise TrialError(f"{SCRIPT} is not there; run it in a checkout, which has train.py")
@@ -114,6 +129,27 @@ def once(out: Path, key: str, make: Callable[[], Kept], kind: type[Kept]) -> Kep
     with kept.open("a") as file:
         file.write(to_json({"key": key, "run": vars(run)}) + "\n")
     return run
+
+
+def check_status(status: int, log: Path, name: str) -> None:
+    """Refuse the end of a run.
+
+    Args:
+        status: that train.py ended with.
+        log: all that it said.
+        name: that of the run.
+
+    Raises:
+        RefusedError: it was wrong input.
+        TrialError: it was anything else but success.
+    """
+    said = log.read_text().strip()
+    last = (said.splitlines() or ["nothing said"])[-1]
+    if status == WRONG_INPUT:
+        sentence = re.split(r"^train\.py: ", said, flags=re.MULTILINE)
+        raise RefusedError(sentence[-1] if len(sentence) > 1 else last, name)
+    if status:
+        raise TrialError(f"{name}: train.py ended with status {status}: {last} (all: {log})")
 
 
 def difference(changed: Sequence[float], unchanged: Sequence[float]) -> tuple[float, float]:
@@ -179,15 +215,15 @@ def train(
         The lines, the last of which that is a step has been validated; None if it diverged.
 
     Raises:
-        TrialError: train.py refused its arguments, or took no step in its time, or a run is in
-            progress there.
+        TrialError: train.py failed, or took no step in its time.
+        RefusedError: train.py refused its arguments, or a run is in progress there.
     """
     if run.exists():
         try:
             with lock_folder(run, resume=True):
                 shutil.rmtree(run)
         except RunFolderError as error:
-            raise TrialError(str(error)) from None
+            raise RefusedError(str(error), trial.name) from None
     command = [sys.executable, SCRIPT, *trial.arguments, "--seed", str(trial.seed), *UNSEEN]
     log = run.with_suffix(".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -204,9 +240,7 @@ def train(
     status = process.returncode
     if status == DIVERGED:
         return None
-    if status:
-        last = (log.read_text().strip().splitlines() or ["nothing said"])[-1]
-        raise TrialError(f"{trial.name}: train.py ended with status {status}: {last} (all: {log})")
+    check_status(status, log, trial.name)
     lines = read_lines(run / "log.jsonl")
     if not any("val_loss" in line for line in lines):
         raise TrialError(

@@ -22,8 +22,10 @@ import tyro
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, at_least, split_flags
 from tritium.bench.harness import device_name
-from tritium.bench.runs._trials import Outcome, Trial, TrialError, difference, run_all
+from tritium.bench.runs._trials import Outcome, RefusedError, Trial, difference, run_all
+from tritium.kernels.units import counted
 
 RESULTS = "ablations"  # .md and .png, in the folder of results
 WIDTH = 118
@@ -84,19 +86,21 @@ def main(
         write: keep the table and the picture as ablations.md and .png in the folder of results.
     """
     if steps is not None and minutes is not None:
-        raise SystemExit("bench ablate: --steps and --minutes exclude each other; drop one")
-    if seeds < 1:
-        raise SystemExit(f"bench ablate: --seeds must be at least 1, got {seeds}")
+        raise WrongInputError("--steps and --minutes exclude each other; drop one")
+    at_least(1, seeds=seeds)
     chosen = {AS_IT_IS: ()} | (dict(map(_named, changes)) if changes else CHANGES)
     length = [] if steps is None else ["--max-steps", str(steps)]
     length = length if minutes is None else ["--max-minutes", f"{minutes:g}"]
     trials = [Trial(name, given, seed) for seed in range(seeds) for name, given in chosen.items()]
+    common = [preset, *split_flags(flags), *length]
     try:
-        outcomes = run_all(trials, out, [preset, *shlex.split(flags), *length], only_ended=ended)
-    except TrialError as error:
-        raise SystemExit(f"bench ablate: {error}") from None
+        outcomes = run_all(trials, out, common, only_ended=ended)
+    except RefusedError as error:
+        if error.name == AS_IT_IS:
+            raise
+        raise WrongInputError(f"{error.name}: {error}") from None
     if not any(outcome.name == AS_IT_IS for outcome in outcomes):
-        raise SystemExit(f"bench ablate: no run without a change has ended in {out}; drop --ended")
+        raise WrongInputError(f"no run without a change has ended in {out}; drop --ended")
     table = effects(outcomes)
     asked = [*map(shlex.quote, changes), f"--preset {preset} --seeds {seeds}"]
     if steps is not None:
@@ -129,9 +133,8 @@ def _named(change: str) -> tuple[str, tuple[str, ...]]:
     name, colon, flags = change.partition(":")
     if colon and flags.strip() and name != AS_IT_IS:
         return name, tuple(shlex.split(flags))
-    raise SystemExit(
-        f"bench ablate: no change {change!r}; give 'NAME: FLAGS', or one of:\n  "
-        + "\n  ".join(CHANGES)
+    raise WrongInputError(
+        f"no change {change!r}; give 'NAME: FLAGS', or one of:\n  " + "\n  ".join(CHANGES)
     )
 
 
@@ -193,22 +196,36 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         if isfinite(effect):
             rows.append((effect, half, name))
     rows.sort(reverse=True)
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.3 * len(rows)), layout="constrained")
+    meanings = {}
     for y, (effect, half, _) in enumerate(rows):
-        color = "0.6" if abs(effect) <= half else "tab:blue" if effect < 0 else "tab:orange"
-        if isfinite(half):
-            axes.errorbar(effect, y, xerr=half, fmt="o", color=color, capsize=3)
-        else:
-            axes.plot(effect, y, "o", color=color, markerfacecolor="none")
+        color, meaning = _shown(effect, half)
+        bar = axes.errorbar(
+            effect, y, xerr=half if isfinite(half) else None, fmt="o", color=color, capsize=3,
+            markerfacecolor=color if isfinite(half) else "none",
+        )  # fmt: skip
+        meanings[meaning] = bar
     axes.axvline(0, color="0.3", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for *_, name in rows])
     axes.set_xlabel("changed less unchanged, bits per byte (left is better)")
     figure.suptitle(  # over the names too, which take up to half of the width
-        f"unchanged: {mean(unchanged):.4f} bits per byte, {len(unchanged)} seeds; "
-        "bars: 95 % intervals; hollow: one seed",
+        f"unchanged: {mean(unchanged):.4f} bits per byte, {counted(len(unchanged), 'seed')}; "
+        "bars: 95 % intervals",
         fontsize=10,
     )
+    figure.legend(meanings.values(), meanings, loc="outside lower center", ncols=2, fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _shown(effect: float, half: float) -> tuple[str, str]:
+    """Return an effect's color, and what that says of it."""
+    if half == inf:
+        return "0.6", "one seed, no interval: nothing is shown"
+    if abs(effect) <= half:
+        return "0.6", "the interval holds 0: nothing is shown"
+    if effect < 0:
+        return "tab:blue", "better: all of the interval is below 0"
+    return "tab:orange", "worse: all of the interval is above 0"

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from train import accumulate_gradients
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.kernels import runtime
 from tritium.model import ModelConfig, Transformer
@@ -85,6 +86,7 @@ def main(sequences: int = 2, by_depth: bool = False, write: bool = False) -> Non
         write: keep the table in activations.md, or activations_by_depth.md and .png, in the folder
             of results.
     """
+    at_least(1, sequences=sequences)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if by_depth:
         count_by_depth(device, sequences, write=write)

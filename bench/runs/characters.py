@@ -32,10 +32,11 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import as_wrong_input, at_least, split_flags
 from tritium.bench.harness import device_name
-from tritium.bench.runs._trials import SCRIPT, UNSEEN, difference, once
+from tritium.bench.runs._trials import SCRIPT, UNSEEN, check_status, difference, once
 from tritium.bench.runs.plain_gpt import PlainGPT
-from tritium.data import Tokenizer, TokenLoader, prepare
+from tritium.data import DataError, Tokenizer, TokenLoader, prepare
 from tritium.data.tokenizer import CHARACTERS
 from tritium.training.run.run_folder import read_lines
 from tritium.training.settings import PRESETS
@@ -79,16 +80,17 @@ def main(
         out: folder of the text and of the runs; those that ended there are not run again.
         write: keep the table as characters.md in the folder of results.
     """
-    if seeds < 1:
-        raise SystemExit(f"bench characters: --seeds must be at least 1, got {seeds}")
+    at_least(1, seeds=seeds)
+    given = split_flags(flags)
     torch.set_num_threads(1)
     text = write_text(out / "text") if data is None else data
-    folder = prepare(text, tokenizer=CHARACTERS, val_fraction=HELD_OUT)
+    with as_wrong_input(DataError):
+        folder = prepare(text, tokenizer=CHARACTERS, val_fraction=HELD_OUT)
     pairs = []
     for seed in range(seeds):
         key = f"{folder.manifest.key} {seed}"
         recipe = once(out, f"recipe {key}", partial(reference, folder, seed), Run)
-        own = partial(preset, folder, seed, out, shlex.split(flags))
+        own = partial(preset, folder, seed, out, given)
         pairs.append((recipe, once(out, f"preset {key} {PRESETS[PRESET]} {flags}", own, Run)))
     asked = [f"--data {shlex.quote(str(data))}"] if data else []
     asked += [f"--seeds {seeds}"] + ([f"--flags {shlex.quote(flags)}"] if flags else [])
@@ -171,8 +173,7 @@ def preset(folder: str | os.PathLike[str], seed: int, out: Path, flags: list[str
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as said, _timed(resource.RUSAGE_CHILDREN) as took:
         status = subprocess.run([*map(str, command)], stdout=said, stderr=said).returncode
-    if status:
-        raise SystemExit(f"bench characters: train.py ended with status {status}; see {log}")
+    check_status(status, log, f"seed {seed}")
     last = next(x for x in reversed(read_lines(run / "log.jsonl")) if "report_loss" in x)
     return Run(last["report_loss"], *took)
 

@@ -27,7 +27,9 @@ from rich.table import Table
 
 from train import accumulate_gradients
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
+from tritium.kernels.units import counted
 from tritium.model import Transformer
 from tritium.training.device import keep_freed_memory, set_threads
 from tritium.training.optim import set_rate
@@ -56,6 +58,9 @@ def main(rounds: int = 4, seconds: float = 1.5, settle: float = 2.2, write: bool
         settle: seconds of a turn before it.
         write: keep the table in contention.md, in the folder of results.
     """
+    at_least(1, rounds=rounds)
+    at_least(0.1, seconds=seconds)
+    at_least(0, settle=settle)
     rates: dict[tuple[str, str], list[float]] = {(n, load): [] for n in RUNS for load in LOADS}
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(transient=True, auto_refresh=False))
@@ -82,8 +87,8 @@ def main(rounds: int = 4, seconds: float = 1.5, settle: float = 2.2, write: bool
     lines = (
         f"`{command}`, torch {torch.__version__}",
         f"{device_name(torch.device('cpu')).rpartition(',')[0]}, "
-        f"{len(os.sched_getaffinity(0))} cores; medians of {rounds} rounds, the lowest and the "
-        "highest in parentheses",
+        f"{counted(len(os.sched_getaffinity(0)), 'core')}; medians of {counted(rounds, 'round')}, "
+        "the lowest and the highest in parentheses",
     )
     kept = tables.results() / RESULTS if write else None
     tables.present(lines, table, width=WIDTH, write_to=kept)

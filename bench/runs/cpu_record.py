@@ -36,6 +36,7 @@ import torch
 import tyro
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, as_wrong_input, at_least
 from tritium.bench.runs import cpu_entries, cpu_text
 from tritium.bench.runs._trials import SCRIPT, Trial, TrialError, once, processor_seconds
 from tritium.bench.runs._trials import train as train_by_script
@@ -91,19 +92,16 @@ def main(
         write: keep the entry in docs/cpu, and its line in docs/cpu.md.
         table: run nothing, and write docs/cpu.md anew from the entries.
     """
-    try:
+    with as_wrong_input(ConfigError, DataError, cpu_entries.EntryError):
         if table:
             _write_page()
             return
-        if seeds < LEAST_SEEDS:
-            raise TrialError(f"--seeds must be at least {LEAST_SEEDS}, got {seeds}")
+        at_least(LEAST_SEEDS, seeds=seeds)
         entry = _entry(flags, name, preset, seeds, text, out)
         older = cpu_entries.load_all(DOCS / ENTRIES)
         if write:
             print(f"Entry: {cpu_entries.save(entry, DOCS / ENTRIES)}")
             _write_page()
-    except (TrialError, ConfigError, DataError, cpu_entries.EntryError) as error:
-        raise SystemExit(f"bench cpu_record: {error}") from None
     for x in entry.runs:
         print(
             f"seed {x.seed}: {x.bits_per_byte:.4f} bits per byte, {x.steps:,} steps in "
@@ -164,11 +162,11 @@ def asked(preset: str, own: Sequence[str], flags: Sequence[str]) -> tuple[TrainC
         flags: flags behind them.
 
     Raises:
-        TrialError: they change what the protocol sets.
+        WrongInputError: they change what the protocol sets.
         ConfigError: they ask for something that cannot be done.
     """
     if flags and not flags[0].startswith("-"):
-        raise TrialError(
+        raise WrongInputError(
             "takes flags of train.py behind two dashes, as in -- --learning-rate 8e-3, got "
             + " ".join(flags)
         )
@@ -179,7 +177,7 @@ def asked(preset: str, own: Sequence[str], flags: Sequence[str]) -> tuple[TrainC
     if config.tokenizer not in (None, CHARACTERS):
         wrong.append(f"tokenizer: {config.tokenizer}, of another text")
     if wrong:
-        raise TrialError(f"the protocol sets this, leave it out: {'; '.join(wrong)}")
+        raise WrongInputError(f"the protocol sets this, leave it out: {'; '.join(wrong)}")
     return config, found
 
 
@@ -277,7 +275,7 @@ def two_cores(allowed: Iterable[int], system: Path = Path("/sys/devices/system/c
         system: folder of their topology; without it each is taken to be a core.
 
     Raises:
-        TrialError: they are of one core, or a container's quota is less than two.
+        WrongInputError: they are of one core, or a container's quota is less than two.
     """
     found: dict[tuple[str, ...], int] = {}
     for cpu in sorted(allowed):
@@ -289,7 +287,7 @@ def two_cores(allowed: Iterable[int], system: Path = Path("/sys/devices/system/c
         found.setdefault(core, cpu)
     have = min(len(found), usable_cores())
     if have < CORES:
-        raise TrialError(f"needs {CORES} cores, and this process may use {have}")
+        raise WrongInputError(f"needs {CORES} cores, and this process may use {have}")
     return [*found.values()][:CORES]
 
 
@@ -312,7 +310,7 @@ def _commit() -> tuple[str, bool]:
                 ["git", *words], cwd=SCRIPT.parent, capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError) as error:
-            raise TrialError(
+            raise WrongInputError(
                 f"an entry names its commit, and git does not say it in {SCRIPT.parent} ({error}); "
                 "run it in a clone"
             ) from None

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from tritium.bench.runs._trials import SCRIPT, TrialError
+from tritium.bench.ends import WrongInputError
+from tritium.bench.runs._trials import SCRIPT
 from tritium.data.shards import Manifest
 
 RELEASE = "3.11.7"
@@ -29,7 +30,7 @@ SPLIT = {"train": (550, 9_666_199), "val": (29, 606_304)}
 def read_sums(file: Path = SUMS) -> dict[str, str]:
     """Return the sha256 of each file of the text, by its path in the library."""
     if not file.is_file():
-        raise TrialError(f"{file} is not there; run it in a checkout, which has docs/cpu")
+        raise WrongInputError(f"{file} is not there; run it in a checkout, which has docs/cpu")
     lines = (line.split("  ", 1) for line in file.read_text().splitlines())
     return {name: digest for digest, name in lines}
 
@@ -48,7 +49,7 @@ def write_text(library: Path, out: Path, sums: Mapping[str, str]) -> tuple[Path,
         sums: as `read_sums` returns them.
 
     Raises:
-        TrialError: the library is of another release, or the copy was changed.
+        WrongInputError: the library is of another release, or the copy was changed.
     """
     texts, missing, changed = {}, [], []
     for name, digest in sums.items():
@@ -62,7 +63,7 @@ def write_text(library: Path, out: Path, sums: Mapping[str, str]) -> tuple[Path,
     if missing or changed:
         found = [f"{len(x)} {what} ({_some(x)})" for what, x in
                  (("are missing", missing), ("are others", changed)) if x]  # fmt: skip
-        raise TrialError(
+        raise WrongInputError(
             f"the text is the library of CPython {RELEASE}; of its {len(sums)} files "
             f"{' and '.join(found)} in {library}; name that library by --text: lib/python3.11 of "
             f"an installed {RELEASE}, or Lib of Python-{RELEASE}.tgz from python.org"
@@ -75,21 +76,21 @@ def write_text(library: Path, out: Path, sums: Mapping[str, str]) -> tuple[Path,
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(texts[name])
         elif file.read_bytes() != texts[name]:
-            raise TrialError(f"{file} was changed; delete {folder}, which is written anew")
+            raise WrongInputError(f"{file} was changed; delete {folder}, which is written anew")
     there = {x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file()}
     if more := sorted(there - known):
-        raise TrialError(f"{folder} holds more than the text ({_some(more)}); delete it")
+        raise WrongInputError(f"{folder} holds more than the text ({_some(more)}); delete it")
     return folder, [texts[name].decode() for name in sums if name not in known]
 
 
 def check_split(manifest: Manifest) -> None:
-    """Raise TrialError unless prepared text has the documents of the protocol on each side."""
+    """Raise WrongInputError unless prepared text has the documents of the protocol on each side."""
     found = {
         name: (sum(x.documents for x in shards), sum(x.bytes for x in shards))
         for name, shards in manifest.splits.items()
     }
     if found != SPLIT:
-        raise TrialError(
+        raise WrongInputError(
             f"documents and bytes to learn from and to choose by must be {SPLIT}, got {found}: "
             "text is read or split in another way since; raise the version of the protocol"
         )

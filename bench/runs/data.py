@@ -21,10 +21,12 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.data import DocumentLoader, Tokenizer, TokenLoader, prepare
 from tritium.data.corpus import documents
 from tritium.data.shards import open_prepared, verify
+from tritium.kernels.units import counted
 
 RESULTS = "data.md"  # in the folder of results
 WIDTH = 120
@@ -40,6 +42,7 @@ def main(mb: float = 48, repeats: int = 7, write: bool = False) -> None:
         repeats: how often each is measured; the median and the best are shown.
         write: keep the tables in data.md, in the folder of results.
     """
+    at_least(1, mb=mb, repeats=repeats)
     encoding = Table(
         "documents", "what", "MB/s", "best", "M tokens/s", "of bare", "CPU s", "of bare"
     )
@@ -59,9 +62,9 @@ def main(mb: float = 48, repeats: int = 7, write: bool = False) -> None:
     lines = (
         f"`{command}`, torch {torch.__version__}, tiktoken {tiktoken.__version__}",
         f"{device_name(torch.device('cpu')).rpartition(',')[0]}, "
-        f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[1]:.1f} from this and other "
-        f"processes; {len(modules):,} modules or {len(parts):,} paragraphs, vocabulary "
-        f"{tokenizer.vocab_size:,}, uint16",
+        f"{counted(len(os.sched_getaffinity(0)), 'core')}, load {os.getloadavg()[1]:.1f} from "
+        f"this and other processes; {len(modules):,} modules or {len(parts):,} paragraphs, "
+        f"vocabulary {tokenizer.vocab_size:,}, uint16",
     )
     kept = tables.results() / RESULTS if write else None
     tables.present(lines, encoding, loading, width=WIDTH, write_to=kept)

@@ -24,6 +24,7 @@ from rich.progress import track
 
 from train import accumulate_gradients, make_model
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, as_wrong_input
 from tritium.data import LOADERS, DataError, Tokenizer, prepare
 from tritium.training.command_line import parse
 from tritium.training.device import choose_device
@@ -55,18 +56,16 @@ def main(
         out: the picture; by default find_lr.png in the folder of results.
     """
     if not 0 < low < high or steps < 10:
-        raise SystemExit(
-            f"bench find_lr: --low must be above 0 and below --high, and --steps at least 10, got "
+        raise WrongInputError(
+            f"--low must be above 0 and below --high, and --steps at least 10, got "
             f"{low:g}, {high:g}, {steps}"
         )
-    try:
+    with as_wrong_input(ConfigError, DataError):
         config, preset, _ = parse(list(flags))
         rates, losses = [], []
         for lr, loss in range_test(config, low, high, steps):
             rates.append(lr)
             losses.append(loss)
-    except (ConfigError, DataError) as error:
-        raise SystemExit(f"bench find_lr: {error}") from None
     smooth = list(moving_average(losses))
     best = rates[smooth.index(min(smooth))]
     out = out or tables.results() / PICTURE

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
+from tritium.bench.ends import as_wrong_input, at_least
 from tritium.bench.harness import device_name
 from tritium.model import ModelConfig, Transformer
 
@@ -46,8 +47,11 @@ def main(
             576, 9 heads of 3 groups.
         write: keep the table in generation.md in the folder of results.
     """
+    at_least(1, rounds=rounds, prompt=prompt, tokens=tokens)
     torch.manual_seed(1)
-    model = Transformer(MODEL if shape is None else ModelConfig.named(shape)).eval()
+    with as_wrong_input(ValueError):
+        config = MODEL if shape is None else ModelConfig.named(shape)
+    model = Transformer(config).eval()
     given = torch.randint(model.config.vocab_size, (1, prompt))
     calls = {CACHED: lambda: model.generate(given, tokens, temperature=0)}
     if uncached:

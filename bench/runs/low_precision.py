@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, at_least
 from tritium.bench.harness import device_name
 from tritium.data.corpus import Source, documents
 from tritium.kernels import AdamW
@@ -108,7 +109,8 @@ def main(steps: int = 1000, seeds: int = 3, write: bool = False) -> None:
         write: keep the table in low_precision.md, in the folder of results.
     """
     if seeds < 2:
-        raise SystemExit(f"low_precision: seeds must be at least 2 to have a spread, got {seeds}")
+        raise WrongInputError(f"--seeds must be at least 2 to have a spread, got {seeds}")
+    at_least(1, steps=steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, validation = (x.to(device) for x in sequences())
     runs = [(name, seed) for name in IMPLEMENTATIONS for seed in range(seeds)]

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError
 from tritium.bench.harness import device_name
 from tritium.model.saved import FILES, read_record, read_tensors
 from tritium.training.run import checkpoint
@@ -181,7 +182,7 @@ def main(steps: int = 100, write: bool = False) -> None:
         write: keep the tables in parallel.md, in the folder of results.
     """
     if steps < 2 or steps % 2:
-        raise SystemExit(f"bench parallel: steps must be even, at least 2, got {steps}")
+        raise WrongInputError(f"--steps must be even, at least 2, got {steps}")
     torch.set_num_threads(1)  # as every process of the runs has
     arguments = ["tiny", "--data", str(TEXT), "--device", "cpu", "--no-self-check"]
     arguments += ["--sample-tokens", "0", "--layer-stats-every", "0"]

@@ -25,6 +25,7 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.bench.runs.resume import final_state
 from tritium.model.saved import FILES, read_record, read_tensors
@@ -257,6 +258,7 @@ def main(kills: int = 10, seed: int = 0, write: bool = False) -> None:
         seed: decides ranks and moments.
         write: keep the table in parallel_faults.md, in the folder of results.
     """
+    at_least(0, kills=kills)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         for outcome in _outcomes(Path(folder), kills, seed):

@@ -14,7 +14,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from tritium.bench.runs._browser import BrowserError, photograph
+from tritium.bench.ends import FailedError, WrongInputError
+from tritium.bench.runs._browser import photograph
 from tritium.bench.runs.report import RunError, render
 from tritium.bench.tables import results
 from tritium.training.monitor.display import Display
@@ -38,7 +39,7 @@ def main(
     out = out or results()
     out.mkdir(parents=True, exist_ok=True)
     if not runs:
-        raise SystemExit("pictures: name the folder of a run of train.py, or several")
+        raise WrongInputError("name the folder of a run of train.py, or several")
     try:
         with tempfile.TemporaryDirectory() as folder:
             page, terminal = Path(folder) / "report.html", Path(folder) / "progress.svg"
@@ -48,8 +49,10 @@ def main(
             terminal.write_text(picture)
             photograph(terminal, out / "progress.png", *size)
         plot_layers(read_lines(runs[0] / "layers.jsonl"), out / "layers.png", runs[0].name)
-    except (BrowserError, RunError, OSError) as error:
-        raise SystemExit(f"pictures: {error}") from None
+    except RunError as error:
+        raise WrongInputError(str(error)) from None
+    except OSError as error:
+        raise FailedError(str(error)) from None
 
 
 def progress(run: Path) -> tuple[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from tritium.bench.ends import WrongInputError, as_wrong_input
 from tritium.data import atomic
 from tritium.training.monitor.display import clock
 from tritium.training.monitor.plot import moving_average, plot_layers
@@ -41,11 +42,9 @@ def main(
         out: the page.
     """
     if not runs:
-        raise SystemExit("report: name the folder of a run of train.py, or several")
-    try:
+        raise WrongInputError("name the folder of a run of train.py, or several")
+    with as_wrong_input(RunError):
         page = render(runs)
-    except RunError as error:
-        raise SystemExit(f"report: {error}") from None
     atomic.write(out, page.encode())
     Console(soft_wrap=True).print(f"{out}: {len(page) / 1e3:.0f} KB, opens in any browser")
 

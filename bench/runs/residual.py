@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, at_least
 from tritium.bench.harness import device_name
 from tritium.bench.runs import low_precision
 from tritium.kernels import AdamW
@@ -121,7 +122,8 @@ def main(steps: int = 600, seeds: int = 3, write: bool = False) -> None:
         write: keep the table in residual.md, in the folder of results.
     """
     if seeds < 2:
-        raise SystemExit(f"bench residual: two seeds or more have a standard error, got {seeds}")
+        raise WrongInputError(f"two seeds or more have a standard error, got {seeds}")
+    at_least(1, steps=steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, validation = low_precision.sequences()
     data = tokens.to(device), validation.to(device)

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.model.saved import read_model
 from tritium.model.transformer import Transformer
@@ -229,6 +230,7 @@ def main(runs: int = 50, seed: int = 0, write: bool = False) -> None:
         seed: decides the moments.
         write: keep the table in resume.md, in the folder of results.
     """
+    at_least(0, runs=runs)
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder))
         outcomes = [

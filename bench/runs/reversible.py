@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, at_least
 from tritium.bench.harness import device_name
 from tritium.bench.runs import low_precision, residual
 from tritium.model import ModelConfig, Transformer
@@ -103,7 +104,8 @@ def main(steps: int = 500, seeds: int = 3, write: bool = False) -> None:
         write: keep both tables in reversible.md, in the folder of results.
     """
     if seeds < 2:
-        raise SystemExit(f"bench reversible: two seeds or more have a standard error, got {seeds}")
+        raise WrongInputError(f"two seeds or more have a standard error, got {seeds}")
+    at_least(1, steps=steps)
     kinds = ("fresh: embedding", "gradients", "grown: embedding", "gradients")
     rounded = Table("streams", "blocks", *kinds)
     for pair in roundings():

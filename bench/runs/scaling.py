@@ -37,9 +37,11 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, at_least, split_flags
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import Outcome, Trial, TrialError, run_all
 from tritium.bench.runs.scaling_laws import LAWS, Estimate, Fit, Point, divisions, hindcasts
+from tritium.kernels.units import counted
 from tritium.model.config import ModelConfig
 from tritium.model.shapes import flops_per_token, num_parameters
 from tritium.training.depth import fit_to_depth
@@ -100,36 +102,31 @@ def main(
     *ladder, last = (shape(size) for size in (*sizes, predict))
     for smaller, larger in pairwise([*ladder, last]):
         if hidden(larger) <= hidden(smaller):
-            raise SystemExit(
-                f"bench scaling: sizes must differ by more than the step between shapes; two have "
+            raise WrongInputError(
+                f"sizes must differ by more than the step between shapes; two have "
                 f"{hidden(larger):,} parameters, take them further apart"
             )
     n = len(divisions([_point(x, 1) for x in ladder], _point(last, 1)))
     if n < LEAST_HINDCASTS:
-        raise SystemExit(
-            f"bench scaling: an interval needs {LEAST_HINDCASTS} sizes with 3 others as far below "
-            f"as the ladder is below {predict:g}, got {n}; add sizes, or take --predict nearer"
+        raise WrongInputError(
+            f"an interval needs {LEAST_HINDCASTS} sizes with 3 others as far below as the ladder "
+            f"is below {predict:g}, got {n}; add sizes, or take --predict nearer"
         )
-    given = [*COMMON, *([] if data is None else ["--data", str(data)]), *shlex.split(flags)]
-    try:
-        ratio = tokens_per_parameter or HOFFMANN
-        if minutes is not None:
-            ratio = _affordable([*ladder, last], minutes, seeds, out, given)
-            print(f"{minutes:g} minutes are {ratio:.2f} tokens for each parameter.")
-        trials = [
-            trial(x, ratio * s, seed) for x in ladder for s in SHARES for seed in range(seeds)
-        ]
-        points = _points(trials, run_all(trials, out, given))
-        fits = fit(points, ratio)
-        expected = _planned(trial(last, ratio, 0), last)
-        errors = {name: hindcasts(x.law, x.points, expected) for name, x in fits.items()}
-        predictions = {name: x.predict(expected, errors=errors[name]) for name, x in fits.items()}
-        for name, value in predictions.items():
-            print(f"Predicted by {name}: {_interval(value)} nats per token")
-        trials = [trial(last, ratio, seed) for seed in range(seeds)]
-        outcomes = _points(trials, run_all(trials, out, given))
-    except TrialError as error:
-        raise SystemExit(f"bench scaling: {error}") from None
+    given = [*COMMON, *([] if data is None else ["--data", str(data)]), *split_flags(flags)]
+    ratio = tokens_per_parameter or HOFFMANN
+    if minutes is not None:
+        ratio = _affordable([*ladder, last], minutes, seeds, out, given)
+        print(f"{counted(minutes, 'minute')} are {ratio:.2f} tokens for each parameter.")
+    trials = [trial(x, ratio * s, seed) for x in ladder for s in SHARES for seed in range(seeds)]
+    points = _points(trials, run_all(trials, out, given))
+    fits = fit(points, ratio)
+    expected = _planned(trial(last, ratio, 0), last)
+    errors = {name: hindcasts(x.law, x.points, expected) for name, x in fits.items()}
+    predictions = {name: x.predict(expected, errors=errors[name]) for name, x in fits.items()}
+    for name, value in predictions.items():
+        print(f"Predicted by {name}: {_interval(value)} nats per token")
+    trials = [trial(last, ratio, seed) for seed in range(seeds)]
+    outcomes = _points(trials, run_all(trials, out, given))
     asked = [f"--sizes {' '.join(f'{x:g}' for x in sizes)} --predict {predict:g}"]
     asked += [f"--minutes {minutes:g}"] if minutes else [f"--tokens-per-parameter {ratio:g}"]
     asked += [f"--seeds {seeds}"] + ([f"--data {shlex.quote(str(data))}"] if data else [])
@@ -173,10 +170,9 @@ def _check(
         wrong = f"--minutes must be above 0, got {minutes:g}"
     elif ratio is not None and not 0 < ratio < float("inf"):
         wrong = f"--tokens-per-parameter must be above 0, got {ratio:g}"
-    elif seeds < 1:
-        wrong = f"--seeds must be at least 1, got {seeds}"
     if wrong:
-        raise SystemExit(f"bench scaling: {wrong}")
+        raise WrongInputError(wrong)
+    at_least(1, seeds=seeds)
 
 
 def shape(size: float) -> ModelConfig:

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from train import accumulate_gradients
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.bench.runs.plain_gpt import PlainGPT
+from tritium.kernels.units import counted
 from tritium.model import ModelConfig, Transformer
 from tritium.training.device import keep_freed_memory
 from tritium.training.monitor.observer import ObserveConfig
@@ -61,6 +63,7 @@ def main(
         threads: numbers of CPU threads to measure with.
         write: keep the table in throughput.md, in the folder of results.
     """
+    at_least(1, turns=turns, steps=steps, threads=min(threads, default=0))
     table = Table(*COLUMNS)
     runs = [(n, dtype) for n in threads for dtype in PRECISIONS]
     # Shown between turns alone: a thread that refreshed it would take a core from one of them.
@@ -74,9 +77,9 @@ def main(
     lines = (
         f"`{command}`, torch {torch.__version__}",
         f"{device_name(torch.device('cpu')).rpartition(',')[0]}, "
-        f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[1]:.1f} from this and other "
-        f"processes; {LAYERS} layers, {HEADS} heads, {WIDE} wide, batches of {BATCH} × {LENGTH} "
-        "tokens; medians, quartiles in parentheses",
+        f"{counted(len(os.sched_getaffinity(0)), 'core')}, load {os.getloadavg()[1]:.1f} from "
+        f"this and other processes; {LAYERS} layers, {HEADS} heads, {WIDE} wide, "
+        f"batches of {BATCH} × {LENGTH} tokens; medians, quartiles in parentheses",
     )
     kept = tables.results() / RESULTS if write else None
     tables.present(lines, table, width=WIDTH, write_to=kept)

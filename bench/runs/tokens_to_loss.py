@@ -22,6 +22,7 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError, at_least, split_flags
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import Outcome, Trial, TrialError, difference, run_all
 from tritium.bench.runs.scaling import COMMON, CONTEXT, PRESET, arguments, hidden, shape
@@ -69,16 +70,11 @@ def main(
         out: folder of the runs; those that ended there are not run again.
         write: keep the table as tokens_to_loss.md in the folder of results.
     """
-    wrong = None
     if len(rates) < 3 or not all(a < b for a, b in pairwise((0, *rates))):
         got = " ".join(map(str, rates))
-        wrong = f"--rates must be 3 or more numbers, growing from above 0, got {got}"
-    elif steps < 40:
-        wrong = f"--steps must be at least 40, got {steps}"
-    elif seeds < 1:
-        wrong = f"--seeds must be at least 1, got {seeds}"
-    if wrong:
-        raise SystemExit(f"bench tokens_to_loss: {wrong}")
+        raise WrongInputError(f"--rates must be 3 or more numbers, growing from above 0, got {got}")
+    at_least(40, steps=steps)
+    at_least(1, size=size, seeds=seeds)
     model = shape(size)
 
     def runs(names: Iterable[str], chosen: Iterable[float], share: float = 1.0) -> list[Trial]:
@@ -91,15 +87,12 @@ def main(
             for seed in range(seeds) for lr in chosen for name in names
         ]  # fmt: skip
 
-    given = [*COMMON, *([] if data is None else ["--data", str(data)]), *shlex.split(flags)]
-    try:
-        swept = by_rate(run_all(runs(RULES, rates), out, given), rates, seeds)
-        best = {name: choose(each) for name, each in swept.items()}
-        parts = {1.0: swept["Muon"][best["Muon"]]}
-        for share in SHARES:
-            parts[share] = run_all(runs(["Muon"], [best["Muon"]], share), out, given)
-    except TrialError as error:
-        raise SystemExit(f"bench tokens_to_loss: {error}") from None
+    given = [*COMMON, *([] if data is None else ["--data", str(data)]), *split_flags(flags)]
+    swept = by_rate(run_all(runs(RULES, rates), out, given), rates, seeds)
+    best = {name: choose(each) for name, each in swept.items()}
+    parts = {1.0: swept["Muon"][best["Muon"]]}
+    for share in SHARES:
+        parts[share] = run_all(runs(["Muon"], [best["Muon"]], share), out, given)
     pairs = [
         reach(end, {share: each[seed] for share, each in parts.items()})
         for seed, end in enumerate(swept["AdamW"][best["AdamW"]])

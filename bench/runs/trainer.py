@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import at_least
 from tritium.bench.harness import device_name
 from tritium.training.monitor.plot import moving_average
 from tritium.training.run import checkpoint
@@ -201,6 +202,7 @@ def main(
         data: text to learn from, as train.py takes it; Python's standard library by default.
         save: keep tables and curves in trainer.md and trainer.png, in the folder of results.
     """
+    at_least(1, steps=steps)
     cuda = torch.cuda.is_available()
     preset = "gpt2" if cuda else "tiny"
     picture = (tables.results() / RESULTS).with_suffix(".png") if save else None

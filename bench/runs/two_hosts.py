@@ -36,6 +36,7 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import FailedError
 from tritium.bench.harness import device_name
 from tritium.bench.runs.parallel_faults import TEXT, end_of
 from tritium.training.run.run_folder import read_lines
@@ -67,7 +68,7 @@ class Compared(NamedTuple):
     """Bytes that each host sent to the other in a step."""
 
 
-class HostsError(Exception):
+class HostsError(FailedError):
     """No two hosts can be made here."""
 
 

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import FailedError
 from tritium.bench.harness import device_name
 from tritium.bench.scale.count import Counts, count_on_gloo
 from tritium.bench.scale.links import KINDS
@@ -111,4 +112,4 @@ def main(*, write: bool) -> None:
     path = tables.results() / RESULTS
     tables.present(head, table, width=WIDTH, write_to=path if write else None)
     if not all(row.right for row in found):
-        raise SystemExit("scale: predictions and counts differ")
+        raise FailedError("predictions and counts differ")

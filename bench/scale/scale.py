@@ -18,13 +18,15 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import as_wrong_input
 from tritium.bench.scale import check
 from tritium.bench.scale.compute import reached
 from tritium.bench.scale.links import Links, find_links
 from tritium.bench.scale.parts import MODES, mesh_of
 from tritium.bench.scale.picture import Point, draw
 from tritium.bench.scale.predict import Job, Plan, RankBytes, StepTime, moved
-from tritium.kernels.roofline import Device, duration, quantity
+from tritium.kernels.roofline import Device
+from tritium.kernels.units import duration, quantity
 from tritium.model import ModelConfig
 from tritium.training.memory.plan import USABLE
 
@@ -125,7 +127,7 @@ def main(
     if check_on_gloo:
         check.main(write=write)
         return
-    try:
+    with as_wrong_input(ValueError):
         config = replace(ModelConfig.named(preset), max_seq_len=length)
         rates, links = find_links(device)
         if network is not None:
@@ -133,8 +135,6 @@ def main(
         numbers = _numbers(gpus)
         if min(numbers) < 1 or min(batch_size, length, node) < 1:
             raise ValueError("scale: gpus, batch-size, length and node must be at least 1")
-    except ValueError as error:
-        raise SystemExit(f"{error}") from None
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     job, cluster = Job(config, batch_size, dtype), Cluster(rates, links, node)
     choices = [choose(job, mode, n, cluster) for n in numbers for mode in MODES]

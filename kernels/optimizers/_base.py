@@ -40,6 +40,7 @@ from tritium.kernels.optimizers._step_kernels import (
 from tritium.kernels.optimizers._step_reference import Move, Terms, key_reference, update_reference
 from tritium.kernels.optimizers._step_torch import Fused, step_fused
 from tritium.kernels.optimizers._storage import Format
+from tritium.kernels.optimizers._torch_optimizer import TorchOptimizer
 from tritium.kernels.optimizers.grad_norm import (
     clip_coefficient_reference,
     launch_partials,
@@ -49,7 +50,7 @@ from tritium.kernels.optimizers.grad_norm import (
 from tritium.kernels.runtime import uses_triton
 
 
-class MultiTensorOptimizer(torch.optim.Optimizer):
+class MultiTensorOptimizer(TorchOptimizer):
     """A `torch.optim.Optimizer` that updates all parameters at once, and may clip as it does.
 
     A subclass gives the rule, the names of its states in the order of the rule's kernels, and its

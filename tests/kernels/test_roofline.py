@@ -9,10 +9,8 @@ from tritium.kernels.roofline import (
     DEVICES,
     OPERATIONS,
     Device,
-    duration,
     explain,
     find_device,
-    quantity,
 )
 
 SLOW = Device("slow", "", copy=1e6, matrix_16=1e3, matrix_32=1e2, arithmetic=1e9)
@@ -181,20 +179,6 @@ def test_table_is_readable():
         "  backward   6.59 GB    6.59 GFLOP   1.53 ms  bound by memory\n"
         "  both       6.59 GB    13.2 GFLOP   1.53 ms  bound by memory"
     )
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0.00 B"), (999, "999 B"), (1530, "1.53 kB"), (4.3e12, "4.30 TB")]
-)
-def test_quantities(number, text):
-    assert quantity(number, "B") == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(2.5, "2.50 s"), (0.0125, "12.5 ms"), (3e-6, "3.00 us")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def assert_equal_models(own, theirs, length=LENGTH):
 
 @given(gpt2s() | llamas() | qwens() | plain(), st.integers(1, LENGTH))
 @example(replace(TINY, activation="relu_squared"), LENGTH)
+@example(ModelConfig(40, 2, 16, 4, max_seq_len=12, activation="relu_squared"), LENGTH)
+@example(ModelConfig(40, 2, 16, 4, max_seq_len=12, window=3), LENGTH)
 @example(replace(TINY, activation="relu_squared", qk_norm=False, bias=True), LENGTH)
 @few
 def test_transformers_computes_the_same_from_what_is_written(config, length):
@@ -98,9 +100,14 @@ def test_transformers_computes_the_same_from_what_is_written(config, length):
         )
         again = Transformer.from_pretrained(folder)
         assert {*parent_of(folder)} == {"out"}
+        again.save_pretrained(Path(parent) / "again")
+        for file in folder.iterdir():
+            assert file.read_bytes() == (Path(parent) / "again" / file.name).read_bytes()
     assert same_weights(model, again)
-    resolved = {name: getattr(config, name) for name in ("kv_heads", "head_width", "gated")}
-    assert resolved == {name: getattr(again.config, name) for name in resolved}
+    resolved = ("kv_heads", "head_width", "feed_forward_width", "gated")
+    assert all(getattr(config, name) == getattr(again.config, name) for name in resolved)
+    unset = [name for name, value in vars(config).items() if value is None]
+    assert all(getattr(again.config, name) is None for name in unset), unset
     assert_equal_models(model, theirs, length)
 
 

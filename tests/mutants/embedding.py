@@ -64,8 +64,8 @@ MUTANTS = [
     ),
     _mutant(
         what="partials in the dtype of the gradient",
-        original="partials_B2D = dy_TD.new_empty(B, 2, D, dtype=acc)",
-        replacement="partials_B2D = dy_TD.new_empty(B, 2, D)",
+        original="partials_B2D = dy_TD.new_empty(plan.n_blocks, 2, D, dtype=plan.acc)",
+        replacement="partials_B2D = dy_TD.new_empty(plan.n_blocks, 2, D)",
     ),
     _mutant(
         what="a run that goes through a block begins in it once more",
@@ -104,8 +104,8 @@ MUTANTS = [
     ),
     _mutant(
         what="tokens cut to 32 bits before they are compared",
-        original="    counts_T = (tokens_T >= 0)",
-        replacement="    tokens_T = tokens_T.to(torch.int32)\n    counts_T = (tokens_T >= 0)",
+        original="keys_T = tokens_T.clamp(-1, V)",
+        replacement="keys_T = tokens_T.int().clamp(-1, V)",
     ),
     _mutant(
         what="rows that no token names are not zeros",

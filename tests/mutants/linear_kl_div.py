@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _row = partial(Mutant, file="kernels/_kl_div_rows.py")
+_padded = partial(Mutant, file="kernels/_padded_rows.py")
 _chunks = partial(Mutant, file="kernels/_linear_kl_div.py")
 _mutant = partial(Mutant, file="kernels/linear_kl_div.py")
 
@@ -69,10 +70,10 @@ MUTANTS = [
         original='    return tl.where(offs_V < V, z_V, float("-inf")) if MASKED else z_V\n',
         replacement="    return z_V\n",
     ),
-    _row(
+    _padded(
         what="padding columns get a gradient",
-        original="            dz_V = tl.where(offs_V < V, dz_V, 0.0)\n",
-        replacement="            dz_V = tl.where(offs_V < V, dz_V, 1.0)\n",
+        original="        dz_V = tl.where(offs_V < V, dz_V, 0.0)\n",
+        replacement="        dz_V = tl.where(offs_V < V, dz_V, 1.0)\n",
     ),
     _row(
         what="the sums are not rescaled to a new maximum",
@@ -109,15 +110,15 @@ MUTANTS = [
         original="tl.load(dloss_ptr + t * stride_dlossC)",
         replacement="tl.load(dloss_ptr)",
     ),
-    _row(
+    _padded(
         what="an ignored row keeps its logits",
-        original="            tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)\n",
-        replacement="            tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < 0)\n",
+        original="    tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)\n",
+        replacement="    tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < 0)\n",
     ),
-    _row(
+    _padded(
         what="an ignored row keeps its first blocks",
-        original="                tl.store(x_ptr + v + offs_V, zero_V)\n",
-        replacement="                pass\n",
+        original="        tl.store(x_ptr + v + offs_V, zero_V)\n",
+        replacement="        pass\n",
     ),
     _row(
         what="all rows count",

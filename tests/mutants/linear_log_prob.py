@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _mutant = partial(Mutant, file="kernels/linear_log_prob.py")
+_padded = partial(Mutant, file="kernels/_padded_rows.py")
 
 MUTANTS = [
     _mutant(
@@ -57,7 +58,7 @@ MUTANTS = [
         original="            dz_t *= logit_scale\n",
         replacement="            dz_t *= 1\n",
     ),
-    _mutant(
+    _padded(
         what="padding columns get a gradient",
         original="        dz_V = tl.where(offs_V < V, dz_V, 0.0)\n",
         replacement="        dz_V += 0.0\n",
@@ -72,10 +73,10 @@ MUTANTS = [
         original="        for v in range(0, full, BLOCK_V):\n            _store",
         replacement="        for v in range(BLOCK_V, full, BLOCK_V):\n            _store",
     ),
-    _mutant(
+    _padded(
         what="an ignored row keeps its logits",
-        original="        tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)\n",
-        replacement="        pass\n",
+        original="    tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)\n",
+        replacement="    pass\n",
     ),
     _mutant(
         what="an unknown target has a gradient",

@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _row = partial(Mutant, file="kernels/_topk_kl_div_rows.py")
+_padded = partial(Mutant, file="kernels/_padded_rows.py")
 _mutant = partial(Mutant, file="kernels/linear_topk_kl_div.py")
 
 MUTANTS = [
@@ -73,7 +74,7 @@ MUTANTS = [
         original='            z_K = tl.where(x_K == float("-inf"), x_K, z_K)\n',
         replacement="            z_K *= 1\n",
     ),
-    _row(
+    _padded(
         what="padding columns get a gradient",
         original="        dz_V = tl.where(offs_V < V, dz_V, 0.0)\n",
         replacement="        dz_V = tl.where(offs_V < V, dz_V, 1.0)\n",
@@ -83,10 +84,10 @@ MUTANTS = [
         original="            if full < V:\n                _store_rest",
         replacement="            if full > V:\n                _store_rest",
     ),
-    _row(
+    _padded(
         what="an ignored row keeps its logits",
-        original="            tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)\n",
-        replacement="            tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < 0)\n",
+        original="    tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < W - full)\n",
+        replacement="    tl.store(x_ptr + full + offs_V, zero_V, mask=offs_V < 0)\n",
     ),
     _row(
         what="beta and its complement exchanged",

@@ -198,4 +198,19 @@ MUTANTS = [
         original="if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):",
         replacement="if False:",
     ),
+    _native(
+        what="a width that is what None means is named after reading",
+        original='meant = {"d_ff": replace(config, d_ff=None).feed_forward_width, ',
+        replacement="meant = {",
+    ),
+    _native(
+        what="heads that are as many as None means are named after reading",
+        original='meant["d_head"] = config.d_model // config.n_heads',
+        replacement="pass",
+    ),
+    _native(
+        what="a feed-forward width that None does not mean is forgotten",
+        original="for x, value in meant.items() if getattr(config, x) == value})",
+        replacement="for x, value in meant.items()})",
+    ),
 ]

@@ -3,7 +3,6 @@
 import gc
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -73,10 +72,19 @@ def test_every_kernel_serves_training(start, run, tmp_path):
         assert kernel in out, f"{kernel} was not launched"
 
 
-def test_help_waits_for_no_slow_import():
-    code = "import sys, train; print(*{'torch._dynamo', 'matplotlib.pyplot'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
+IMPORTED = """
+import sys, train
+print("imported:", *{"torch._dynamo", "matplotlib.pyplot"} & {*sys.modules})
+train.main()
+print("imported:", *{"torch._dynamo", "torch._inductor", "sympy"} & {*sys.modules})
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a run on a GPU may need the compiler")
+def test_no_run_on_a_cpu_waits_for_the_compiler_nor_help_for_plots(start, tmp_path):
+    flags = ("--optimizer", "muon", "--max-steps", "2", "--out", str(tmp_path / "run"))
+    said = finish(start(*flags, script=IMPORTED))
+    assert [x for x in said.splitlines() if x.startswith("imported:")] == ["imported:"] * 2, said
 
 
 def test_no_garbage_is_collected_within_a_step(run, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tritium.data import Loader
+from tritium.kernels.units import counted
 from tritium.model import Transformer
 from tritium.model.native import FormatError, model_type
 from tritium.training.monitor.terminal import printable
@@ -140,14 +141,15 @@ def print_start(
 ) -> None:  # fmt: skip
     """Print the preset, model, device, data and length of a run."""
     batch = config.batch_size * model.config.max_seq_len
-    length = f"{config.length.max_minutes} minutes, steps of {batch:,} tokens"
+    minutes = config.length.max_minutes or 0.0
+    length = f"{counted(minutes, 'minute')}, steps of {batch:,} tokens"
     if budget.steps is not None:
         epochs = budget.steps * config.batch_size / loader.n_windows
-        length = f"{budget.steps:,} steps of {batch:,} tokens, {epochs:.2f} epochs"
+        length = f"{counted(budget.steps, 'step')} of {batch:,} tokens, {epochs:.2f} epochs"
     console.print(
-        f"Preset {preset}: {count(model)}, {model.config.n_layers} layers of width "
-        f"{model.config.d_model}, on {machine['device']}, {machine['threads']} threads, in "
-        f"{machine['dtype'][6:]}\n"
+        f"Preset {preset}: {count(model)}, {counted(model.config.n_layers, 'layer')} of width "
+        f"{model.config.d_model}, on {machine['device']}, "
+        f"{counted(machine['threads'], 'thread')}, in {machine['dtype'][6:]}\n"
         f"Data: {loader.n_tokens:,} tokens from {config.data or 'the Python standard library'}, "
         f"vocabulary {loader.vocab_size:,}\n"
         f"Length: {length}"

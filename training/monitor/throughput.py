@@ -15,7 +15,8 @@ from math import inf
 
 import torch
 
-from tritium.kernels.roofline import MATRIX_SHARE, find_device, quantity
+from tritium.kernels.roofline import MATRIX_SHARE, find_device
+from tritium.kernels.units import quantity
 from tritium.model.shapes import flops_per_token
 from tritium.model.transformer import ModelConfig
 from tritium.training.self_check_cases import Random

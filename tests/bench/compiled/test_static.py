@@ -284,8 +284,3 @@ def test_writes_the_table_on_request(monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as exit:
             static.main(write=write)
         assert exit.value.code == code
-
-
-def test_refuses_an_unknown_operation():
-    with pytest.raises(SystemExit, match="no operation"):
-        static.main(("nonsense",))

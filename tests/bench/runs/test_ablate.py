@@ -5,8 +5,9 @@ from math import inf, nan
 
 import pytest
 
+from tritium.bench.ends import WrongInputError
 from tritium.bench.runs import _trials, ablate
-from tritium.bench.runs._trials import Outcome, Trial, TrialError, difference, run_all
+from tritium.bench.runs._trials import Outcome, RefusedError, Trial, TrialError, difference, run_all
 from tritium.training.run.run_folder import lock_folder
 
 
@@ -45,8 +46,28 @@ def test_the_best_change_comes_first_and_what_diverged_last(tmp_path):
     names, *_, shown = (list(column.cells) for column in table.columns)
     assert names == ["good", "noise", "unchanged", "bad", "broken"]
     assert shown == ["yes", "no", "", "yes", "diverged"]
+
+
+def test_the_picture_says_what_its_colors_mean(tmp_path, monkeypatch):
+    made = outcomes(
+        unchanged=(2.0, 2.1, 2.2), noise=(2.1, 2.1, 2.0), bad=(2.5, 2.61, 2.69),
+        good=(1.9, 2.0, 2.11), broken=(nan, 2.0, 2.0), once=(1.0,),
+    )  # fmt: skip
+    figures = []
+    monkeypatch.setattr(ablate.plt, "close", figures.append)
     ablate.plot(made, tmp_path / "effects.png")
     assert (tmp_path / "effects.png").stat().st_size > 1000
+    (legend,) = figures[0].legends
+    said = [x.get_text() for x in legend.get_texts()]
+    seen = (0.5, 0.1), (0.0, 0.1), (-0.1, 0.05), (-1.0, inf)  # the worst first, as they are drawn
+    assert said == [ablate._shown(*each)[1] for each in seen]
+    colors = [ablate._shown(*each)[0] for each in seen]
+    assert colors == ["tab:orange", "0.6", "tab:blue", "0.6"]
+    assert [x.partition(":")[0] for x in said] == [
+        "worse", "the interval holds 0", "better", "one seed, no interval"
+    ]  # fmt: skip
+    monkeypatch.undo()
+    ablate.plt.close(figures[0])
 
 
 def test_seeds_that_ended_are_compared_with_the_same_seeds():
@@ -84,7 +105,7 @@ def test_runs_are_made_once_and_their_ends_are_kept(corpus, tmp_path, monkeypatc
 def test_a_run_in_progress_is_left_alone(tmp_path):
     with lock_folder(tmp_path / "0-as-it-is-0", resume=False) as run:
         (run / "log.jsonl").touch()
-        with pytest.raises(TrialError, match="is in use by process"):
+        with pytest.raises(RefusedError, match="is in use by process"):
             run_all([Trial("as it is", (), 0)], tmp_path, ["tiny"])
         assert (run / "log.jsonl").exists()
 
@@ -104,12 +125,21 @@ def test_a_run_without_a_step_is_said(tmp_path, monkeypatch):
 
 
 def test_what_train_py_refuses_is_said(corpus, tmp_path):
-    with pytest.raises(TrialError, match=r"deep: train.py ended with status 2: .*n-layers"):
-        run_all(
-            [Trial("deep", ("--model.n-layers", "0"), 0)], tmp_path / "runs",
-            ["tiny", "--data", str(corpus)],
-        )  # fmt: skip
+    trials = [Trial("deep", ("--model.n-layers", "0"), 0)]
+    with pytest.raises(RefusedError, match=r"^[^:]*n-layers") as refused:
+        run_all(trials, tmp_path / "runs", ["tiny", "--data", str(corpus)])
+    assert refused.value.name == "deep"
     assert not (tmp_path / "runs" / "trials.jsonl").exists()
+
+
+@pytest.mark.parametrize(("name", "said"), [("wide", "wide: it refused"), ("unchanged", "it ref")])
+def test_the_change_that_train_py_refuses_is_named(name, said, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RefusedError("it refused", name)
+
+    monkeypatch.setattr(ablate, "run_all", refuse)
+    with pytest.raises(WrongInputError, match=f"^{said}"):
+        ablate.main(out=tmp_path)
 
 
 @pytest.mark.parametrize("name", ablate.CHANGES)
@@ -129,7 +159,7 @@ def test_the_verb_trains_and_shows(corpus, tmp_path, capsys):
     assert "narrow" in said
     assert "--flags=" + shlex.quote(f"--data '{corpus}'") in said  # else it takes them for its own
     assert (tmp_path / "out" / "ablations.png").exists()
-    with pytest.raises(SystemExit, match=r"no run without a change has ended in .*drop --ended"):
+    with pytest.raises(WrongInputError, match=r"no run without a change .*drop --ended"):
         ablate.main(out=tmp_path / "none", ended=True)
-    with pytest.raises(SystemExit, match="no change 'wider'"):
+    with pytest.raises(WrongInputError, match="no change 'wider'"):
         ablate.main(("wider",))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tritium.bench.ends import WrongInputError
 from tritium.bench.runs import cpu_entries, cpu_record, cpu_text
 from tritium.bench.runs._trials import SCRIPT, TrialError
 from tritium.bench.runs.cpu_record import Waits, asked, cpu_name, two_cores
@@ -59,14 +60,14 @@ def sums_held(sums):
 def test_another_library_is_refused_with_its_files(library, tmp_path):
     folder, sums = library
     (folder / "in_00" / "a.py").unlink()
-    with pytest.raises(TrialError, match=r"of its 4 files 1 are missing \(in_00/a.py\) in"):
+    with pytest.raises(WrongInputError, match=r"of its 4 files 1 are missing \(in_00/a.py\) in"):
         cpu_text.write_text(folder, tmp_path / "out", sums)
     (folder / "in_ff" / "a.py").write_text("x")
     words = (
         r"library of CPython 3.11.7; of its 4 files 1 are missing \(in_00/a.py\) and 1 are others "
         r"\(in_ff/a.py\) in .*lib; name that library by --text"
     )
-    with pytest.raises(TrialError, match=words):
+    with pytest.raises(WrongInputError, match=words):
         cpu_text.write_text(folder, tmp_path / "out", sums)
     assert not (tmp_path / "out").exists()
 
@@ -74,10 +75,10 @@ def test_another_library_is_refused_with_its_files(library, tmp_path):
 def test_a_copy_that_was_changed_is_refused(library, tmp_path):
     known, _ = cpu_text.write_text(*library[:1], tmp_path, library[1])
     (known / "more.py").write_text("a hint")
-    with pytest.raises(TrialError, match=r"holds more than the text \(more.py\); delete it"):
+    with pytest.raises(WrongInputError, match=r"holds more than the text \(more.py\); delete it"):
         cpu_text.write_text(library[0], tmp_path, library[1])
     (known / "in_ff" / "a.py").write_text("a hint")
-    with pytest.raises(TrialError, match=r"a\.py was changed; delete"):
+    with pytest.raises(WrongInputError, match=r"a\.py was changed; delete"):
         cpu_text.write_text(library[0], tmp_path, library[1])
 
 
@@ -101,7 +102,7 @@ def test_a_split_that_moved_is_refused():
         })  # fmt: skip
 
     cpu_text.check_split(manifest(606_304))
-    with pytest.raises(TrialError, match="raise the version of the protocol"):
+    with pytest.raises(WrongInputError, match="raise the version of the protocol"):
         cpu_text.check_split(manifest(606_305))
 
 
@@ -134,7 +135,7 @@ def test_settings_that_differ_from_the_preset_are_named():
     ],
 )
 def test_what_the_protocol_sets_stays(flags, words):
-    with pytest.raises((TrialError, ConfigError), match=words):
+    with pytest.raises((WrongInputError, ConfigError), match=words):
         asked("small", OWN, flags)
 
 
@@ -153,10 +154,10 @@ def test_two_threads_of_a_core_are_one_core(tmp_path, monkeypatch):
     assert two_cores({0, 1, 2, 3}, system) == [0, 2]
     assert two_cores({1, 3}, system) == [1, 3]
     assert two_cores({5, 4}, tmp_path / "nothing") == [4, 5]
-    with pytest.raises(TrialError, match="needs 2 cores, and this process may use 1"):
+    with pytest.raises(WrongInputError, match="needs 2 cores, and this process may use 1"):
         two_cores({0, 1}, system)
     monkeypatch.setattr(cpu_record, "usable_cores", lambda: 1)  # a container's quota
-    with pytest.raises(TrialError, match="may use 1"):
+    with pytest.raises(WrongInputError, match="may use 1"):
         two_cores({0, 2}, system)
 
 
@@ -297,10 +298,10 @@ def test_what_ended_is_not_run_again_and_nothing_is_kept_unasked(protocol):
 
 
 def test_two_seeds_are_refused_and_a_run_that_diverged_is_no_entry(protocol, monkeypatch):
-    with pytest.raises(SystemExit, match="bench cpu_record: --seeds must be at least 3, got 2"):
+    with pytest.raises(WrongInputError, match="^--seeds must be at least 3, got 2"):
         protocol.call(date="", seeds=2)
     monkeypatch.setattr(cpu_record, "train_by_script", lambda *_: None)
-    with pytest.raises(SystemExit, match="bench cpu_record: characters, seed 0: diverged; see"):
+    with pytest.raises(TrialError, match="^characters, seed 0: diverged; see"):
         protocol.call(date="", write=True)
     assert not [*(protocol.page.parent / "cpu").iterdir()]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tritium.bench.ends import WrongInputError
 from tritium.bench.runs import find_lr
 from tritium.training.command_line import parse
 
@@ -47,9 +48,9 @@ def test_the_guess_is_below_the_lowest_loss(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("wrong", [{"low": 0.0}, {"low": 2.0}, {"steps": 3}], ids=str)
 def test_wrong_ranges_are_refused(wrong):
-    with pytest.raises(SystemExit, match="--low must be above 0"):
+    with pytest.raises(WrongInputError, match="--low must be above 0"):
         find_lr.main(("tiny",), **wrong)
-    with pytest.raises(SystemExit, match="no preset 'huge'"):
+    with pytest.raises(WrongInputError, match="no preset 'huge'"):
         find_lr.main(("huge",))
 
 

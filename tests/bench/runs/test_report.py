@@ -7,6 +7,7 @@ from math import inf, nan
 
 import pytest
 
+from tritium.bench.ends import WrongInputError
 from tritium.bench.runs import report
 from tritium.bench.runs.report import RunError, render
 
@@ -103,8 +104,8 @@ def test_a_run_that_goes_on_and_one_without_a_log(tmp_path):
 def test_the_command_writes_a_page_or_says_why_not(tmp_path, capsys):
     report.main((make_run(tmp_path / "a", steps=5),), out=tmp_path / "page.html")
     assert data_of((tmp_path / "page.html").read_text())["runs"][0]["name"] == "a"
-    with pytest.raises(SystemExit, match=r"report: .* holds no run"):
+    with pytest.raises(WrongInputError, match=r".* holds no run"):
         report.main((tmp_path,), out=tmp_path / "none.html")
-    with pytest.raises(SystemExit, match="name the folder of a run"):
+    with pytest.raises(WrongInputError, match="name the folder of a run"):
         report.main((), out=tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()

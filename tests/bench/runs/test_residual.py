@@ -83,12 +83,6 @@ def test_tabulates_every_seed_of_both(monkeypatch, capsys):
         assert word in shown, word
 
 
-def test_refuses_one_seed(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench", "residual", "--seeds", "1"])
-    with pytest.raises(SystemExit, match="two seeds or more have a standard error, got 1"):
-        main()
-
-
 def test_the_default_of_a_gpu_is_the_stream_in_bfloat16():
     model = Transformer(residual.CONFIG, residual_dtype=residual.DTYPES["bfloat16"])
     assert model.residual_dtype is None

@@ -1,12 +1,10 @@
 """Prove that runs shared in different ways are compared in every loss and every weight."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from tritium.bench.__main__ import main
 from tritium.bench.runs.parallel import RESUMED, SHARINGS, RunError, Sharing, apart
 from tritium.model import ModelConfig, Transformer
 from tritium.training.optim import OptimizerConfig
@@ -45,9 +43,3 @@ def test_every_mode_is_run_and_what_is_resumed_was_run():
     assert len({(x.mode, x.processes) for x in SHARINGS}) == len(SHARINGS)  # names of folders
     assert Sharing(4, "hsdp", 2).flags == ["--parallel", "hsdp", "--group-size", "2"]
     assert str(Sharing(4, "hsdp", 2)) == "4 processes, hsdp, groups of 2"
-
-
-def test_steps_have_a_middle(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench", "parallel", "--steps", "3"])
-    with pytest.raises(SystemExit, match="must be even"):
-        main()

@@ -7,6 +7,7 @@ from math import isnan, nan
 import pytest
 
 from tritium.bench import tables
+from tritium.bench.ends import WrongInputError
 from tritium.bench.runs import tokens_to_loss
 from tritium.bench.runs._trials import Outcome, TrialError
 from tritium.bench.runs.scaling import COMMON, shape
@@ -110,5 +111,5 @@ def test_the_verb_sweeps_then_shortens_the_best(tmp_path, monkeypatch, capsys):
 )
 def test_what_cannot_be_asked_is_refused(asked, words, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens_to_loss, "run_all", lambda *_: pytest.fail("it was run"))
-    with pytest.raises(SystemExit, match=re.escape(words)):
+    with pytest.raises(WrongInputError, match=re.escape(words)):
         tokens_to_loss.main(**asked, out=tmp_path)

@@ -2,13 +2,14 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tritium.bench import tables
 from tritium.bench.__main__ import main
-from tritium.bench.scale.compute import reached
+from tritium.bench.scale.compute import MEASURED, reached
 from tritium.bench.scale.links import find_links
 from tritium.bench.scale.parts import MODES, mesh_of
 from tritium.bench.scale.predict import Job, Plan
@@ -26,6 +27,12 @@ CLUSTER = Cluster(DEVICE, LINKS, 8)
 
 def test_a_measured_step_reaches_what_rooflines_allow():
     assert 0.6 < reached() < 0.9
+    root = Path(__file__).parents[3]
+    kept = (root / "bench/results/h100_step.md").read_text()
+    first = next(x for x in kept.splitlines() if x.startswith("| two micro-batches"))
+    assert f" {1e3 * MEASURED:.1f} |" in first
+    page = (root / "docs/parallel.md").read_text()
+    assert f"GPT-2 124M reached {100 * reached():.0f} % ({1e3 * MEASURED:.1f} ms" in page
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -107,6 +114,7 @@ def test_the_command_prints_tables_draws_and_refuses(monkeypatch, tmp_path, caps
         (("--gpus", "0"), "gpus, batch-size, length and node must be at least 1"),
     ],
 )
-def test_wrong_input_ends_in_a_sentence(words, message, monkeypatch):
-    with pytest.raises(SystemExit, match=message):
+def test_wrong_input_ends_in_a_sentence(words, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run_main(monkeypatch, *words)
+    assert message in capsys.readouterr().err

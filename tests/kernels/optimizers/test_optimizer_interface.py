@@ -1,7 +1,9 @@
 """Optimizers take and document torch.optim's arguments, under any default dtype."""
 
 import copy
+import functools
 import inspect
+import sys
 
 import pytest
 import torch
@@ -159,3 +161,42 @@ def test_shared_flags_change_nothing(actual, device):
     qs = copy.deepcopy(ps)
     a = train(lambda x: actual(x, foreach=True, capturable=True), ps, 2)
     assert_equal(bits(a), bits(train(actual, qs, 2)))
+
+
+METHODS = {
+    "add_param_group": lambda x: x.add_param_group({"params": parameters([(2,)], "cpu")}),
+    "state_dict": lambda x: x.state_dict(),
+    "load_state_dict": lambda x: x.load_state_dict(x.state_dict()),
+    "zero_grad": lambda x: x.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_decorators_of_torchs_methods_run_except_the_one_that_imports_the_compiler(
+    name, monkeypatch
+):
+    optimizer, called = Adam(parameters([(3,)], "cpu")), []
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    METHODS[name](optimizer)
+    assert "torch._dynamo" not in sys.modules
+    usual = getattr(torch.optim.Optimizer, name)
+
+    @functools.wraps(usual)
+    def others(self, *arguments, **options):
+        called.append(name)
+        return usual.__wrapped__(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.Optimizer, name, others)
+    METHODS[name](optimizer)
+    assert called == [name]
+
+
+def test_once_the_compiler_is_imported_it_is_kept_out(monkeypatch):
+    import torch._dynamo
+
+    seen = []
+    monkeypatch.setattr(torch._dynamo, "disable", lambda f, *_, **__: seen.append(f) or f)
+    usual = torch.optim.Optimizer.zero_grad.__wrapped__
+    monkeypatch.delattr(usual, "__dynamo_disable", raising=False)
+    Adam(parameters([(3,)], "cpu")).zero_grad()
+    assert seen == [usual]

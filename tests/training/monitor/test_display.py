@@ -1,12 +1,19 @@
 """Prove what the display shows, in a terminal and without one."""
 
 import io
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tritium.model import ModelConfig, Transformer
+from tritium.training.monitor import display
 from tritium.training.monitor.display import Display
 from tritium.training.schedule import Budget
+from tritium.training.settings import PRESETS
 
 
 def entry(step, **more):
@@ -91,3 +98,26 @@ def test_the_panel_of_a_resumed_run_has_the_validation_and_the_mean_of_before():
     shown = text_of(to, resumed)
     assert "last validation 4.000" in shown
     assert shown.count("6.000 nats/token") == 2
+
+
+def test_the_head_of_a_run_has_one_thread_and_not_one_threads(monkeypatch):
+    to = console(width=200, terminal=False)
+    monkeypatch.setattr(display, "console", to)
+    shape = ModelConfig(vocab_size=8, n_layers=1, d_model=4, n_heads=1, max_seq_len=4)
+    config, model = replace(PRESETS["tiny"], batch_size=2, model=shape), Transformer(shape)
+    optimizer = config.optimizer.make(model, learning_rate=1e-3)
+    loader: Any = SimpleNamespace(n_windows=2, n_tokens=9, vocab_size=8, epoch=0.0)
+    for threads, budget in ((1, Budget(steps=1)), (2, Budget(steps=2)), (2, Budget(seconds=60))):
+        machine = {"device": "a CPU", "threads": threads, "dtype": "torch.float32"}
+        length = replace(config.length, max_minutes=1.0, max_steps=None)
+        display.print_start(
+            replace(config, length=length), "tiny", Path("a-run"), model, optimizer, loader,
+            machine, 0, budget,
+        )  # fmt: skip
+    said = text_of(to)
+    assert "1 layer of width 4, on a CPU, 1 thread, in float32" in said
+    assert "a CPU, 2 threads, in" in said
+    assert "Length: 1 step of 8 tokens, 1.00 epochs" in said
+    assert "Length: 2 steps of 8 tokens, 2.00 epochs" in said
+    assert "Length: 1 minute, steps of 8 tokens" in said
+    assert [str(Budget(steps=1)), str(Budget(seconds=90))] == ["1 step", "1.5 minutes"]
