@@ -298,10 +298,10 @@ def test_what_ended_is_not_run_again_and_nothing_is_kept_unasked(protocol):
 
 
 def test_two_seeds_are_refused_and_a_run_that_diverged_is_no_entry(protocol, monkeypatch):
-    with pytest.raises(WrongInputError, match="^--seeds must be at least 3, got 2"):
+    with pytest.raises(WrongInputError, match=r"^--seeds must be at least 3, got 2"):
         protocol.call(date="", seeds=2)
     monkeypatch.setattr(cpu_record, "train_by_script", lambda *_: None)
-    with pytest.raises(TrialError, match="^characters, seed 0: diverged; see"):
+    with pytest.raises(TrialError, match=r"^characters, seed 0: diverged; see"):
         protocol.call(date="", write=True)
     assert not [*(protocol.page.parent / "cpu").iterdir()]
 
