@@ -219,10 +219,7 @@ def _all_to_all(group: Any, x: Tensor, ends: list[int], y: Tensor, y_ends: list[
         y[y_ends[0] : y_ends[-1]].copy_(x[ends[0] : ends[-1]])
         return
     # Bytes, since backends do not send all dtypes.
-    sizes = [
-        [(b - a) * x.element_size() for a, b in pairwise(e)]
-        for e in (y_ends, ends)
-    ]
+    sizes = [[(b - a) * x.element_size() for a, b in pairwise(e)] for e in (y_ends, ends)]
     torch.distributed.all_to_all_single(
         y[y_ends[0] : y_ends[-1]].view(torch.uint8), x[ends[0] : ends[-1]].view(torch.uint8),
         *sizes, group=group,

@@ -40,6 +40,10 @@ BASE = (
     "4",
     "--packing",
     "documents",
+    "--optimizer",
+    "muon",
+    "--row-beta2",
+    "0.9",
 )
 DROPOUT = (*BASE, "--dropout", "0.2")
 ALONE = ("--parallel", "auto", "--micro-batch-size", "4", "--activation-checkpointing", "none")
@@ -94,7 +98,6 @@ def assert_near(run, alone):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--parallel", "fsdp", "--optimizer", "muon"), "muon needs whole matrices"),
         (("--parallel", "fsdp", "--state-dtype", "uint8"), "could not be resharded"),
         (("--micro-batch-size", "auto"), "auto plans the memory of one process"),
         (("--activation-checkpointing", "auto"), "auto plans the memory of one process"),
@@ -158,7 +161,8 @@ def test_a_group_is_a_machine_where_no_size_is_given(monkeypatch):
     [
         (40, {}, "ddp", "fit in half of the free memory"),
         (20, {}, "fsdp", "exceed half of the free memory)"),
-        (20, {"optimizer": OptimizerConfig(name="muon")}, "ddp", "but muon needs whole matrices"),
+        (20, {"optimizer": OptimizerConfig(name="muon")}, "fsdp", "exceed half"),
+        (20, {"optimizer": OptimizerConfig(state_dtype="uint8")}, "ddp", "but state_dtype must be"),
     ],
 )
 def test_auto_takes_ddp_where_it_fits_and_says_why(free, changes, chosen, reason, monkeypatch):
@@ -271,12 +275,13 @@ def test_two_ranks_train_as_one_process(kind, results, folder, run, tmp_path):
 def test_a_step_communicates_no_more_than_it_must(kind, results):
     # The number of targets, the loss, a signal; of parts, one sum of squares for the clip. Each of
     # two micro-batches gathers the root and two blocks, and in its backward pass the blocks again.
+    # Muon sends its matrices to their owners and back.
     wanted = {
         "ddp": {"reduce": 3},  # torch reduces the gradients in C++
-        "fsdp": {"reduce": 4, "gather": 2 * (3 + 2), "scatter": 3},
+        "fsdp": {"reduce": 4, "gather": 2 * (3 + 2), "scatter": 3, "exchange": 2},
         # A signal, the clip; of each micro-batch two for the loss, one for its gradient. What the
         # blocks add up torch reduces by functions of its own.
-        "tp": {"reduce": 2 + 2 * 3},
+        "tp": {"reduce": 2 + 2 * 3, "exchange": 2},
     }
     assert [x["calls"] for x in results[kind]] == [wanted[kind]] * 2
 

@@ -28,7 +28,7 @@ from tritium.kernels.optimizers._exchange import balanced
 from tritium.kernels.optimizers.muon import Muon
 
 KERNEL, REFERENCE = False, True
-# With 4 ranks: uneven and empty shards; two matrices of one shape, and one in a stack; AdamW's last.
+# With 4 ranks: uneven and empty shards; two matrices of one shape, two in a stack; AdamW's last.
 SHAPES = [(9, 4), (9, 4), (1, 7), (24, 8), (6, 10), (5,), (13, 3)]
 OTHERS = 2
 
