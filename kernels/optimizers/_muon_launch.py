@@ -91,9 +91,10 @@ def make_plan(
     for i, shape in shapes.items():
         starts[i] = size
         size += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
-    x, y = torch.empty(2, size, dtype=torch.bfloat16, device=device)
+    x = torch.empty(size, dtype=torch.bfloat16, device=device)
+    y = torch.empty_like(x)
     found = [
-        (-1 if exchange else i, shape, starts[i], recipes[i], moments.get(i))
+        (i if exchange is None else -1, shape, starts[i], recipes[i], moments.get(i))
         for i, shape in shapes.items()
     ]
     batch = _make_batch(found, device) if found else None
