@@ -77,6 +77,22 @@ class _Space:
         return start
 
 
+class _Copies:
+    """Copies of the second tensor of each pair to the first; many in one launch on a GPU."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Any]]):
+        # One launch takes tensors of one dtype that are contiguous.
+        alike: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        for x, y in pairs:
+            key = x.dtype, x.is_contiguous() and y.is_contiguous()
+            alike.setdefault(key, []).append((x, y))
+        self._lists = [tuple(map(list, zip(*same, strict=True))) for same in alike.values()]
+
+    def __call__(self) -> None:
+        for to, source in self._lists:
+            torch._foreach_copy_(to, source)
+
+
 class _Route(NamedTuple):
     """Ranks that send each other shards: where theirs begin and end in the buffers."""
 
@@ -137,7 +153,9 @@ class Exchange:
         self.starts = {i: slot.start for i, slot in slots.items()}
         self.shards = {i: slot.shard(self.sent) for i, slot in slots.items()}
         with_moments = [i for i, matrix in matrices.items() if matrix.moments is not None]
-        self._rows = [(slots[i].rows(self.sent), matrices[i].moments) for i in with_moments]
+        rows = [(slots[i].rows(self.sent), matrices[i].moments) for i in with_moments]
+        self._leaving_rows = _Copies(rows)
+        self._returned_rows = _Copies([(moments, slot) for slot, moments in rows])
         self.moments = {
             i: torch.empty(shape[0], 1, dtype=torch.float32, device=device)
             for i, shape in self.owned.items()
@@ -154,8 +172,9 @@ class Exchange:
             made: those that `scatter` takes. None: the same.
         """
         self.whole = whole
-        self._arrivals = self._pairs(whole)
-        self._departures = self._pairs(whole if made is None else made)
+        self._arrivals = _Copies(self._pairs(whole))
+        leaving = self._pairs(whole if made is None else made)
+        self._departures = _Copies([(part, whole) for whole, part in leaving])
         return self
 
     def _pairs(self, wholes: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -173,17 +192,17 @@ class Exchange:
 
     def gather(self) -> None:
         """Bring the shards, and the moments of rows, to the owners; every rank calls it."""
-        _copy(self._rows)
+        self._leaving_rows()
         for route in self._routes:
             _all_to_all(route.group, self.sent, route.sent, self._received, route.received)
-        _copy(self._arrivals)
+        self._arrivals()
 
     def scatter(self) -> None:
         """Bring the parts of the matrices, and the moments, to their ranks; every rank calls it."""
-        _copy([(part, whole) for whole, part in self._departures])
+        self._departures()
         for route in self._routes:
             _all_to_all(route.group, self._received, route.received, self.sent, route.sent)
-        _copy([(moments, slot) for slot, moments in self._rows])
+        self._returned_rows()
 
 
 def balanced(costs: dict[int, int], size: int) -> dict[int, int]:
@@ -224,9 +243,3 @@ def _all_to_all(group: Any, x: Tensor, ends: list[int], y: Tensor, y_ends: list[
         y[y_ends[0] : y_ends[-1]].view(torch.uint8), x[ends[0] : ends[-1]].view(torch.uint8),
         *sizes, group=group,
     )  # fmt: skip
-
-
-def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensor of each pair to the first, all in one call."""
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))

@@ -49,12 +49,12 @@ MUTANTS = [
     ),
     _exchange(
         what="moments of rows not sent",
-        original="        _copy(self._rows)\n        for route",
-        replacement="        for route",
+        original="        self._leaving_rows()\n",
+        replacement="",
     ),
     _exchange(
         what="moments of rows do not return",
-        original="        _copy([(moments, slot) for slot, moments in self._rows])\n",
+        original="        self._returned_rows()\n",
         replacement="",
     ),
     _exchange(
@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     _exchange(
         what="shards return as they came",
-        original="        _copy([(part, whole) for whole, part in self._departures])\n",
+        original="        self._departures()\n",
         replacement="",
     ),
     _exchange(
