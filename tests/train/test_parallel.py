@@ -86,6 +86,9 @@ def tensors(run):
 def assert_near(run, alone):
     """Assert that losses and weights are those of a run in one process, except for rounding."""
     assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
+    # Of which neither AdamW nor Muon sees a constant factor, and clipping hides one.
+    norms, expected = ([x["grad_norm"] for x in log(r)] for r in (run, alone))
+    assert norms == pytest.approx(expected, rel=1e-4)
     val, expected = ([x["val_loss"] for x in log(r) if "val_loss" in x] for r in (run, alone))
     assert val == pytest.approx(expected, abs=1e-5)
     got, wanted = tensors(run), tensors(alone)
