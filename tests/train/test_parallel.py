@@ -179,6 +179,16 @@ def test_auto_takes_ddp_where_it_fits_and_says_why(free, changes, chosen, reason
     assert reason in str(Parallel(Ranks(0, 2), mode, reason=said))
 
 
+def test_the_first_rank_alone_tracks_and_a_model_in_parts_draws_no_sample():
+    tiny = PRESETS["tiny"]
+    asked = replace(tiny.observing, sample_tokens=9, track=("tensorboard",))
+    config = replace(tiny, observing=asked)
+    first, second = Ranks(0, 2), Ranks(1, 2)
+    assert Parallel(first, "ddp").observing(config) == asked
+    assert Parallel(first, "fsdp").observing(config) == replace(asked, sample_tokens=0)
+    assert Parallel(second, "ddp").observing(config) == replace(asked, sample_tokens=0, track=())
+
+
 def test_a_restart_needs_a_folder_and_resumes_the_run_in_it(monkeypatch):
     assert arguments(["--out", "a"]) == ["--out", "a"]
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "-"}
