@@ -48,7 +48,7 @@ class _Slot(NamedTuple):
     start: int
     shape: tuple[int, int]
     moments: int
-    """Where the moments of its rows begin, -1 if there are none."""
+    """Element at which the moments of its rows begin, -1 if there are none."""
 
     def shard(self, buffer: Tensor) -> Tensor:
         n_rows, n_columns = self.shape
