@@ -3,7 +3,8 @@
 A checkpointed block keeps its inputs and recomputes the rest in the backward pass:
 
     none        no block is checkpointed
-    selective   every block is, except for the outputs of matrix products and of attention
+    selective   every block is, except for the outputs of matrix products, of attention, and of
+                sums over ranks
     every-N     the N-th block is, the 2N-th, and so on
     full        every block is
 
@@ -42,6 +43,8 @@ KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }  # fmt: skip
+if torch.distributed.is_available():
+    KEPT.add(torch.ops._c10d_functional.all_reduce.default)
 """Operators whose outputs `selective` keeps."""
 
 

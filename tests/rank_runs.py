@@ -23,6 +23,7 @@ COLLECTIVES = {
     "all_reduce": "reduce",
     "reduce_scatter_tensor": "scatter", "reduce_scatter_single": "scatter",
     "all_gather_into_tensor": "gather", "all_gather_single": "gather",
+    "all_to_all_single": "exchange",
 }  # fmt: skip
 """Functions of torch.distributed, by the names of two versions."""
 

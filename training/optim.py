@@ -12,6 +12,7 @@ from tyro.conf import arg
 
 from tritium.kernels import SGD, Adagrad, Adam, AdamW, Lion, Muon, RMSprop
 from tritium.kernels.optimizers import StepOptions
+from tritium.training.tensor_parallel import packed
 
 OPTIMIZERS = {
     "adamw": AdamW, "adam": Adam, "sgd": SGD, "rmsprop": RMSprop, "adagrad": Adagrad, "lion": Lion,
@@ -204,7 +205,8 @@ def muon_groups(model: nn.Module, weight_decay: float, ratio: float) -> list[dic
 
     Returns:
         Groups as `parameter_groups` returns them, those of Muon first: one for the matrices, and
-        one for each way in which projections are stacked in one (`splits`). The output layer is no
+        one for each way in which projections are stacked in one (`splits`), shard by shard where
+        tensor parallelism splits them. The output layer is no
         hidden matrix: its rows are tokens, of unlike frequency, and AdamW follows each.
     """
     blocks = [block for block in model.children() if isinstance(block, nn.ModuleList)]
@@ -223,10 +225,12 @@ def muon_groups(model: nn.Module, weight_decay: float, ratio: float) -> list[dic
                 others.append(p)
         if others:
             rest.append(group | {"params": others, "use_muon": False})
+    by_shard = bool(packed(model))
     named = [
         {
             "name": "hidden matrices" if rows is None else f"hidden, {len(rows)} in each",
             "params": ps, "weight_decay": weight_decay, "splits": rows, "lr_scale": ratio,
+            "splits_by_shard": by_shard and rows is not None,
         }
         for rows, ps in sorted(hidden.items(), key=lambda each: each[0] or ())
     ]  # fmt: skip

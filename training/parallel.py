@@ -354,11 +354,6 @@ def _obstacle(config: TrainConfig, mode: str, sharing: int) -> str | None:
     """Return why a run cannot be shared in a mode, by so many that share its batches, or None."""
     if mode not in SHARDED:
         return None
-    if config.optimizer.name == "muon":
-        return (
-            f"muon needs whole matrices, of which --parallel {mode} leaves each process a part; "
-            "take --optimizer adamw, or --parallel ddp"
-        )
     if config.optimizer.state_dtype == "uint8":
         return (
             f"state_dtype must be float32 or bfloat16 with --parallel {mode}, got uint8, whose "

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.progress import track
@@ -29,7 +30,7 @@ from tritium.training.run import checkpoint
 from tritium.training.run.run_folder import read_lines
 
 MODULE = "tritium.bench.runs.parallel"
-RESULTS = "parallel.md"  # in the folder of results
+RESULTS = {"adamw": "parallel.md", "muon": "parallel_muon.md"}  # in the folder of results
 WIDTH = 110
 TEXT = Path(json.__file__).parent  # a corpus that is on every machine and small
 TOLERANCE = 1e-4  # nats per token
@@ -174,18 +175,24 @@ def apart(run: Path, alone: Path) -> tuple[float, float]:
     )
 
 
-def main(steps: int = 100, write: bool = False) -> None:
+def main(
+    steps: int = 100, optimizer: Literal["adamw", "muon"] = "adamw", write: bool = False
+) -> None:
     """Train the preset tiny in every way to share it, and compare losses and weights.
 
     Args:
         steps: optimizer steps of each run; an even number.
-        write: keep the tables in parallel.md, in the folder of results.
+        optimizer: that of the runs; muon with second moments of rows.
+        write: keep the tables in parallel.md or parallel_muon.md, in the folder of results.
     """
     if steps < 2 or steps % 2:
         raise WrongInputError(f"--steps must be even, at least 2, got {steps}")
     torch.set_num_threads(1)  # as every process of the runs has
     arguments = ["tiny", "--data", str(TEXT), "--device", "cpu", "--no-self-check"]
     arguments += ["--sample-tokens", "0", "--layer-stats-every", "0"]
+    arguments += ["--optimizer", optimizer]
+    if optimizer == "muon":
+        arguments += ["--row-beta2", "0.95"]
     trained = Table("processes", "loss of the last step", "losses apart", "weights apart")
     resumed = Table("saved half-way by", "resumed by", "losses apart", "weights apart")
     names = {sharing: f"{sharing.mode}-{sharing.processes}" for sharing in SHARINGS}
@@ -213,7 +220,8 @@ def main(steps: int = 100, write: bool = False) -> None:
     largest = max(loss for loss, _ in far.values())
     agree = "agree" if largest < TOLERANCE else "DISAGREE"
     lines = [
-        f"`python -m tritium.bench parallel --steps {steps} --write`, torch {torch.__version__}, "
+        f"`python -m tritium.bench parallel --steps {steps} --optimizer {optimizer} --write`, "
+        f"torch {torch.__version__}, "
         f"{device_name(torch.device('cpu'))}, gloo.",
         f"The preset tiny, {steps} steps in float32, the same seed and global batch in every run. "
         "Apart: the largest difference from the losses of one process, in nats per token, over all "
@@ -221,7 +229,7 @@ def main(steps: int = 100, write: bool = False) -> None:
         "where it is largest.",
         f"All losses {agree} to {TOLERANCE:g}: the largest difference is {largest:.1e}.",
     ]
-    path = tables.results() / RESULTS if write else None
+    path = tables.results() / RESULTS[optimizer] if write else None
     tables.present(lines, trained, resumed, width=WIDTH, write_to=path)
     if largest >= TOLERANCE:
         raise SystemExit(1)

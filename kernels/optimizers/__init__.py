@@ -1,6 +1,7 @@
 """Optimizers and gradient clipping, each a few launches for the whole model."""
 
 from tritium.kernels.optimizers._base import MultiTensorOptimizer
+from tritium.kernels.optimizers._dtensor import distributed_rows
 from tritium.kernels.optimizers._options import StepOptions
 from tritium.kernels.optimizers._rounding import join_reference
 from tritium.kernels.optimizers.adagrad import Adagrad
@@ -24,5 +25,6 @@ __all__ = [
     "StepOptions",
     "clip_grad_norm_",
     "clip_grad_norms_",
+    "distributed_rows",
     "join_reference",
 ]

@@ -1,4 +1,4 @@
-"""Muon's step of the matrices of a model, in plain PyTorch: all matrices of one shape at once."""
+"""Matrices of a model, and their step by Muon in plain PyTorch: all of one shape at once."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritium.kernels.optimizers._dtensor import chunk_of, local, sharing
+from tritium.kernels.optimizers._exchange import Exchange, Matrix
 from tritium.kernels.optimizers._orthogonalize import (
     Triple,
     normalize_rows_reference,
@@ -39,15 +41,23 @@ class Recipe(NamedTuple):
     scale: Callable[[int, int], float]
     """Factor of a step, from rows and columns."""
     beta2: float | None
+    splits_by_shard: bool = False
+    """Whether every shard of rows, not the parameter, is a stack of the matrices."""
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the matrices of a parameter, or their rows of its second moments, as views."""
         return x.split(self.splits or (len(x),))
 
+    def shared(self, p: Tensor, moments: Tensor | None) -> Matrix:
+        """Return a parameter `[R, C]` as an `Exchange` takes it, with this rank's moments."""
+        n_columns, rows = p.shape[1], self.splits or (len(p),)
+        cost = sum(n * n_columns * min(n, n_columns) for n in rows)
+        return Matrix(p, cost, self.splits if self.splits_by_shard else None, moments)
+
 
 def step_matrices_reference(
     found: Tensors, recipes: dict[int, Recipe], groups: list[dict[str, Any]], terms: list[Terms],
-    moments: dict[int, Tensor], sums: Tensor | None,
+    moments: dict[int, Tensor], exchange: Exchange | None, sums: Tensor | None,
 ) -> None:  # fmt: skip
     """Update matrices and their state.
 
@@ -58,6 +68,7 @@ def step_matrices_reference(
         terms: terms outside the rule, by group.
         moments: second moments of the rows `[R, 1]`, by the index of the parameter; empty for
             matrices without.
+        exchange: the way to whole matrices, which has the moments, where some are sharded.
         sums: `[N, 3]`, receives the squares of gradients, updates and weights, if given.
     """
     ahead, keys = {}, {}
@@ -67,7 +78,10 @@ def step_matrices_reference(
         t = 0 if item.step is None else int(item.step.add_(1).item())
         keys[i] = key_reference(found.key(item), t) if item.draws else 0
         ahead[i] = momentum_reference(item, g, scale, keys[i], group["momentum"], group["nesterov"])
-    orthogonalize_all(ahead, recipes, moments)
+    if exchange is None:
+        orthogonalize_all(ahead, recipes, moments)
+    else:
+        ahead = _orthogonalized_by_owners(ahead, recipes, exchange)
     for i, o in ahead.items():
         item, squares = found.items[i], None if sums is None else sums[i].zero_()
         update_reference(
@@ -108,6 +122,18 @@ def orthogonalize_all(
             part.copy_(o_RC)
 
 
+def _orthogonalized_by_owners(
+    us: dict[int, Tensor], recipes: dict[int, Recipe], exchange: Exchange
+) -> dict[int, Tensor]:
+    """Return the shards of the orthogonalized matrices, from those of `us`."""
+    for i, u in us.items():
+        exchange.shards[i].copy_(u)
+    exchange.gather()
+    orthogonalize_all(exchange.whole, recipes, exchange.moments)
+    exchange.scatter()
+    return exchange.shards
+
+
 def _move(lr: float, o: Tensor, _states: list[Tensor | None]) -> Move:
     return Move(lr, o)
 
@@ -124,3 +150,32 @@ def _dtype(u_NRC: Tensor) -> torch.dtype:
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16."""
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def check_matrices(group: dict[str, Any]) -> None:
+    """Raise unless Muon can update the parameters of a group."""
+    if not group["decoupled_weight_decay"] or group["l1"]:
+        raise ValueError(
+            "Muon: weight decay of matrices must be decoupled, and l1 must be 0, got "
+            f"decoupled_weight_decay={group['decoupled_weight_decay']}, l1={group['l1']}; put the "
+            "parameters in a group with use_muon=False"
+        )
+    for p in group["params"]:
+        if p.dim() != 2 or not local(p).is_contiguous():
+            raise ValueError(
+                f"Muon: parameters must be contiguous matrices, got shape {list(p.shape)} and "
+                f"strides {local(p).stride()}; put others in a group with use_muon=False"
+            )
+        ranks = sharing("Muon", p).places
+        splits = group["splits"]
+        if splits is not None and (sum(splits) != len(p) or min(splits, default=0) < 1):
+            raise ValueError(
+                f"Muon: splits must be positive and must add up to the rows of a parameter, "
+                f"{len(p)}, got {splits}"
+            )
+        _, among = chunk_of(p, 0, ranks[0])
+        if splits is not None and group["splits_by_shard"] and any(x % among for x in splits):
+            raise ValueError(
+                f"Muon: splits must be divisible by the {among} ranks that share rows with "
+                f"splits_by_shard, got {splits}; shard the parameter otherwise"
+            )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.optimizers import _pointer_table, _step_kernels
+from tritium.kernels.optimizers._exchange import ALIGNMENT, Exchange
 from tritium.kernels.optimizers._matrices import Recipe
 from tritium.kernels.optimizers._muon_kernels import (
     EVEN,
@@ -28,7 +29,6 @@ TILE = 128  # rows and columns of a tile
 DEPTH = 32  # elements of the summed axis that are multiplied at a time
 ROWS = 4  # rows that a program normalizes
 ROW_BLOCK = 256  # elements of a row that it takes at a time
-ALIGNMENT = 64  # elements, at multiples of which a parameter begins in the buffer
 
 
 class Batch(NamedTuple):
@@ -51,46 +51,78 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Places of a model's matrices in the buffer, and how they are orthogonalized."""
+    """Places of a model's matrices in the buffers, and how they are orthogonalized."""
 
     offsets: Tensor
     """`[N]` int64 on the device: where each parameter begins, -1 for those of AdamW."""
     starts: dict[int, int]
     """The same of matrices alone, on the host."""
-    batch: Batch
+    momentum: Tensor
+    """The buffer, bfloat16, in which they begin there."""
+    results: Tensor
+    """The one in which they are orthogonalized then; it keeps its address."""
+    batch: Batch | None
+    """None: other ranks have the matrices."""
     x: Tensor
-    """The buffer, bfloat16, in which the last X is; it keeps its address."""
+    """The buffer, bfloat16, in which the last X is."""
     y: Tensor
     """Another one, for every second step."""
+    exchange: Exchange | None
+    """The way from `momentum` to the matrices, and to `results`, where some are sharded."""
+    matrices: Tensor
+    """`[M]` int64 on the device: the indices of the parameters."""
 
     def result(self, i: int) -> int:
-        """Return the address of the orthogonalized parameter `i`."""
-        return self.x.data_ptr() + self.starts[i] * self.x.element_size()
+        """Return the address of the orthogonalized parameter `i`, or of this rank's shard of it."""
+        return self.results.data_ptr() + self.starts[i] * self.results.element_size()
 
 
-def make_plan(ps: Sequence[Tensor], recipes: dict[int, Recipe], moments: dict[int, Tensor]) -> Plan:
-    """Choose where the matrices among parameters `ps` are, and upload their tables."""
+def make_plan(
+    ps: Sequence[Tensor], recipes: dict[int, Recipe], moments: dict[int, Tensor],
+    exchange: Exchange | None,
+) -> Plan:  # fmt: skip
+    """Choose where the matrices among parameters `ps` are, and upload their tables.
+
+    Of sharded ones `ps` and `moments` are this rank's shards.
+    """
     device, starts, size = ps[0].device, {}, 0
-    for i in recipes:
+    shapes = {i: ps[i].shape for i in recipes} if exchange is None else exchange.owned
+    moments = moments if exchange is None else exchange.moments
+    for i, shape in shapes.items():
         starts[i] = size
-        size += -(-ps[i].numel() // ALIGNMENT) * ALIGNMENT
-    offsets = torch.tensor([starts.get(i, -1) for i in range(len(ps))])
-    batch = _make_batch([(i, ps[i], starts[i], recipes[i], moments.get(i)) for i in recipes])
+        size += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
     x = torch.empty(size, dtype=torch.bfloat16, device=device)
-    return Plan(upload(offsets, device), starts, batch, x, torch.empty_like(x))
+    y = torch.empty_like(x)
+    found = [
+        (i if exchange is None else -1, shape, starts[i], recipes[i], moments.get(i))
+        for i, shape in shapes.items()
+    ]
+    batch = _make_batch(found, device) if found else None
+    momentum, results = (x, y)[batch.steps % 2] if batch else x, x
+    if exchange is not None:
+        both = [
+            {i: buffer[starts[i] :][: shape.numel()].view(shape) for i, shape in shapes.items()}
+            for buffer in (momentum, results)
+        ]
+        exchange.connect(*both)
+        momentum, results, starts = exchange.sent, exchange.sent, exchange.starts
+    offsets = torch.tensor([starts.get(i, -1) for i in range(len(ps))])
+    return Plan(
+        upload(offsets, device), starts, momentum, results, batch, x, y, exchange,
+        upload(torch.tensor([*recipes]), device),
+    )  # fmt: skip
 
 
 def _make_batch(
-    found: list[tuple[int, Tensor, int, Recipe, Tensor | None]],
+    found: list[tuple[int, torch.Size, int, Recipe, Tensor | None]], device: torch.device
 ) -> Batch:
     steps = len(found[0][3].coefficients)
     matrices, grams, tiles, rows, numbers = [], [], [], [], []
     n_gram = n_partials = 0
-    for tensor, p, start, recipe, moment in found:
+    for tensor, (rows_of_all, n_columns), start, recipe, moment in found:
         offset, address = start, 0 if moment is None else moment.data_ptr()
-        for k, part in enumerate(recipe.parts(p.detach())):
-            n_rows, n_columns = part.shape
-            small, large = sorted(part.shape)
+        for k, n_rows in enumerate(recipe.splits or (rows_of_all,)):
+            small, large = sorted((n_rows, n_columns))
             lead, m = -(-small // EVEN.value) * EVEN.value, len(matrices)
             matrices.append(
                 (offset, small, large, n_rows > n_columns, n_gram, lead, n_partials,
@@ -104,10 +136,9 @@ def _make_batch(
                 first = len(rows)
                 rows += [(m, i, first) for i in range(-(-n_rows // ROWS))]
                 address += n_rows * moment.element_size()
-            offset, n_gram = offset + part.numel(), n_gram + lead * lead
+            offset, n_gram = offset + n_rows * n_columns, n_gram + lead * lead
             n_partials += across
     even = all(x % EVEN.value == 0 for row in matrices for x in row[:3])
-    device = found[0][1].device
     tables = [
         upload(torch.tensor(x, dtype=dtype).view(-1, width), device)
         for x, dtype, width in (
@@ -135,7 +166,7 @@ def launch_momentum(
     """Launch the momentum of all matrices, of tensors `tables` in `formats`."""
     matrices = tuple(int(x) for x in formats if x.states[0] != ABSENT.value)
     _muon_momentum_kernel[(len(tables.chunks),)](
-        *tables, coefs, norm, plan.offsets, (plan.x, plan.y)[plan.batch.steps % 2],
+        *tables, coefs, norm, plan.offsets, plan.momentum,
         COEFS=coefs.shape[1] - BASE.value, STATES=n_states, FORMATS=matrices, ZERO=zero,
         COLUMNS=tables.tensors.shape[1], CHUNK=_pointer_table.CHUNK, BLOCK=2 * _step_kernels.BLOCK,
         num_warps=THREADS.value // 32, enable_fp_fusion=False,
@@ -143,8 +174,21 @@ def launch_momentum(
 
 
 def launch_orthogonalization(plan: Plan, coefs: Tensor, norm: Tensor | None) -> None:
-    """Launch the steps, from the buffer that `launch_momentum` has filled to `plan.x`."""
-    batch, new, xs = plan.batch, plan.x.new_empty, (plan.x, plan.y)
+    """Launch all between `plan.momentum`, which `launch_momentum` has filled, and the results."""
+    if plan.exchange is None:
+        assert plan.batch is not None  # there are matrices
+        _launch_steps(plan, plan.batch, coefs, norm)
+        return
+    plan.exchange.gather()
+    if plan.batch is not None:
+        _launch_steps(plan, plan.batch, coefs, norm)
+    plan.exchange.scatter()
+    # Of all matrices: the gradients are the results from here on, which have been clipped.
+    coefs.select(1, 0).index_fill_(0, plan.matrices, 1.0)
+
+
+def _launch_steps(plan: Plan, batch: Batch, coefs: Tensor, norm: Tensor | None) -> None:
+    new, xs = plan.x.new_empty, (plan.x, plan.y)
     a, b = new(batch.n_gram), new(batch.n_gram)
     partials = new(batch.n_partials, dtype=torch.float32)
     n_numbers, options = batch.numbers.shape[1], {"num_warps": 8, "num_stages": 3}

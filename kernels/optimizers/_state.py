@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritium.kernels.optimizers._dtensor import distributed_rows
 from tritium.kernels.optimizers._pointer_table import flat, in_order_of
 from tritium.kernels.optimizers._rounding import (
     ABSENT,
@@ -130,7 +131,8 @@ class Storage:
                     state[f"{name}_scale"] = scale
         for name in self.rows:
             if name in names and name not in state:
-                state[name] = torch.zeros(len(p), 1, dtype=torch.float32, device=p.device)
+                zeros = torch.zeros(len(p), 1, dtype=torch.float32, device=p.device)
+                state[name] = distributed_rows(p, zeros)
         for name in ("master", "ema"):
             if name in names and name not in state:
                 state[name] = p.detach().float().clone(memory_format=torch.preserve_format)
@@ -166,7 +168,7 @@ class Storage:
                     f"{op}: {name} must have the shape {[len(p), 1]}, got "
                     f"{list(saved[name].shape)}; load what was saved for this parameter"
                 )
-            state[name] = saved[name].to(p.device, torch.float32)
+            state[name] = distributed_rows(p, saved[name].to(p.device, torch.float32))
         kept = {"master": torch.float32, "ema": torch.float32, "remainder": torch.int16}
         for name in filter(saved.__contains__, kept):  # in one order on all ranks
             state[name] = in_order_of(op, p, saved[name].to(p.device, kept[name]))

@@ -38,7 +38,13 @@ from torch import Tensor
 
 from tritium.kernels.optimizers import _pointer_table
 from tritium.kernels.optimizers._base import MultiTensorOptimizer
-from tritium.kernels.optimizers._matrices import Recipe, step_matrices_reference
+from tritium.kernels.optimizers._dtensor import local
+from tritium.kernels.optimizers._exchange import Exchange
+from tritium.kernels.optimizers._matrices import (
+    Recipe,
+    check_matrices,
+    step_matrices_reference,
+)
 from tritium.kernels.optimizers._muon_launch import (
     Plan,
     launch_momentum,
@@ -125,7 +131,9 @@ class Muon(MultiTensorOptimizer):
 
     Args:
         params: parameters or groups, as for `AdamW`. Those of Muon's are contiguous matrices
-            `[R, C]`; no distributed tensors.
+            `[R, C]`. Of distributed ones each rank updates its shard, and each matrix is
+            orthogonalized by one rank, its owner: two all-to-alls for all of them. They are
+            sharded by rows, columns or both, each along one dimension of the mesh.
         lr: step size; a float, or a tensor of one element, which may change on the device.
         weight_decay: decay of a parameter per step, in units of `lr`.
         momentum: decay rate of the mean of gradients, in [0, 1).
@@ -138,6 +146,9 @@ class Muon(MultiTensorOptimizer):
         use_muon: False in groups of AdamW.
         splits: numbers of rows of the matrices that are stacked in each parameter of the group.
             None: it is one matrix.
+        splits_by_shard: whether a parameter whose rows are sharded has, shard by shard, a part of
+            each matrix, as tensor parallelism splits projections that are packed in one; else they
+            are stacked in the parameter as a whole.
         beta2: decay rate of the second moment of rows (NorMuon), in [0, 1). None: rows are not
             normalized.
         betas: decay rates of the two moments of AdamW, in [0, 1).
@@ -155,7 +166,9 @@ class Muon(MultiTensorOptimizer):
     states = ("momentum_buffer", "exp_avg", "exp_avg_sq")
     squares = ("exp_avg_sq",)
     rows = ("row_second_moment",)
-    optional_keys = frozenset({"use_muon", "splits", "beta2", "betas", "adamw_eps"})
+    optional_keys = frozenset(
+        {"use_muon", "splits", "splits_by_shard", "beta2", "betas", "adamw_eps"}
+    )
 
     def __init__(
         self,
@@ -171,6 +184,7 @@ class Muon(MultiTensorOptimizer):
         *,
         use_muon: bool = True,
         splits: Sequence[int] | None = None,
+        splits_by_shard: bool = False,
         beta2: float | None = None,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -184,10 +198,11 @@ class Muon(MultiTensorOptimizer):
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn, "use_muon": use_muon, "splits": splits, "beta2": beta2,
-            "betas": betas, "adamw_eps": adamw_eps, "amsgrad": False, "maximize": maximize,
-            "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
-            "fused": fused, "decoupled_weight_decay": True,
+            "adjust_lr_fn": adjust_lr_fn, "use_muon": use_muon, "splits": splits,
+            "splits_by_shard": splits_by_shard, "beta2": beta2, "betas": betas,
+            "adamw_eps": adamw_eps, "amsgrad": False, "maximize": maximize, "foreach": foreach,
+            "capturable": capturable, "differentiable": differentiable, "fused": fused,
+            "decoupled_weight_decay": True,
         }  # fmt: skip
         super().__init__(params, defaults, options)
 
@@ -195,6 +210,7 @@ class Muon(MultiTensorOptimizer):
         super()._forget()
         self._plan: tuple[list[Item], dict[int, Recipe], Plan] | None = None
         self._seen: dict[int, tuple[Any, tuple[Tables, list[Format]]]] = {}
+        self._shared: tuple[list[Item], dict[int, Recipe], Exchange] | None = None
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         if not group["use_muon"]:
@@ -217,7 +233,7 @@ class Muon(MultiTensorOptimizer):
             )
         triples(group["ns_coefficients"], group["ns_steps"])
         if group["use_muon"]:
-            _check_matrices(group)
+            check_matrices(group)
 
     def _before_load(self, optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         # torch.optim's Muon has no such options: those of the groups here stay as they are.
@@ -239,7 +255,8 @@ class Muon(MultiTensorOptimizer):
     ) -> set[int]:  # fmt: skip
         recipes = self._recipes(found)
         moments = self._moments(found, recipes)
-        step_matrices_reference(found, recipes, groups, terms, moments, sums)
+        exchange = self._exchange(found, recipes)
+        step_matrices_reference(found, recipes, groups, terms, moments, exchange, sums)
         fused = None if self._options["cautious_decay"] else Adam.fused
         groups = [group | {"eps": group["adamw_eps"]} for group in groups]
         return {*recipes} | step_fused(fused, found, groups, coef, sums, frozenset(recipes))
@@ -276,7 +293,9 @@ class Muon(MultiTensorOptimizer):
         known = self._plan
         if known is None or known[0] is not found.items or known[1] != recipes:
             ps, moments = [item.p for item in found.items], self._moments(found, recipes)
-            known = self._plan = found.items, recipes, make_plan(ps, recipes, moments)
+            exchange = self._made_exchange(found, recipes, torch.bfloat16)
+            plan = make_plan(ps, recipes, moments, exchange)
+            known = self._plan = found.items, recipes, plan
             self._seen.clear()
         return known[2]
 
@@ -298,10 +317,32 @@ class Muon(MultiTensorOptimizer):
     def _moments(self, found: Tensors, recipes: dict[int, Recipe]) -> dict[int, Tensor]:
         """Return the second moments of rows of the matrices that have them, by index."""
         return {
-            i: self.state[found.params[i]][self.rows[0]]
+            i: local(self.state[found.params[i]][self.rows[0]])
             for i, recipe in recipes.items()
             if recipe.beta2 is not None
         }
+
+    def _exchange(self, found: Tensors, recipes: dict[int, Recipe]) -> Exchange | None:
+        """Return the way to whole matrices in float32, None where none is sharded."""
+        known = self._shared
+        if known is None or known[0] is not found.items or known[1] != recipes:
+            made = self._made_exchange(found, recipes, torch.float32)
+            if made is None:
+                return None
+            made.connect({i: torch.empty(x, device=found.device) for i, x in made.owned.items()})
+            known = self._shared = found.items, recipes, made
+        return known[2]
+
+    def _made_exchange(
+        self, found: Tensors, recipes: dict[int, Recipe], dtype: torch.dtype
+    ) -> Exchange | None:
+        if found.mesh is None:
+            return None
+        moments = self._moments(found, recipes)
+        matrices = {
+            i: recipe.shared(found.params[i], moments.get(i)) for i, recipe in recipes.items()
+        }
+        return Exchange(self._op, matrices, dtype, found.device)
 
     def _recipes(self, found: Tensors) -> dict[int, Recipe]:
         """Return how the matrices among the parameters of a step are orthogonalized, by index."""
@@ -310,6 +351,7 @@ class Muon(MultiTensorOptimizer):
                 None if group["splits"] is None else tuple(group["splits"]),
                 triples(group["ns_coefficients"], group["ns_steps"]), group["eps"],
                 SCALES[group["adjust_lr_fn"] or "original"], group["beta2"],
+                group["splits_by_shard"],
             )
             for index, group in enumerate(self.param_groups)
             if group["use_muon"]
@@ -336,30 +378,3 @@ def _result_tables(found: Tensors, plan: Plan) -> tuple[Tables, list[Format]]:
     by_code = {int(x): x for x in formats}
     made = pointer_tables(tuple(rows), _pointer_table.CHUNK, found.device)
     return made, [by_code[code] for code in sorted(by_code)]
-
-
-def _check_matrices(group: dict[str, Any]) -> None:
-    """Raise unless Muon can update the parameters of a group."""
-    if not group["decoupled_weight_decay"] or group["l1"]:
-        raise ValueError(
-            "Muon: weight decay of matrices must be decoupled, and l1 must be 0, got "
-            f"decoupled_weight_decay={group['decoupled_weight_decay']}, l1={group['l1']}; put the "
-            "parameters in a group with use_muon=False"
-        )
-    for p in group["params"]:
-        if hasattr(p, "to_local"):
-            raise TypeError(
-                "Muon: matrices must be whole on every rank, got a distributed tensor; put it in a "
-                "group with use_muon=False, or use DDP"
-            )
-        if p.dim() != 2 or not p.is_contiguous():
-            raise ValueError(
-                f"Muon: parameters must be contiguous matrices, got shape {list(p.shape)} and "
-                f"strides {p.stride()}; put others in a group with use_muon=False"
-            )
-        splits = group["splits"]
-        if splits is not None and (sum(splits) != len(p) or min(splits, default=0) < 1):
-            raise ValueError(
-                f"Muon: splits must be positive and must add up to the rows of a parameter, "
-                f"{len(p)}, got {splits}"
-            )

@@ -15,7 +15,9 @@ from tritium.kernels.optimizers import (
     _step_kernels,
     clip_grad_norm,
     grad_norm,
+    muon,
 )
+from tritium.kernels.optimizers._dtensor import local
 
 SMALLER = [
     (_pointer_table, "CHUNK", 4096),
@@ -38,18 +40,24 @@ def follow_tables(patch: pytest.MonkeyPatch) -> None:
     from strict_interpreter import allow
 
     step, finish = _base.MultiTensorOptimizer._step_kernels, Muon._finish
+    orthogonalize = _muon_launch.launch_orthogonalization
 
     def allowed_step(self, found):
         kept = [x for item in found.items for x in (*item.tensors(), item.step) if x is not None]
         rates = [group["lr"] for group in self.param_groups]
-        kept += [x for own in self.state.values() for name, x in own.items() if name in self.rows]
+        rows = [x for own in self.state.values() for name, x in own.items() if name in self.rows]
+        kept += map(local, rows)
         rates = [lr for lr in rates if isinstance(lr, torch.Tensor)]
         with allow(*found.grads, *kept, *rates):
             step(self, found)
 
     def allowed_finish(self, found, plan, *args):
-        with allow(plan.x):
+        with allow(plan.results):
             finish(self, found, plan, *args)
+
+    def allowed_orthogonalization(plan, *args):
+        with allow(*(plan.exchange.moments.values() if plan.exchange else ())):
+            orthogonalize(plan, *args)
 
     def allowed(clip):
         def allowed_clip(grads, *args):
@@ -59,6 +67,7 @@ def follow_tables(patch: pytest.MonkeyPatch) -> None:
         return allowed_clip
 
     patch.setattr(Muon, "_finish", allowed_finish)
+    patch.setattr(muon, "launch_orthogonalization", allowed_orthogonalization)
     patch.setattr(_base.MultiTensorOptimizer, "_step_kernels", allowed_step)
     for name in ("_launch_clip", "_launch_clip_layers"):
         patch.setattr(clip_grad_norm, name, allowed(getattr(clip_grad_norm, name)))

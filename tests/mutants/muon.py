@@ -148,7 +148,7 @@ MUTANTS = [
         original="""        groups = [group | {"eps": group["adamw_eps"]} for group in groups]""",
         replacement="        groups = [group | {} for group in groups]",
     ),
-    _muon(
+    _matrices(
         what="a sum of splits too short",
         original="(sum(splits) != len(p) or min(splits, default=0) < 1)",
         replacement="(sum(splits) > len(p) or min(splits, default=0) < 1)",

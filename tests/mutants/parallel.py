@@ -36,11 +36,6 @@ MUTANTS = [
         replacement="if False:",
     ),
     _parallel(
-        what="Muon on parts of matrices",
-        original='    if config.optimizer.name == "muon":',
-        replacement="    if False:",
-    ),
-    _parallel(
         what="a reversible model in parts",
         original="    if config.model.reversible:",
         replacement="    if False:",

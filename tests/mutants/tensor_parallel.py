@@ -137,4 +137,10 @@ MUTANTS = [
         original="count *= mesh.size(dim) if placement.is_replicate() else 1",
         replacement="count *= 1",
     ),
+    Mutant(
+        what="selective recomputes sums over ranks",
+        file="model/activation_checkpointing.py",
+        original="    KEPT.add(torch.ops._c10d_functional.all_reduce.default)\n",
+        replacement="    pass\n",
+    ),
 ]

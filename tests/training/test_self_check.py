@@ -112,9 +112,9 @@ def test_a_muon_of_other_products_falls_back(device, monkeypatch):
     module = import_module("tritium.kernels.optimizers.muon")
     make = module.make_plan
 
-    def other(ps, recipes, moments):
+    def other(ps, recipes, *rest):
         fewer = {i: x._replace(coefficients=x.coefficients[:-1]) for i, x in recipes.items()}
-        return make(ps, fewer, moments)
+        return make(ps, fewer, *rest)
 
     monkeypatch.setattr(module, "make_plan", other)
     model, config = Transformer(CONFIG).to(device), OptimizerConfig("muon")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks as Pool
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from tritium.kernels import runtime
@@ -50,7 +51,7 @@ CASES = {  # mode, ranks of a group, shape, what is recomputed, dropout
 }  # fmt: skip
 MODES = {"fsdp": 0, "hsdp": 2, "tp": 2}  # and the ranks of a group
 # The gradient of a key's bias is 0 except for rounding, which a small eps would make a step of.
-OPTIMIZER = OptimizerConfig(max_grad_norm=0.3, eps=1e-3)
+OPTIMIZER = OptimizerConfig("muon", max_grad_norm=0.3, eps=1e-3, row_beta2=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,32 @@ def _trains_as_one_process(case):
     torch.testing.assert_close(*loss, rtol=1e-5, atol=1e-6)
     assert all(n <= -(-V // group) for n in rows)
     assert len(rows) == (mode == "tp")
+
+
+class Sums(TorchDispatchMode):
+    """Count the sums over ranks that torch's DTensors make."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops._c10d_functional.all_reduce.default
+        return func(*args, **kwargs or {})
+
+
+def test_selective_recomputes_no_sum_over_ranks(ranks):
+    ranks(_selective_recomputes_no_sum_over_ranks)
+
+
+def _selective_recomputes_no_sum_over_ranks():
+    parallel, counts, losses = shared("tp", 2), {}, []
+    for policy in ("none", "selective", "full"):
+        model, optimizer = build(BASE, policy=policy, parallel=parallel)
+        with Sums() as sums:
+            losses.append(advance(model, optimizer, 0, parallel))
+        counts[policy] = sums.count
+    assert counts["selective"] == counts["none"]
+    assert counts["full"] == counts["none"] + 2 * BASE["n_layers"]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_every_mode_reads_what_another_has_saved(ranks, tmp_path):

@@ -166,7 +166,7 @@ def print_start(
 def group_table(optimizer: torch.optim.Optimizer) -> Table:
     """Return a table of an optimizer's parameter groups, with the options it uses as title."""
     hidden = {"params", "name", "lr", "weight_decay", "decoupled_weight_decay", "splits"}
-    hidden |= {"lr_scale", "use_muon"}
+    hidden |= {"splits_by_shard", "lr_scale", "use_muon"}
     group = optimizer.param_groups[0]
     options = {k: x for k, x in group.items() if k not in hidden and x not in (None, False, 0)}
     title = ", ".join(f"{name} {value}" for name, value in options.items())

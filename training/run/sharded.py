@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tritium.kernels.optimizers import distributed_rows
 from tritium.model.saved import SHARDS, check_files, prefix_of, read_shards, read_tensors
 from tritium.training.tensor_parallel import in_model_order, in_rank_order, packed
 
@@ -124,6 +125,8 @@ def read(checkpoint: Path, name: str, record: dict, model: nn.Module) -> dict[st
 
     def like(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         p = of(key)
+        if p is not None and size == (len(p), 1) != p.shape:  # moments of rows
+            return distributed_rows(p, torch.empty(size, dtype=dtype, device=p.device))
         if p is None or p.shape != size:  # a step count, or of another model
             return torch.empty(size, dtype=dtype)
         return torch.empty_like(p, dtype=dtype, requires_grad=False)
@@ -140,4 +143,6 @@ def read(checkpoint: Path, name: str, record: dict, model: nn.Module) -> dict[st
         if p is not None and p.shape == x.shape and is_distributed(p):
             x = x.to(p.device)
             tensors[key] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+        elif p is not None and x.shape == (len(p), 1):
+            tensors[key] = distributed_rows(p, x.to(p.device))
     return _reordered(model, tensors, in_rank_order)

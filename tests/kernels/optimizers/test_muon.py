@@ -420,15 +420,6 @@ def test_rejects_arguments(options, message):
         Muon(**{"params": [P]} | options)
 
 
-def test_rejects_distributed_matrices():
-    class Shard(torch.Tensor):
-        def to_local(self):
-            return self
-
-    with pytest.raises(TypeError, match="must be whole on every rank"):
-        Muon([nn.Parameter(P.detach().clone().as_subclass(Shard))])
-
-
 @pytest.mark.parametrize(
     ("native", "shape", "dtype"),
     [(True, (128, 160), torch.bfloat16), (True, (160, 128), torch.bfloat16),

@@ -4,7 +4,6 @@ Four processes on gloo take one check after another; each computes the unsharded
 """
 
 import copy
-from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -13,15 +12,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from paths import path
 from ranks import Ranks
+from shards import assert_close, assert_equal, full, mesh_of, set_gradients, spread
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -43,16 +43,6 @@ def ranks(tmp_path_factory):
     pool.close()
 
 
-@cache
-def mesh_of(*shape):
-    names = ("outer", "inner")[-len(shape) :]
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
-
-
-def full(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def alike_on_all_ranks(x):
     """Return whether all ranks have the same bits."""
     every = [torch.empty_like(x) for _ in range(RANKS)]
@@ -62,35 +52,6 @@ def alike_on_all_ranks(x):
 
 def whole(shapes=SHAPES, dtype=torch.float32):
     return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-
-
-def spread(ps, mesh, *placements):
-    """Parameters, on each rank its shard; None leaves one as it is, on every rank the same."""
-    placements = placements * len(ps) if len(placements) == 1 else placements
-    copies = [p.detach().clone() for p in ps]
-    return [
-        nn.Parameter(x if how is None else distribute_tensor(x, mesh, how))
-        for x, how in zip(copies, placements, strict=True)
-    ]
-
-
-def set_gradients(ps, qs, seed, scale=1.0):
-    """Set the same gradients on complete parameters `ps` and on distributed `qs`."""
-    generator = torch.Generator().manual_seed(seed)
-    for p, q in zip(ps, qs, strict=True):
-        p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p)
-        g = p.grad.clone()
-        q.grad = distribute_tensor(g, q.device_mesh, q.placements) if isinstance(q, DTensor) else g
-
-
-def assert_close(xs, ys):
-    for x, y in zip(xs, ys, strict=True):
-        torch.testing.assert_close(full(x), full(y), rtol=1e-5, atol=1e-6)
-
-
-def assert_equal(xs, ys):
-    for x, y in zip(xs, ys, strict=True):
-        assert torch.equal(full(x), full(y))
 
 
 # Fully sharded training, with gradients from backward.
