@@ -26,16 +26,29 @@ from tritium.bench.ends import WrongInputError, at_least, split_flags
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import Outcome, RefusedError, Trial, difference, run_all
 from tritium.kernels.units import counted
+from tritium.training.settings import PRESETS
 
 RESULTS = "ablations"  # .md and .png, in the folder of results
 WIDTH = 118
 AS_IT_IS = "unchanged"
 
+SMALL = PRESETS["small"]
+
+
+def _rates(factor: float) -> tuple[str, ...]:
+    given = SMALL.schedule.learning_rate, SMALL.optimizer.muon_learning_rate
+    names = "--learning-rate", "--muon-learning-rate"
+    return tuple(
+        word for name, lr in zip(names, given, strict=True) if lr
+        for word in (name, f"{factor * lr:g}")
+    )  # fmt: skip
+
+
 CHANGES: dict[str, tuple[str, ...]] = {
-    "AdamW": ("--optimizer", "adamw", "--learning-rate", "3e-3", "--row-beta2", "None",
-              "--muon-learning-rate", "None"),
-    "learning rates halved": ("--learning-rate", "3e-3", "--muon-learning-rate", "6e-3"),
-    "learning rates doubled": ("--learning-rate", "1.2e-2", "--muon-learning-rate", "2.4e-2"),
+    "AdamW": ("--optimizer", "adamw", "--learning-rate", f"{SMALL.schedule.learning_rate / 2:g}",
+              "--row-beta2", "None", "--muon-learning-rate", "None"),
+    "learning rates halved": _rates(0.5),
+    "learning rates doubled": _rates(2),
     "rows not normalized": ("--row-beta2", "None"),
     "quintic coefficients": ("--ns-coefficients", "quintic"),
     "three Newton-Schulz steps": ("--ns-steps", "3"),
@@ -48,6 +61,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "no warm-up": ("--warmup-steps", "0"),
     "LayerNorm": ("--model.norm", "layer"),
     "no QK-norm": ("--no-qk-norm",),
+    "blunt heads": ("--model.qk-gain", "1"),
     "GELU without gate": ("--model.activation", "gelu"),
     "SwiGLU": ("--model.activation", "swiglu"),
     "learned positions": ("--model.positions", "learned"),

@@ -39,6 +39,7 @@ WRONG = {
     "data": (["--mb", "nan"], "--mb must be at least 1, got nan"),
     "throughput": (["--threads", "0"], "--threads must be at least 1, got 0"),
     "generation": (["--shape", "nonsense"], "there is no shape 'nonsense'"),
+    "cpu_record": (["--seeds", "2"], "--seeds must be at least 3, got 2"),
     "contention": (["--settle", "-1"], "--settle must be at least 0, got -1"),
 }
 """A wrong command line of each verb, and what must be said; nothing where tyro says it."""

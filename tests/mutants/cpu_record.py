@@ -120,8 +120,8 @@ MUTANTS = [
     ),
     _record(
         what="two seeds are enough",
-        original="if seeds < LEAST_SEEDS:",
-        replacement="if seeds < 2:",
+        original="at_least(LEAST_SEEDS, seeds=seeds)",
+        replacement="at_least(2, seeds=seeds)",
     ),
     _record(
         what="what diverged is measured",

@@ -20,8 +20,8 @@ MUTANTS = [
     ),
     _laws(
         what="a prediction's interval is that of the law, not of a run",
-        original="self._drawn)[:, 0] + self._own), level",
-        replacement="self._drawn)[:, 0]), level",
+        original="self._drawn)[:, 0] + self._own\n",
+        replacement="self._drawn)[:, 0]\n",
     ),
     _laws(
         what="constants are not fitted to the losses drawn",
