@@ -42,7 +42,8 @@ def main(mb: float = 48, repeats: int = 7, write: bool = False) -> None:
         repeats: how often each is measured; the median and the best are shown.
         write: keep the tables in data.md, in the folder of results.
     """
-    at_least(1, mb=mb, repeats=repeats)
+    at_least(0.1, mb=mb)
+    at_least(1, repeats=repeats)
     encoding = Table(
         "documents", "what", "MB/s", "best", "M tokens/s", "of bare", "CPU s", "of bare"
     )

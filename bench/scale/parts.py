@@ -10,8 +10,8 @@
     tp     heads, features and vocabulary are split within a node, whose ranks read the same data;
            between nodes it is fsdp. A block all-reduces its activations twice forward and twice
            backward (Shoeybi et al., "Megatron-LM", 2019. https://arxiv.org/abs/1909.08053), and
-           once more where it is recomputed, which ends before its last sum. The loss all-reduces
-           five statistics of every token, and each pass the gradients of norms of heads and of
+           once more where all of it is recomputed, which ends before its last sum. The loss
+           all-reduces five statistics of every token, and each pass the gradients of norms of heads and of
            biases of which a rank uses its own heads' or features' part
 
 Gradients are reduced in float32, in the last of a step's micro-batches; weights are gathered in the
@@ -206,7 +206,7 @@ def traffic(
         tokens: of a micro-batch.
         passes: micro-batches of a step, on each rank.
         width: bytes of an element that is multiplied: 2 or 4.
-        recomputed: blocks of a micro-batch that the backward pass recomputes.
+        recomputed: blocks of a micro-batch that the backward pass recomputes, their sums too.
     """
     n, s = config.n_layers, mesh.shards
     root, block = (x.elements(s) for x in units(split_config(config, mesh.tensor)))

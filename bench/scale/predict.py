@@ -99,9 +99,11 @@ class Plan:
     def traffic(self) -> Traffic:
         """Collectives of a step."""
         config = self.job.config
+        # `selective` keeps sums over ranks, as it keeps products.
+        recomputed = 0 if self.policy == "selective" else checkpointed(self.policy, config.n_layers)
         return traffic(
             config, self.mesh, tokens=self.micro_batch * config.max_seq_len, passes=self.passes,
-            width=self.job.dtype.itemsize, recomputed=checkpointed(self.policy, config.n_layers),
+            width=self.job.dtype.itemsize, recomputed=recomputed,
         )  # fmt: skip
 
     @cached_property

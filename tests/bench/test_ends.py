@@ -36,7 +36,7 @@ WRONG = {
     "parallel": (["--steps", "3"], "--steps must be even, at least 2, got 3"),
     "report": ([], "name the folder of a run of train.py, or several"),
     "pictures": (["/nowhere"], "/nowhere holds no run"),
-    "data": (["--mb", "nan"], "--mb must be at least 1, got nan"),
+    "data": (["--mb", "nan"], "--mb must be at least 0.1, got nan"),
     "throughput": (["--threads", "0"], "--threads must be at least 1, got 0"),
     "generation": (["--shape", "nonsense"], "there is no shape 'nonsense'"),
     "cpu_record": (["--seeds", "2"], "--seeds must be at least 3, got 2"),

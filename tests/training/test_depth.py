@@ -103,7 +103,7 @@ def test_what_follows_from_a_flag_follows_from_its_value():
     assert slower.optimizer.weight_decay == pytest.approx(2 * usual.optimizer.weight_decay)
     same = settings("small", "--depth", 2, "--adjust-lr-fn", "original")
     grown = matrix_rate(same) / matrix_rate(usual)  # without the width's factor
-    assert grown == pytest.approx(sqrt(usual.model.d_model / 256))
+    assert grown == pytest.approx(sqrt(usual.model.d_model / PRESETS["small"].model.d_model))
 
 
 @pytest.mark.parametrize("steps", [40, 750, 20_000])
