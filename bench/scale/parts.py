@@ -11,8 +11,8 @@
            between nodes it is fsdp. A block all-reduces its activations twice forward and twice
            backward (Shoeybi et al., "Megatron-LM", 2019. https://arxiv.org/abs/1909.08053), and
            once more where all of it is recomputed, which ends before its last sum. The loss
-           all-reduces five statistics of every token, and each pass the gradients of norms of heads and of
-           biases of which a rank uses its own heads' or features' part
+           all-reduces five statistics of every token, and each pass the gradients of norms of
+           heads and of biases of which a rank uses its own heads' or features' part
 
 Gradients are reduced in float32, in the last of a step's micro-batches; weights are gathered in the
 dtype of the products, in each micro-batch.
