@@ -160,11 +160,11 @@ PRESETS = {
         # What learned most in three minutes (bench/LOG.md): 96 wide, not 256, as a model so small
         # sees more text; squared ReLU; heads that are sharp from the first step.
         model=replace(ModelConfig.named("qwen3-small"), activation="relu_squared", qk_gain=2.0),
-        length=Length(max_steps=1150, max_epochs=EPOCHS),
+        length=Length(max_steps=1320, max_epochs=EPOCHS),
         schedule=Schedule(learning_rate=1.2e-2, warmup_steps=30),
         optimizer=OptimizerConfig(name="muon", muon_learning_rate=2.4e-2, row_beta2=0.95),
         batch_size=8,
-        eval_every=575,
+        eval_every=660,
     ),
     "characters": TrainConfig(
         tokenizer=CHARACTERS,
@@ -190,7 +190,7 @@ PRESETS = {
 }
 
 ABOUT_PRESETS = {
-    "small": "3 layers of width 96, 1,150 steps of Muon: minutes on two CPU cores; what a CPU gets",
+    "small": "3 layers of width 96, 1,320 steps of Muon: minutes on two CPU cores; what a CPU gets",
     "characters": "4 layers of width 128, 500 steps of Muon, on characters: minutes on a CPU core",
     "gpt2": "12 layers of width 768, 1,000 steps of 65,536 tokens",
     "gpu": "some five minutes on the GPU at hand, on Python's installed packages; what a GPU gets",
