@@ -90,7 +90,7 @@ class _Copies:
 
     def __call__(self) -> None:
         for to, source in self._lists:
-            torch._foreach_copy_(to, source)
+            torch.ops.aten._foreach_copy_.default(to, source)
 
 
 class _Route(NamedTuple):
