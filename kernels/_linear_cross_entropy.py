@@ -124,7 +124,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """Write a · b to `out`, or add it, unrounded before where `out` is more precise.
 
     On a CPU a product of bfloat16 is rounded to it before it is added, as `torch.nn.Linear` rounds
-    its own gradients: oneDNN has no other, and in float32 it takes more than twice as long.
+    its own gradients: PyTorch has no other there, and by products of float32 the whole operation
+    takes a third longer.
     """
     if a.dtype != out.dtype and out.is_cuda:
         if add:

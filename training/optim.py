@@ -206,8 +206,8 @@ def muon_groups(model: nn.Module, weight_decay: float, ratio: float) -> list[dic
     Returns:
         Groups as `parameter_groups` returns them, those of Muon first: one for the matrices, and
         one for each way in which projections are stacked in one (`splits`), shard by shard where
-        tensor parallelism splits them. The output layer is no
-        hidden matrix: its rows are tokens, of unlike frequency, and AdamW follows each.
+        tensor parallelism splits them. The output layer is no hidden matrix: its rows are tokens,
+        of unlike frequency, and AdamW follows each.
     """
     blocks = [block for block in model.children() if isinstance(block, nn.ModuleList)]
     splits = {

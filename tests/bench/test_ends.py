@@ -1,8 +1,6 @@
 """Prove that every verb ends with 2 and a sentence after wrong input, with 1 after a failure."""
 
-import subprocess
 import sys
-from contextlib import redirect_stderr
 
 import pytest
 
@@ -79,17 +77,9 @@ BAD_DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", BAD_DATA)
 def test_text_that_is_not_there_is_one_plain_sentence(verb, monkeypatch, tmp_path, capsys):
-    import train
-
-    def run(command, stdout, stderr):
-        monkeypatch.setattr(sys, "argv", ["train.py", *command[2:]])
-        with redirect_stderr(stdout), pytest.raises(SystemExit) as exit:
-            train.main()
-        return subprocess.CompletedProcess(command, exit.value.code)
-
-    monkeypatch.setattr(_trials.subprocess, "run", run)
     monkeypatch.chdir(tmp_path)  # for runs/
     assert run_main(monkeypatch, verb, *BAD_DATA[verb]) == 2
     sentence = "there is no file or folder /nowhere; a dataset of the hub is hf://NAME"

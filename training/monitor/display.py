@@ -141,11 +141,10 @@ def print_start(
 ) -> None:  # fmt: skip
     """Print the preset, model, device, data and length of a run."""
     batch = config.batch_size * model.config.max_seq_len
-    minutes = config.length.max_minutes or 0.0
-    length = f"{counted(minutes, 'minute')}, steps of {batch:,} tokens"
+    length = f"{budget}, steps of {batch:,} tokens"
     if budget.steps is not None:
         epochs = budget.steps * config.batch_size / loader.n_windows
-        length = f"{counted(budget.steps, 'step')} of {batch:,} tokens, {epochs:.2f} epochs"
+        length = f"{budget} of {batch:,} tokens, {epochs:.2f} epochs"
     console.print(
         f"Preset {preset}: {count(model)}, {counted(model.config.n_layers, 'layer')} of width "
         f"{model.config.d_model}, on {machine['device']}, "
