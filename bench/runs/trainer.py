@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tritium.bench import tables
-from tritium.bench.ends import at_least
+from tritium.bench.ends import FailedError, WrongInputError, at_least
 from tritium.bench.harness import device_name
+from tritium.bench.runs._trials import WRONG_INPUT
 from tritium.training.monitor.plot import moving_average
 from tritium.training.run import checkpoint
 from tritium.training.run.run_folder import read_lines
@@ -94,9 +95,15 @@ class Trial:
     folder: Path
     preset: str
     data: str | None
+    failed: list[str] = field(default_factory=list)
+    """Names of the runs that failed so far."""
 
     def run(self, name: str, flags: tuple[str, ...], *, deterministic: bool = False) -> Run:
-        """Train from the beginning to the end; a failure is shown, and stops nothing else."""
+        """Train from the beginning to the end; a failure is shown, and stops nothing else.
+
+        Raises:
+            WrongInputError: train.py refused what it was given; the sentence is its own.
+        """
         out = self.folder / hashlib.sha256(repr((name, flags)).encode()).hexdigest()[:12]
         arguments = [self.preset, "--out", str(out), "--sample-tokens", "0", *flags]
         arguments += [] if self.preset == "tiny" else SMALLER
@@ -109,7 +116,11 @@ class Trial:
         )  # fmt: skip
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            return Run(name, problem=lines[-1] if lines else f"status {done.returncode}")
+            problem = lines[-1] if lines else f"status {done.returncode}"
+            if done.returncode == WRONG_INPUT:
+                raise WrongInputError(problem)
+            self.failed.append(name)
+            return Run(name, problem=problem)
         entries = tuple(read_lines(out / "log.jsonl"))
         last = checkpoint.checkpoints(out / "checkpoints")[-1]
         digest = hashlib.sha256((last / checkpoint.FILES[0]).read_bytes()).hexdigest()
@@ -201,6 +212,10 @@ def main(
         steps: of each loss curve.
         data: text to learn from, as train.py takes it; Python's standard library by default.
         save: keep tables and curves in trainer.md and trainer.png, in the folder of results.
+
+    Raises:
+        WrongInputError: train.py refused the text, or `steps` is below 1.
+        FailedError: a run failed; the others were made, and are kept with `save`.
     """
     at_least(1, steps=steps)
     cuda = torch.cuda.is_available()
@@ -217,12 +232,13 @@ def main(
         + f", {device_name(torch.device('cuda' if cuda else 'cpu'))}"
     ]
     console = Console(width=WIDTH)
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             if part == "graph" and not cuda:
                 shown = ["graph: there is no GPU to capture a CUDA graph on; left out"]
             else:
-                shown = list(calls[part](Trial(Path(folder), preset, data)))
+                shown = list(calls[part](Trial(Path(folder), preset, data, failed)))
             for each in shown:
                 if isinstance(each, Table):
                     each.box = box.SIMPLE
@@ -230,6 +246,8 @@ def main(
             lines += shown
     if save:
         tables.write(tables.results() / RESULTS, _markdown(lines, "curves" in parts).encode())
+    if failed:
+        raise FailedError(f"{len(failed)} of the runs failed: {', '.join(failed)}")
 
 
 def _markdown(lines: list[str | Table], picture: bool) -> str:

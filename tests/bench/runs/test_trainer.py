@@ -1,11 +1,14 @@
 """Prove that the trainer's bench runs what a CPU can, says what it cannot, and keeps it."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from tritium.bench.ends import FailedError, WrongInputError
 from tritium.bench.runs import trainer
 from tritium.bench.runs.trainer import Run, Trial
 
@@ -34,10 +37,24 @@ def test_does_what_a_cpu_can(results, monkeypatch, capsys):
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_fails_stops_no_other(tmp_path):
-    run = Trial(tmp_path, "tiny", TEXT).run("bad", ("--max-steps", "0"))
-    assert "max_steps must be at least 1" in run.problem
-    assert not run.entries
+def test_text_that_is_not_there_ends_all_with_the_sentence_of_train_py(tmp_path):
+    missing = str(tmp_path / "missing.txt")
+    with pytest.raises(WrongInputError, match=re.escape(missing)):
+        trainer.main(parts=("curves",), steps=1, data=missing)
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named_at_the_end(monkeypatch, capsys):
+    def end(command, **_):
+        status = 70 if "bfloat16" in command else 1
+        return subprocess.CompletedProcess(command, status, "", f"it ended with {status}\n")
+
+    monkeypatch.setattr(trainer.subprocess, "run", end)
+    monkeypatch.setattr(trainer, "CURVES", dict(list(trainer.CURVES.items())[:2]))
+    with pytest.raises(FailedError, match=r"2 of the runs failed: float32, bfloat16 products"):
+        trainer.main(parts=("curves",), steps=1)
+    shown = capsys.readouterr().out
+    assert "failed: it ended with 1 " in shown
+    assert "failed: it ended with 70 " in shown
 
 
 def test_compares_losses_bit_by_bit(monkeypatch):
