@@ -17,6 +17,7 @@ from tritium.model.attention import attend, float32_on_cpu
 from tritium.model.config import ModelConfig
 from tritium.model.cpu_linear import Linear
 from tritium.model.modules import LayerNorm, RMSNorm
+from tritium.model.token_shift import TokenShift
 
 
 class Block(nn.Module):
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         D, H, G, K = config.d_model, config.n_heads, config.kv_heads, config.head_width
         self.query_key_value = Linear(D, (H + 2 * G) * K, config.bias)
         self.query_key_value.splits = (H * K, G * K, G * K)
+        self.token_shift = TokenShift(G, K) if config.token_shift else None
         self.output = Linear(H * K, D, config.bias)
         self.query_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
@@ -77,10 +79,12 @@ class Attention(nn.Module):
 
     def heads(self, x_BLD, places, cache=None):
         """Return queries `[B, H, L, K]`, keys and values `[B, G, S, K]`, the cache's included."""
-        cos_LK, sin_LK, _ = places
+        cos_LK, sin_LK, masks = places
         packed_BLNK = float32_on_cpu(self.query_key_value(x_BLD)).unflatten(
             -1, (-1, self.head_width)
         )
+        if self.token_shift is not None:
+            packed_BLNK = self.token_shift(packed_BLNK, masks.follows, cache)
         if self.rotates:
             q_weight, k_weight = (
                 None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)

@@ -95,6 +95,9 @@ class ModelConfig:
     qk_gain: float = 1.0
     """First weight of the norms of queries and keys, which training changes. Scores of a head of
     width K are at most qk_gain² · √K at first: 1 makes narrow heads blunt."""
+    token_shift: bool = False
+    """Add to keys and values a learned share of those of the token before; see
+    `model.token_shift`. Small models learn to copy far sooner."""
     tie_embeddings: bool = True
     """Use the embedding as output layer too."""
     softcap: float | None = None
@@ -140,7 +143,9 @@ class ModelConfig:
                 _set_whole(self, name, ", or None")
         for name, choices in CHOICES.items():
             _set_choice(self, name, choices)
-        for name in ("bias", "qk_norm", "tie_embeddings", "parallel_blocks", "reversible"):
+        for name in (
+            "bias", "qk_norm", "token_shift", "tie_embeddings", "parallel_blocks", "reversible",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _set_number(self, "rope_theta", "above 0; 10000 is usual")

@@ -33,6 +33,7 @@ from torch import nn
 from tritium.model.block import Block
 from tritium.model.config import ModelConfig
 from tritium.model.modules import LayerNorm, RMSNorm
+from tritium.model.token_shift import TokenShift
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
             nn.init.normal_(module.weight, std=deviation.get(kind, module.in_features**-0.5 * 0.5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, (RMSNorm, LayerNorm)):
+        elif isinstance(module, (RMSNorm, LayerNorm, TokenShift)):
             module.reset_parameters()
     for module in model.modules():
         if isinstance(module, Block):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritium.model.token_shift import preceding
+
 
 class _Held(NamedTuple):
     """Keys and values of one layer, `[B, S, G, K]`, of the tokens from number `first` on."""
@@ -32,6 +34,9 @@ class Cache:
         fixed: keep all `max_length` tokens of every layer, windows or not, in memory that stays
             where it is until the cache is dropped, as a CUDA graph needs it: 2 · n_layers · B ·
             max_length · G · K elements, zeros at first.
+        token_shift: keep for each layer what `token_shift` needs too, keys and values as they are
+            projected: of the last token and those of the last call, or where `fixed` of all, as
+            many elements again.
 
     Attributes:
         length: tokens of each row so far.
@@ -39,12 +44,15 @@ class Cache:
 
     def __init__(
         self, n_layers: int, max_length: int, windows: Sequence[int | None] | None = None,
-        *, fixed: bool = False,
+        *, fixed: bool = False, token_shift: bool = False,
     ):  # fmt: skip
         self.n_layers, self.max_length, self.length = n_layers, max_length, 0
-        self._fixed = fixed
+        self._fixed, self.token_shift = fixed, token_shift
         self._windows = [None] * n_layers if windows is None else [*windows]
-        self._layers: list[_Held | None] = [None] * n_layers
+        # Behind the layers what each has projected, of which the next token sees the last: as in a
+        # layer with a window of two.
+        self._windows += [2] * (n_layers if token_shift else 0)
+        self._layers: list[_Held | None] = [None] * len(self._windows)
         self._position_BS: Tensor | None = None
 
     def layer(self, i: int) -> LayerCache:
@@ -68,8 +76,9 @@ class Cache:
             elif held is not None and self._oldest(i, length) < held.first:
                 least = held.first + (self._windows[i] or 1) - 1
                 raise ValueError(
-                    f"truncate: length must be 0, or at least {least}, as a layer with a window "
-                    f"has forgotten the tokens before {held.first}, got {length}; read the row anew"
+                    f"truncate: length must be 0, or at least {least}, as a layer with a window or "
+                    f"a token shift has forgotten the tokens before {held.first}, got {length}; "
+                    "read the row anew"
                 )
         self.length = length
 
@@ -121,6 +130,14 @@ class Cache:
             x_BSGK[:, begin - first : end - first] = x_BLGK
         k_BSGK, v_BSGK = (x_BSGK[:, oldest - first : end - first] for x_BSGK in kept)
         return k_BSGK, v_BSGK
+
+    def preceding(self, i: int, u_BLMK: Tensor) -> Tensor:
+        """Store what layer `i` projects for new tokens; return that of the token before each.
+
+        Before the first token of a row there are zeros.
+        """
+        u_BSMK, _ = self.append(self.n_layers + i, u_BLMK, u_BLMK[:, :, :0])
+        return u_BSMK[:, :-1] if self.length else preceding(u_BSMK)
 
     def _with_room(self, i: int, held: _Held | None, k_BLGK: Tensor, v_BLGK: Tensor) -> _Held:
         """Return new memory of layer `i`, with what the next tokens see."""
@@ -201,6 +218,17 @@ class Cursor:
             x_BSGK.index_copy_(1, self.place_1, x_B1GK.to(x_BSGK.dtype))
         return held.keys, held.values
 
+    def preceding(self, i: int, u_B1MK: Tensor) -> Tensor:
+        """Store what layer `i` projects for the token at the place; return that of the one before.
+
+        There must be one: a prompt has a token.
+        """
+        held = self.cache._layers[self.cache.n_layers + i]
+        assert held is not None
+        before_B1MK = held.keys.index_select(1, self.place_1 - 1)
+        held.keys.index_copy_(1, self.place_1, u_B1MK.to(held.keys.dtype))
+        return before_B1MK
+
 
 class LayerCache:
     """One layer's part of a `Cache`."""
@@ -211,3 +239,7 @@ class LayerCache:
     def append(self, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of new tokens; return those that the first of them sees."""
         return self._cache.append(self._i, k_BLGK, v_BLGK)
+
+    def preceding(self, u_BLMK: Tensor) -> Tensor:
+        """Store what is projected for new tokens; return that of the token before each."""
+        return self._cache.preceding(self._i, u_BLMK)

@@ -30,6 +30,9 @@ class Masks(NamedTuple):
     """The mask of layers that see every earlier token."""
     windowed: Mask
     """The mask of layers with the window of the config."""
+    follows: Tensor | None = None
+    """Whether the token before is of the same document, `[B, L]`; None where each row is one
+    document, or no layer asks."""
 
 
 def make_masks(
@@ -52,12 +55,15 @@ def make_masks(
         full = None  # its layers are only causal
     else:
         full = make(L, S, device, document_BS)
+    follows_BL = None
+    if config.token_shift and positions_BS is not None:
+        follows_BL = positions_BS[:, positions_BS.shape[1] - L :] != 0
     if config.window is None:
-        return Masks(full, None)
+        return Masks(full, None, follows_BL)
     # A cache returns no key that the first of the new tokens cannot see.
     S = S if L == S else min(S, L + config.window - 1)
     document_BS = None if document_BS is None else document_BS[:, document_BS.shape[1] - S :]
-    return Masks(full, make(L, S, device, document_BS, config.window))
+    return Masks(full, make(L, S, device, document_BS, config.window), follows_BL)
 
 
 def _in_blocks(

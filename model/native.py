@@ -87,7 +87,7 @@ def model_type(config: ModelConfig) -> str:
         kind = "apertus" if config.qk_norm else "arcee"
     wanted = {
         "softcap": None, "attention_softcap": None, "parallel_blocks": False, "reversible": False,
-        "norm": "layer" if kind == "gpt2" else "rms",
+        "token_shift": False, "norm": "layer" if kind == "gpt2" else "rms",
     }  # fmt: skip
     if kind in ("gpt2", "arcee", "apertus") and any(windows):
         wanted["window"] = None

@@ -283,6 +283,10 @@ class Transformer(nn.Module):
                     f"the cache is of {cache.n_layers} layers, the model has "
                     f"{self.config.n_layers}; take one of its new_cache()"
                 )
+            if self.config.token_shift and not cache.token_shift:
+                raise ValueError(
+                    "the cache is of a model without token_shift; take one of this one's new_cache()"
+                )
             positions = cache.positions(tokens, positions)
         x_BLD = self._embedded(tokens)
         masks = make_masks(self.config, tokens.shape[1], end, positions, x_BLD)
@@ -314,7 +318,8 @@ class Transformer(nn.Module):
         tables = self._tables(x_B1D.device)  # empty where positions are learned
         if self.config.positions == "rope":
             tables = tuple(x_LK.index_select(0, cursor.place_1) for x_LK in tables)
-        masks = Masks(*cursor.masks(self.config.window))
+        follows_B1 = cursor.position() > 0 if self.config.token_shift else None
+        masks = Masks(*cursor.masks(self.config.window), follows_B1)
         return self._through_blocks(x_B1D, (*tables, masks), cursor)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
@@ -348,7 +353,10 @@ class Transformer(nn.Module):
         None: for as many as the context holds. `fixed` is `Cache`'s.
         """
         windows = [self.config.window_of(i) for i in range(self.config.n_layers)]
-        return Cache(len(windows), max_length or self.config.max_seq_len, windows, fixed=fixed)
+        return Cache(
+            len(windows), max_length or self.config.max_seq_len, windows, fixed=fixed,
+            token_shift=self.config.token_shift,
+        )  # fmt: skip
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Return the logits `[..., V]` of hidden states `[..., D]`."""

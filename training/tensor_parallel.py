@@ -3,7 +3,7 @@
     queries, keys, values, gate, up    rows of this rank's heads and units
     output, down                       columns of the same; summed over the ranks
     embedding, head                    rows of this rank's tokens
-    norms, biases                      whole on every rank
+    norms, biases, token shifts        whole on every rank
 
 What enters a block, and what it adds to the residual stream, is the same on every rank: one
 all-reduce behind each sum in the forward pass, and one in front of each product in the backward
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tritium.model.block import Block
 from tritium.model.config import ModelConfig
 from tritium.model.cpu_linear import Linear
+from tritium.model.token_shift import TokenShift
 from tritium.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ def split(model: Transformer, mesh: DeviceMesh) -> None:
         attention.kv_heads //= size
         _keep_whole(block, mesh)
         norms = (attention.query_norm, attention.key_norm)
+        shifts = [] if attention.token_shift is None else [(attention.token_shift, "weight")]
         local = _Local(
             _places(block), mesh, summed=[(norm, "weight") for norm in norms if norm is not None],
-            packed=[(linear, "bias") for linear in into],
+            packed=[*((linear, "bias") for linear in into), *shifts],
             behind=[(linear, "bias") for linear in out_of],
         )  # fmt: skip
         local.around(block)
@@ -111,7 +113,7 @@ def _split_vocabulary(model: Transformer, mesh: DeviceMesh) -> None:
     model.hidden = replicated  # type: ignore[method-assign]
 
 
-def rank_order(linear: Linear, size: int) -> Tensor:
+def rank_order(linear: Linear | TokenShift, size: int) -> Tensor:
     """Return the rows of a packed weight in the order in which `size` ranks have them."""
     splits = linear.splits or (len(linear.weight),)
     parts = torch.arange(sum(splits)).split([*splits])
@@ -202,7 +204,7 @@ class _Local(AbstractContextManager):
         places: the parameters.
         mesh: the ranks.
         summed: those of which each rank uses all for its own heads: their gradients are summed.
-        packed: biases of packed projections, of which each rank takes its rows.
+        packed: biases of packed projections, and token shifts, of which each rank takes its rows.
         behind: biases that are added behind a sum over the ranks, by `_leave`.
 
     Attributes:
@@ -217,7 +219,7 @@ class _Local(AbstractContextManager):
         self._summed, self._behind = {*summed, *packed}, {*behind}
         size = mesh.size()
         self._rows = {
-            place: rank_order(cast("Linear", place[0]), size).chunk(size)[mesh.get_local_rank()]
+            place: rank_order(cast("Linear | TokenShift", place[0]), size).chunk(size)[mesh.get_local_rank()]
             for place in packed
         }
         self._kept: list[nn.Parameter | None] = []

@@ -12,7 +12,8 @@
            backward (Shoeybi et al., "Megatron-LM", 2019. https://arxiv.org/abs/1909.08053), and
            once more where all of it is recomputed, which ends before its last sum. The loss
            all-reduces five statistics of every token, and each pass the gradients of norms of
-           heads and of biases of which a rank uses its own heads' or features' part
+           heads, of biases and of token shifts, of which a rank uses its own heads' or features'
+           part
 
 Gradients are reduced in float32, in the last of a step's micro-batches; weights are gathered in the
 dtype of the products, in each micro-batch.
@@ -158,7 +159,7 @@ def summed(config: ModelConfig) -> tuple[int, ...]:
         block = cast(Block, Transformer(replace(config, n_layers=1)).blocks[0])
     attention, feed_forward = block.attention, block.feed_forward
     norms = (attention.query_norm, attention.key_norm)
-    weights = [norm.weight for norm in norms if norm is not None]
+    weights = [x.weight for x in (*norms, attention.token_shift) if x is not None]
     into = attention.query_key_value, getattr(feed_forward, feed_forward.into)
     return tuple(p.numel() for p in (*weights, *(x.bias for x in into)) if p is not None)
 

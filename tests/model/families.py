@@ -78,7 +78,8 @@ def others(draw):
     changes = dict(
         norm=draw(st.sampled_from(["rms", "layer"])), bias=draw(st.booleans()),
         activation=draw(st.sampled_from(["swiglu", "geglu", "gelu", "relu_squared"])),
-        qk_norm=draw(st.booleans()), softcap=draw(st.sampled_from([None, 5.0])),
+        qk_norm=draw(st.booleans()), token_shift=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 5.0])),
         parallel_blocks=draw(st.booleans()), attention=draw(st.sampled_from(["sdpa", "softmax"])),
         attention_softcap=draw(st.sampled_from([None, 0.7])), window=window,
         full_every=None if window is None else draw(st.sampled_from([None, 1, 2, 3])),

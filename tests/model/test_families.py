@@ -24,7 +24,10 @@ WINDOWS = dict(window=5, full_every=2, n_layers=2)
 NAMED = (  # Llama is Qwen3 without two norms
     ("gpt2", {}, "selective"), ("qwen3-0.6b", {}, "full"),
     ("qwen3-0.6b", WINDOWS | dict(attention="softmax"), "every-2"),
-    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True), "selective"),
+    (
+        "smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True, token_shift=True),
+        "selective",
+    ),
 )  # fmt: skip
 
 
@@ -69,6 +72,10 @@ def plain(model, tokens):
         window = config.window_of(i) or L
         name = f"blocks.{i}.attention"
         heads = linear(norm(x, f"{name}_norm"), f"{name}.query_key_value").unflatten(-1, (-1, K))
+        if config.token_shift:
+            before = torch.cat([torch.zeros_like(heads[:, :1]), heads[:, :-1]], 1)
+            share = w[f"{name}.token_shift.weight"].view(2 * G, K)
+            heads = heads + torch.cat([share.new_zeros(H, K), share]) * before
         q, k, v = heads.split([H, G, G], 2)
         if config.qk_norm:
             q, k = norm(q, f"{name}.query_norm", "rms"), norm(k, f"{name}.key_norm", "rms")

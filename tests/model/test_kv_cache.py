@@ -19,17 +19,19 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.06}
 @cache
 def model_of(
     kv_heads: int, dtype: torch.dtype, device: str, window=None, full_every=None, softcap=None,
-    attention="sdpa",
+    attention="sdpa", token_shift=False,
 ) -> Transformer:  # fmt: skip
     torch.manual_seed(1)
     config = replace(
         CONFIG, n_kv_heads=kv_heads, window=window, full_every=full_every,
-        attention_softcap=softcap, attention=attention,
+        attention_softcap=softcap, attention=attention, token_shift=token_shift,
     )  # fmt: skip
     model = Transformer(config).to(device, dtype)
     with torch.no_grad():  # as after training: blocks that matter
         for block in model.blocks:
             block.attention.output.weight.mul_(20)
+            if token_shift:
+                block.attention.token_shift.weight.normal_()
     return model
 
 
@@ -56,11 +58,11 @@ def readings(draw):
 
 
 def attentions():
-    """Window, layers without it, softcap, and the way to attend."""
+    """Window, layers without it, softcap, the way to attend, and whether tokens are shifted."""
     windows = st.tuples(st.sampled_from([1, 2, 3, 5, 20]), st.sampled_from([None, 2]))
     return st.tuples(
         st.just((None, None)) | windows, st.sampled_from([None, 0.5]),
-        st.sampled_from(["sdpa", "softmax"]),
+        st.sampled_from(["sdpa", "softmax"]), st.booleans(),
     ).map(lambda x: (*x[0], *x[1:]))  # fmt: skip
 
 
@@ -141,6 +143,23 @@ def test_a_window_forgets_what_no_token_sees(device):
     torch.testing.assert_close(model.hidden(tokens, one), model.hidden(tokens))
 
 
+@torch.no_grad()
+def test_a_shift_remembers_the_last_call_and_the_token_before_it(device):
+    model = model_of(2, torch.float64, device, token_shift=True)
+    tokens = torch.randint(CONFIG.vocab_size, (1, LENGTH), device=device)
+    held, expected = model.new_cache(), model.hidden(tokens)
+    for begin, end in ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 9)):
+        model.hidden(tokens[:, begin:end], held)
+    with pytest.raises(ValueError, match=r"at least [45], as .* or a token shift has forgotten"):
+        held.truncate(2)
+    assert held.length == 9
+    for length in (8, 5):  # of the last call
+        held.truncate(length)
+    torch.testing.assert_close(model.hidden(tokens[:, 5:], held), expected[:, 5:])
+    held.truncate(0)
+    torch.testing.assert_close(model.hidden(tokens, held), expected)
+
+
 def test_refuses_what_would_be_read_wrongly(device):
     model, tokens = model_of(2, torch.float32, device), torch.zeros(3, 4, dtype=torch.long)
     tokens, held = tokens.to(device), model.new_cache()
@@ -155,6 +174,8 @@ def test_refuses_what_would_be_read_wrongly(device):
         model.hidden(tokens, small)
     with pytest.raises(ValueError, match="the cache is of 3 layers, the model has 2"):
         model.hidden(tokens, Cache(3, 12))
+    with pytest.raises(ValueError, match="the cache is of a model without token_shift; take one"):
+        model_of(2, torch.float32, device, token_shift=True).hidden(tokens, Cache(2, 12))
     model.hidden(tokens, held)
     model.hidden(tokens, held)
     with pytest.raises(ValueError, match="tokens reach position 16, but max_seq_len is 12"):

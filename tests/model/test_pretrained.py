@@ -253,6 +253,7 @@ def test_what_no_architecture_holds_is_refused_before_anything_is_written(config
             dict(parallel_blocks=True),
             r"Qwen3ForCausalLM comes nearest, except for parallel_blocks=True",
         ),
+        (dict(token_shift=True), r"Qwen3ForCausalLM comes nearest, except for token_shift=True"),
         (
             dict(window=4, full_every=2, qk_norm=False),
             "MistralForCausalLM comes nearest, except for full_every=2",

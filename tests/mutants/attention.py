@@ -75,8 +75,8 @@ MUTANTS = [
     ),
     _masks(
         what="layers with a window get the other mask",
-        original="return Masks(full, make(L, S, device, document_BS, config.window))",
-        replacement="return Masks(full, full)",
+        original="return Masks(full, make(L, S, device, document_BS, config.window), follows_BL)",
+        replacement="return Masks(full, full, follows_BL)",
     ),
     _masks(
         what="a block of queries sees what its last query sees",

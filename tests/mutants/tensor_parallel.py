@@ -138,6 +138,12 @@ MUTANTS = [
         replacement="count *= 1",
     ),
     Mutant(
+        what="every rank shifts by all columns of tokens",
+        file="training/tensor_parallel.py",
+        original='packed=[*((linear, "bias") for linear in into), *shifts],',
+        replacement='packed=[(linear, "bias") for linear in into],',
+    ),
+    Mutant(
         what="selective recomputes sums over ranks",
         file="model/activation_checkpointing.py",
         original="    KEPT.add(torch.ops._c10d_functional.all_reduce.default)\n",

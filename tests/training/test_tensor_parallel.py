@@ -43,7 +43,7 @@ GPT2 = BASE | dict(
 CASES = {  # mode, ranks of a group, shape, what is recomputed, dropout
     "hsdp": ("hsdp", 2, BASE, "every-2", 0.0),
     "tp": ("tp", 4, BASE | {"n_kv_heads": 4, "bias": True}, "selective", 0.2),
-    "tp and fsdp": ("tp", 2, BASE, "full", 0.0),
+    "tp and fsdp": ("tp", 2, BASE | {"token_shift": True}, "full", 0.0),
     "tp and fsdp, biases": ("tp", 2, GPT2, "none", 0.0),
     "tp and fsdp, parallel blocks": (
         "tp", 2, BASE | dict(parallel_blocks=True, activation="relu_squared"), "none", 0.0,
