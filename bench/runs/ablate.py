@@ -62,6 +62,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "LayerNorm": ("--model.norm", "layer"),
     "no QK-norm": ("--no-qk-norm",),
     "blunt heads": ("--model.qk-gain", "1"),
+    "no token shift": ("--no-token-shift",),
     "GELU without gate": ("--model.activation", "gelu"),
     "SwiGLU": ("--model.activation", "swiglu"),
     "learned positions": ("--model.positions", "learned"),

@@ -99,9 +99,9 @@ def test_tokens_without_positions_continue_the_last_document(device):
     both = torch.cat((first, model.hidden(tokens[:, 4:], held)), 1)
     torch.testing.assert_close(both, model.hidden(tokens, positions=positions.to(device)))
     late = model.new_cache()  # positions may come late: one document was read before them
-    first = model.hidden(tokens[:1, :2], late)
-    both = torch.cat((first, model.hidden(tokens[:1, 2:], late, positions[:1, 2:].to(device))), 1)
-    torch.testing.assert_close(both, model.hidden(tokens[:1], positions=positions[:1].to(device)))
+    first = model.hidden(tokens[1:, :2], late)
+    both = torch.cat((first, model.hidden(tokens[1:, 2:], late, positions[1:, 2:].to(device))), 1)
+    torch.testing.assert_close(both, model.hidden(tokens[1:], positions=positions[1:].to(device)))
 
 
 @torch.no_grad()
