@@ -138,4 +138,9 @@ MUTANTS = [
         original='ENTRIES)}")\n            _write_page()\n',
         replacement='ENTRIES)}")\n',
     ),
+    _record(
+        what="changed code is not noticed",
+        original="return said[0], bool(said[1])",
+        replacement="return said[0], False",
+    ),
 ]

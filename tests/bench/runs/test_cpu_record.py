@@ -306,10 +306,25 @@ def test_two_seeds_are_refused_and_a_run_that_diverged_is_no_entry(protocol, mon
     assert not [*(protocol.page.parent / "cpu").iterdir()]
 
 
-def test_the_commit_is_the_checkouts():
-    commit, uncommitted = cpu_record._commit()
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=SCRIPT.parent, capture_output=True, text=True
-    )
-    assert commit == found.stdout.strip()
-    assert isinstance(uncommitted, bool)
+def test_the_commit_is_the_checkouts_and_changed_code_is_noticed(tmp_path, monkeypatch):
+    def git(*words):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", *author, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    monkeypatch.setattr(cpu_record, "SCRIPT", tmp_path / SCRIPT.name)
+    with pytest.raises(WrongInputError, match="an entry names its commit, and git does not say it"):
+        cpu_record._commit()
+    git("init", "--quiet")
+    (tmp_path / "bench").mkdir()  # each a file here, a folder there
+    for name in (*cpu_record.CODE, "notes.md"):
+        (tmp_path / name).write_text("as it is")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "First")
+    assert cpu_record._commit() == (git("rev-parse", "HEAD"), False)
+    (tmp_path / "notes.md").write_text("changed")
+    assert cpu_record._commit()[1] is False
+    (tmp_path / cpu_record.CODE[0]).write_text("changed")
+    assert cpu_record._commit()[1] is True
