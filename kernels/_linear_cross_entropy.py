@@ -220,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_T.sum() * scale, values_RT, argmax_T
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(made_in_forward=True)
     def backward(ctx, dloss: Tensor | None, *_):
         if dloss is None:
             return (None,) * 11

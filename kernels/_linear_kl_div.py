@@ -147,7 +147,7 @@ class _LinearKLDiv(torch.autograd.Function):
         return loss_T.sum() * scale
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(made_in_forward=True)
     def backward(ctx, dloss: Tensor):
         given = zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
         grads = [scaled(g, dloss, dtype) if want else None for g, dtype, want in given]

@@ -273,39 +273,71 @@ def _register_lowering(op: Any) -> None:
     lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag))
 
 
-def once_differentiable(backward: Callable) -> Callable:
+def once_differentiable(
+    backward: Callable | None = None, *, made_in_forward: bool = False
+) -> Callable:
     """Compute a backward without a graph, and make a derivative of its results an error.
 
     `torch.autograd.function.once_differentiable` does so only where the incoming gradient has a
-    graph itself; otherwise a gradient penalty would be dropped silently.
-    """
+    graph itself; otherwise a gradient penalty would be dropped silently. Here the results hang on
+    all that they are computed from, the incoming gradients and the saved tensors: autograd comes
+    by on its way to whatever a second derivative is asked of. What hangs on nothing is constant.
 
-    @functools.wraps(backward)
+    Args:
+        backward: of an autograd function, whose results depend on inputs by way of tensors that
+            are saved with their graph: inputs or outputs.
+        made_in_forward: they depend on inputs by way of others, as gradients made in the forward
+            pass do: a graph of the gradients (`create_graph=True`) is refused at once.
+    """
+    if backward is None:
+        return functools.partial(once_differentiable, made_in_forward=made_in_forward)
+    differentiate = backward
+
+    @functools.wraps(differentiate)
     def refusing(ctx, *grads):
         if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
+            return differentiate(ctx, *grads)
         if is_compiling():
-            return outputs
+            with torch.no_grad():
+                return differentiate(ctx, *grads)
+        if made_in_forward:
+            raise RuntimeError(FIRST_ONLY)
+        unpacked = _Unpacked(ctx)
+        with torch.no_grad():
+            outputs = differentiate(unpacked, *grads)
+        used = [
+            x for x in (*unpacked.saved_tensors, *grads) if x is not None and x.requires_grad
+        ]  # fmt: skip
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return tuple(None if x is None else _refuse(x) for x in outputs)
+        return tuple(None if x is None else _NoSecondDerivative.apply(x, *used) for x in outputs)
 
     return refusing
 
 
-def _refuse(x: Tensor) -> Tensor:
-    return _NoSecondDerivative.apply(x.detach().requires_grad_())
+FIRST_ONLY = (
+    "a Tritium kernel has a first derivative only; set TRITIUM_REFERENCE=1 to differentiate twice"
+)
+
+
+class _Unpacked:
+    """The context of a backward, whose saved tensors are asked for once, as checkpoints allow."""
+
+    def __init__(self, ctx: Any) -> None:
+        object.__setattr__(self, "_ctx", ctx)
+        object.__setattr__(self, "saved_tensors", ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, *used: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, dx: Tensor):
-        raise RuntimeError(
-            "a Tritium kernel has a first derivative only; "
-            "set TRITIUM_REFERENCE=1 to differentiate twice"
-        )
+    def backward(ctx, *_):
+        raise RuntimeError(FIRST_ONLY)

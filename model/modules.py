@@ -55,7 +55,9 @@ class RMSNorm(AddedNorm, nn.RMSNorm):
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
     def _fused(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = self.eps
+        if eps is None:  # that of `forward` for the sum
+            eps = torch.finfo(torch.promote_types(residual.dtype, torch.float32)).eps
         return add_rms_norm(x, residual, self.weight, eps)
 
 

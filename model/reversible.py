@@ -139,7 +139,7 @@ class _HalfStep(torch.autograd.Function):
         return c_BLD
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(made_in_forward=True)
     def backward(ctx, dc_BLD: Tensor):
         half, trail, weights = ctx.half, ctx.trail, ctx.weights
         kept = ctx.saved_tensors[: len(ctx.saved_tensors) - len(weights)]

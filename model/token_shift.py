@@ -7,7 +7,7 @@ like the present one, and so copy, in its first layer: without a shift that take
 which has learned to look one place back. Keys are normalised and turned afterwards.
 
 Peng et al., "RWKV", 2023. https://arxiv.org/abs/2305.13048 (the name, there of the layer's input)
-So et al., "Primer", 2021. https://arxiv.org/abs/2109.08668 (of queries, keys and values, three taps)
+So et al., "Primer", 2021. https://arxiv.org/abs/2109.08668 (queries, keys, values; three taps)
 """
 
 from __future__ import annotations

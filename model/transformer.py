@@ -285,7 +285,8 @@ class Transformer(nn.Module):
                 )
             if self.config.token_shift and not cache.token_shift:
                 raise ValueError(
-                    "the cache is of a model without token_shift; take one of this one's new_cache()"
+                    "the cache is of a model without token_shift; take one of this model's "
+                    "new_cache()"
                 )
             positions = cache.positions(tokens, positions)
         x_BLD = self._embedded(tokens)

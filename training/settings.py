@@ -161,9 +161,11 @@ PRESETS = {
         # sees more text; squared ReLU; heads that are sharp from the first step, and whose keys and
         # values know the token before.
         model=replace(
-            ModelConfig.named("qwen3-small"), activation="relu_squared", qk_gain=2.0,
+            ModelConfig.named("qwen3-small"),
+            activation="relu_squared",
+            qk_gain=2.0,
             token_shift=True,
-        ),  # fmt: skip
+        ),
         length=Length(max_steps=1320, max_epochs=EPOCHS),
         schedule=Schedule(learning_rate=1.2e-2, warmup_steps=30),
         optimizer=OptimizerConfig(name="muon", muon_learning_rate=2.4e-2, row_beta2=0.95),

@@ -219,7 +219,9 @@ class _Local(AbstractContextManager):
         self._summed, self._behind = {*summed, *packed}, {*behind}
         size = mesh.size()
         self._rows = {
-            place: rank_order(cast("Linear | TokenShift", place[0]), size).chunk(size)[mesh.get_local_rank()]
+            place: rank_order(cast("Linear | TokenShift", place[0]), size).chunk(size)[
+                mesh.get_local_rank()
+            ]
             for place in packed
         }
         self._kept: list[nn.Parameter | None] = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -58,3 +59,24 @@ def _outputs_and_gradients(
 
 def _tuple(ys: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return ys if isinstance(ys, tuple) else (ys,)
+
+
+def refuses_a_second_derivative(op: Callable, *leaves: Tensor) -> None:
+    """Assert that `op` raises where its gradients are differentiated, however that is asked for.
+
+    By `backward`, of everything that there is; and by `torch.autograd.grad`, which computes what
+    leads to the inputs alone, as for the product of a Hessian and a vector.
+
+    Args:
+        op: takes the leaves, and returns one tensor.
+        leaves: tensors that require a gradient.
+    """
+    for of in (None, *leaves):
+        with pytest.raises(RuntimeError, match="first derivative only"):
+            _differentiate_twice(op, leaves, of)
+
+
+def _differentiate_twice(op: Callable, leaves: tuple[Tensor, ...], of: Tensor | None) -> None:
+    first = torch.autograd.grad(op(*leaves).sin().sum(), leaves, create_graph=True)
+    penalty = torch.stack([g.square().sum() for g in first]).sum()
+    penalty.backward() if of is None else torch.autograd.grad(penalty, of)

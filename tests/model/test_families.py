@@ -24,10 +24,8 @@ WINDOWS = dict(window=5, full_every=2, n_layers=2)
 NAMED = (  # Llama is Qwen3 without two norms
     ("gpt2", {}, "selective"), ("qwen3-0.6b", {}, "full"),
     ("qwen3-0.6b", WINDOWS | dict(attention="softmax"), "every-2"),
-    (
-        "smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True, token_shift=True),
-        "selective",
-    ),
+    ("smollm-135m", WINDOWS | dict(attention_softcap=1.0, parallel_blocks=True), "selective"),
+    ("smollm-135m", dict(token_shift=True), "selective"),
 )  # fmt: skip
 
 

@@ -225,9 +225,8 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     last = model.blocks[-1].feed_forward.down.weight
-    (dweight,) = torch.autograd.grad(model(tokens).sum(), last, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentia"):
-        dweight.sum().backward()
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(model(tokens).sum(), last, create_graph=True)
 
 
 def test_a_graph_may_be_used_twice():
