@@ -61,7 +61,7 @@ def _tuple(ys: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return ys if isinstance(ys, tuple) else (ys,)
 
 
-def refuses_a_second_derivative(op: Callable, *leaves: Tensor) -> None:
+def refuses_a_second_derivative(op: Callable, *leaves: Tensor, linear: bool = False) -> None:
     """Assert that `op` raises where its gradients are differentiated, however that is asked for.
 
     By `backward`, of everything that there is; and by `torch.autograd.grad`, which computes what
@@ -70,13 +70,16 @@ def refuses_a_second_derivative(op: Callable, *leaves: Tensor) -> None:
     Args:
         op: takes the leaves, and returns one tensor.
         leaves: tensors that require a gradient.
+        linear: its gradients depend on the incoming one alone. Else they must be refused where
+            that is constant, too.
     """
-    for of in (None, *leaves):
-        with pytest.raises(RuntimeError, match="first derivative only"):
-            _differentiate_twice(op, leaves, of)
+    for behind in (torch.sin, *(() if linear else (torch.Tensor.double,))):
+        for of in (None, *leaves):
+            with pytest.raises(RuntimeError, match="first derivative only"):
+                _differentiate_twice(lambda *xs: behind(op(*xs)), leaves, of)  # noqa: B023
 
 
 def _differentiate_twice(op: Callable, leaves: tuple[Tensor, ...], of: Tensor | None) -> None:
-    first = torch.autograd.grad(op(*leaves).sin().sum(), leaves, create_graph=True)
+    first = torch.autograd.grad(op(*leaves).sum(), leaves, create_graph=True)
     penalty = torch.stack([g.square().sum() for g in first]).sum()
     penalty.backward() if of is None else torch.autograd.grad(penalty, of)

@@ -129,4 +129,10 @@ MUTANTS = [
         original="            x_TV.copy_(dx_TV)\n",
         replacement="            pass\n",
     ),
+    Mutant(
+        what="a second derivative of gradients made in the forward pass is dropped",
+        file="kernels/runtime.py",
+        original="        if made_in_forward:\n",
+        replacement="        if False:\n",
+    ),
 ]

@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     _reversible(
         what="a second derivative that is wrong",
-        original="    @once_differentiable\n",
+        original="    @once_differentiable(made_in_forward=True)\n",
         replacement="",
     ),
     _reversible(

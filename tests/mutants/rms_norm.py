@@ -179,4 +179,17 @@ MUTANTS = [
         original="dtype_of(residual), dtype_of(w_D), dtype_of(b_D)), eps",
         replacement="dtype_of(residual), None, dtype_of(b_D)), eps",
     ),
+    *(
+        Mutant(
+            what=f"second derivatives are refused by way of {way} alone",
+            file="kernels/runtime.py",
+            original="x for x in (*unpacked.saved_tensors, *grads) if",
+            replacement=f"x for x in {used} if",
+        )
+        for way, used in {
+            "the incoming gradient": "grads",
+            "what is saved": "unpacked.saved_tensors",
+            "nothing": "()",
+        }.items()
+    ),
 ]
