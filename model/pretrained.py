@@ -64,6 +64,12 @@ def save(
     eot = None if tokenizer is None else tokenizer.eot
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     native = config_to_native(config, dtype, eot)
+    if config.tie_embeddings and model.head.weight is not model.embedding.weight:
+        raise FormatError(
+            "the output layer is not the embedding any more, which tie_embeddings=True says it is; "
+            "set model.head.weight = model.embedding.weight, or build the model with "
+            "tie_embeddings=False"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FormatError(f"{folder} must not exist yet, or be an empty folder; name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -162,8 +168,6 @@ def load(
         with torch.device("meta"):
             model: Any = kind(config, **options)
         model.to(dtype or weights.dtype(parts["embedding.weight"].names[0])).to_empty(device=device)
-        if config.tie_embeddings:  # two tensors, once memory is given to each
-            model.head.weight = model.embedding.weight
         with torch.no_grad():
             for name, p in model.named_parameters():
                 weights.copy_into(p, name, parts[name])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,10 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         self.dropout = dropout
         self._cos_LK, self._sin_LK = self._make_tables(self.device)
-        self.register_load_state_dict_post_hook(_keep_tables)
+        self._loads_tied = False
+        self.register_load_state_dict_post_hook(_after_loading)
         self.register_load_state_dict_pre_hook(pack_projections)
+        self.register_load_state_dict_pre_hook(_before_loading)
         self.initialise()
 
     @classmethod
@@ -216,7 +218,10 @@ class Transformer(nn.Module):
             self._cos_LK, self._sin_LK = self._make_tables(self.device)
 
     def _apply(self, fn, recurse=True):
+        tied = self.head.weight is self.embedding.weight
         super()._apply(fn, recurse)
+        if tied:  # `to_empty`, and all else that makes new parameters, makes two
+            self.head.weight = self.embedding.weight
         self._keep_tables()
         return self
 
@@ -369,5 +374,22 @@ class Transformer(nn.Module):
     attention_weights = inspect.attention_weights
 
 
-def _keep_tables(model: Transformer, *_) -> None:
+def _before_loading(model: Transformer, state: dict[str, Tensor], prefix: str, *others) -> None:
+    """Note whether embedding and head are one weight, of which a state must have one value."""
+    model._loads_tied = model.head.weight is model.embedding.weight
+    pair = [state.get(f"{prefix}{name}.weight") for name in ("embedding", "head")]
+    if not model._loads_tied or any(type(x) not in (Tensor, nn.Parameter) for x in pair):
+        return
+    one, other = cast("list[Tensor]", pair)
+    apart = one.data_ptr() != other.data_ptr() and one.device == other.device
+    if apart and one.shape == other.shape and not torch.equal(one, other):
+        others[-1].append(
+            f"{prefix}embedding.weight and {prefix}head.weight differ, and are one weight here; "
+            "load into a model with tie_embeddings=False"
+        )
+
+
+def _after_loading(model: Transformer, *_) -> None:
+    if model._loads_tied:  # with assign=True each gets a parameter of its own
+        model.head.weight = model.embedding.weight
     model._keep_tables()

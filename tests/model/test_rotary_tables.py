@@ -97,9 +97,11 @@ WAYS = {
 
 @given(st.lists(st.sampled_from(sorted(WAYS)), max_size=4))
 def test_casts_and_moves_leave_the_angles_alone(ways):
+    """And embedding and output layer the one weight that they are."""
     model = copy.deepcopy(trained())
     for way in ways:
         model = WAYS[way](model)
+        assert model.head.weight is model.embedding.weight
     for table, exact in zip((model.cos_LK, model.sin_LK), exact_tables(), strict=True):
         assert table.dtype == torch.float32
         assert torch.equal(table.cpu(), exact)

@@ -117,6 +117,31 @@ def test_ties_the_embedding_only_if_asked(device):
     tied, untied = build(device), build(device, tie_embeddings=False)
     assert tied.head.weight is tied.embedding.weight
     assert untied.head.weight is not untied.embedding.weight
+    untied.to_empty(device=device).load_state_dict(untied.state_dict(), assign=True)
+    assert untied.head.weight is not untied.embedding.weight
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_one_weight_takes_one_value(assign, device, tmp_path):
+    model, other = build(device), build(device, tie_embeddings=False)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)  # equal, from files that have both
+    assert model.head.weight is model.embedding.weight
+    before = model.embedding.weight.clone()
+    with pytest.raises(RuntimeError, match=r"differ, and are one weight here; load into a model"):
+        model.load_state_dict(other.state_dict(), assign=assign)
+    for part, of_two in ((model, False), (other, True)):
+        nested = torch.nn.ModuleDict({"a": part})
+        state = {f"a.{name}": x.clone() for name, x in other.state_dict().items()}
+        if of_two:
+            nested.load_state_dict(state, assign=assign)
+        else:
+            with pytest.raises(RuntimeError, match=r"a\.embedding\.weight and a\.head\.weight"):
+                nested.load_state_dict(state, assign=assign)
+    model.head.weight = torch.nn.Parameter(before)
+    with pytest.raises(ValueError, match="output layer is not the embedding any more"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_smooths_labels_in_training_only(device):
