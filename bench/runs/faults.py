@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tritium.bench import tables
+from tritium.bench.ends import FailedError
 from tritium.bench.harness import device_name
 from tritium.bench.runs.resume import final_state
 from tritium.data.shards import open_prepared
@@ -262,7 +263,7 @@ def _ended(process: subprocess.Popen) -> Ended:
 def _wait_for(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
     while not ready():
         if process.poll() is not None:
-            raise RuntimeError(f"it ended too early: {process.communicate()[0]}")
+            raise FailedError(f"it ended too early: {process.communicate()[0]}")
         time.sleep(0.001)
 
 

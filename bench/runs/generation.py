@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
-from tritium.bench.ends import as_wrong_input, at_least
+from tritium.bench.ends import FailedError, as_wrong_input, at_least
 from tritium.bench.harness import device_name
 from tritium.model import ModelConfig, Transformer
 
@@ -86,7 +86,7 @@ def _measured(
     first, *others = (call() for call in calls.values())
     for written in others:
         if not torch.equal(written, first):
-            raise RuntimeError("generation: all must write the same tokens; the models differ")
+            raise FailedError("generation: all must write the same tokens; the models differ")
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:

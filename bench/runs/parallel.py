@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tritium.bench import tables
-from tritium.bench.ends import WrongInputError
+from tritium.bench.ends import FailedError, WrongInputError
 from tritium.bench.harness import device_name
 from tritium.model.saved import FILES, read_record, read_tensors
 from tritium.training.run import checkpoint
@@ -71,7 +71,7 @@ RESUMED = (
 """Pairs: the sharing that saved the middle of a run, and the one that resumed it."""
 
 
-class RunError(Exception):
+class RunError(FailedError):
     """A run of train.py did not end well."""
 
 

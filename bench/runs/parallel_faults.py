@@ -25,7 +25,7 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
-from tritium.bench.ends import at_least
+from tritium.bench.ends import FailedError, at_least
 from tritium.bench.harness import device_name
 from tritium.bench.runs.resume import final_state
 from tritium.model.saved import FILES, read_record, read_tensors
@@ -165,7 +165,7 @@ class Trial:
         whole.wait_for(lambda: whole.logged() > 0)
         began = time.perf_counter()
         if status := whole.finish():
-            raise RuntimeError(f"{mode}: torchrun ended with {status}: {whole.said('')[-20:]}")
+            raise FailedError(f"{mode}: torchrun ended with {status}: {whole.said('')[-20:]}")
         self.seconds = time.perf_counter() - began
         self.whole = end_of(whole.run)
 
@@ -183,7 +183,7 @@ class Trial:
         time.sleep(delay * self.seconds / STEPS)
         pid = run.ranks().get(rank)
         if pid is None:
-            raise RuntimeError(f"{run.run.name} ended before it could be killed")
+            raise FailedError(f"{run.run.name} ended before it could be killed")
         after, killed = run.logged(), time.perf_counter()
         os.kill(pid, signal.SIGKILL)
         again = None

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tritium.bench import tables
-from tritium.bench.ends import at_least
+from tritium.bench.ends import FailedError, at_least
 from tritium.bench.harness import device_name
 from tritium.model.saved import read_model
 from tritium.model.transformer import Transformer
@@ -114,7 +114,7 @@ class Trial:
             if outcome := self._kill_and_resume(name, run, [kill], asynchronous=asynchronous):
                 return outcome
             moment *= 0.8  # this one was faster
-        raise RuntimeError("ten runs ended before they could be killed")
+        raise FailedError("ten runs ended before they could be killed")
 
     def kill_at_steps(
         self, name: str, steps: list[int], *, asynchronous: bool, resume_with: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ class Trial:
             asynchronous=asynchronous, resume_with=resume_with,
         )  # fmt: skip
         if outcome is None:
-            raise RuntimeError(f"{name}: the run ended before it could be killed")
+            raise FailedError(f"{name}: the run ended before it could be killed")
         return outcome
 
     def _kill_and_resume(
@@ -176,7 +176,7 @@ class Trial:
     def _finish(self, process: subprocess.Popen) -> None:
         _, errors = process.communicate(timeout=300)
         if process.returncode:
-            raise RuntimeError(errors)
+            raise FailedError(errors)
 
     def _wait_for(self, process: subprocess.Popen, ready: Callable[[], bool]) -> None:
         while not ready() and process.poll() is None:

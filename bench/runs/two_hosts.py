@@ -149,7 +149,7 @@ def on_two(run: Path, home: Path, mode: str) -> tuple[float, float]:
     for host, process in zip(HOSTS, processes, strict=True):
         output, _ = process.communicate(timeout=240)
         if process.returncode:
-            raise RuntimeError(f"{host}: torchrun ended with {process.returncode}:\n{output}")
+            raise FailedError(f"{host}: torchrun ended with {process.returncode}:\n{output}")
     (first, before), (last, after) = counted
     a, b = ((y - x) / (last - first) for x, y in zip(before, after, strict=True))
     return a, b
@@ -188,19 +188,16 @@ def main(write: bool = False) -> None:
         write: keep the table in two_hosts.md, in the folder of results.
     """
     compared = []
-    try:
-        with tempfile.TemporaryDirectory() as folder, two_hosts():
-            home = Path(folder) / "home"
-            for mode in MODES:
-                one, two = Path(folder) / f"one-{mode}", Path(folder) / f"two-{mode}"
-                on_one(one, home, mode)
-                sent = on_two(two, home, mode)
-                logs = (read_lines(run / "log.jsonl") for run in (one, two))
-                losses = ((x["loss"], y["loss"]) for x, y in zip(*logs, strict=True))
-                largest = max(abs(x - y) for x, y in losses)
-                compared.append(Compared(mode, largest, end_of(one) == end_of(two), sent))
-    except HostsError as error:
-        raise SystemExit(str(error)) from None
+    with tempfile.TemporaryDirectory() as folder, two_hosts():
+        home = Path(folder) / "home"
+        for mode in MODES:
+            one, two = Path(folder) / f"one-{mode}", Path(folder) / f"two-{mode}"
+            on_one(one, home, mode)
+            sent = on_two(two, home, mode)
+            logs = (read_lines(run / "log.jsonl") for run in (one, two))
+            losses = ((x["loss"], y["loss"]) for x, y in zip(*logs, strict=True))
+            largest = max(abs(x - y) for x, y in losses)
+            compared.append(Compared(mode, largest, end_of(one) == end_of(two), sent))
     table = Table("mode", "largest difference of a loss, nats", "weights, optimizer and curves",
                   "first host sends, kB/step", "second host sends, kB/step")  # fmt: skip
     for x in compared:

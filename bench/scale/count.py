@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from train import accumulate_gradients
+from tritium.bench.ends import FailedError
 from tritium.bench.scale.links import Collective, Group
 from tritium.model import ModelConfig, Transformer
 from tritium.training.optim import OptimizerConfig
@@ -183,7 +184,7 @@ def count_on_gloo(
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise RuntimeError(f"scale: a rank of {mode} on {size} failed")
+        raise FailedError(f"scale: a rank of {mode} on {size} failed")
     return results.get()
 
 
