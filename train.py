@@ -172,13 +172,14 @@ def train(
     # Resume: the same data, settings, code and machine, or a refusal.
     fingerprint = {
         "data": loader.fingerprint,
+        "validation": validation.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "config": config.decisive(),
         "machine": {"device": describe(device), "threads": threads}
         | config.compute.fingerprint(arithmetic),
         "code": code_version(),
     }
-    step = 0
+    step, forgotten = 0, ""
     if resume_from is not None:
         anyway = config.resume_anyway
         differences = require_same(state.fingerprint, fingerprint, resume_from, anyway=anyway)
@@ -187,6 +188,7 @@ def train(
             loader, recovery, model, optimizer, device, anyway=anyway, same=not differences,
             log=console.print,
         )  # fmt: skip
+        forgotten = state.forget_best(fingerprint)
         if state.budget not in (None, budget):
             console.print(f"The run lasts {budget} instead of {state.budget}.")
 
@@ -206,6 +208,8 @@ def train(
         files, parallel.observing(config), model, tokenizer, prompts, step, record, console.print,
         n_rollbacks,
     )  # fmt: skip
+    if forgotten:
+        observer.forgot_best(step, forgotten)
     saver.on_failure = observer.save_failed
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
     if not parallel.alone:
@@ -303,7 +307,7 @@ def train(
                 picture.refresh(log.entries)
             if samples:
                 observer.sample(step)
-            if back := recovery.roll_back_if_due(saver, log, model, optimizer):
+            if back := recovery.roll_back_if_due(saver, log, model, optimizer, fingerprint):
                 (step, state.best), final, stopping = back, False, False
                 observer.rewind(step, len(recovery.went_back))
             elif saves:

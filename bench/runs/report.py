@@ -18,6 +18,7 @@ from rich.console import Console
 from tritium.bench.ends import WrongInputError, as_wrong_input
 from tritium.data import atomic
 from tritium.training.monitor.display import clock
+from tritium.training.monitor.observer import OTHER_TEXT
 from tritium.training.monitor.plot import moving_average, plot_layers
 from tritium.training.run import checkpoint
 from tritium.training.run.json_text import to_json
@@ -107,7 +108,9 @@ def _layers(run: Path, name: str) -> str | None:
 def facts(run: Path, record: dict, log: list[dict]) -> dict[str, str]:
     """Return the figures of a run that say most, with their units."""
     losses = [x["loss"] for x in log if math.isfinite(x["loss"])]
-    measured = [x for x in log if math.isfinite(x.get("val_loss", math.nan))]
+    events = read_lines(run / "events.jsonl")
+    since = max((x["step"] for x in events if x["kind"] == OTHER_TEXT), default=0)
+    measured = [x for x in log if math.isfinite(x.get("val_loss", math.nan)) and x["step"] > since]
     best = min(measured, key=lambda x: x["val_loss"], default=None)
     machine, saved = record["fingerprint"]["machine"], checkpoint.checkpoints(run / "checkpoints")
     seconds = checkpoint.read_record(saved[-1])["state"]["seconds"] if saved else None
