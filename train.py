@@ -11,12 +11,16 @@ from __future__ import annotations
 import errno
 import gc
 import math
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports without a traceback
 
 import tritium
 
@@ -33,7 +37,7 @@ from tritium.data.tokenizer import CHARACTERS
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer, lora
 from tritium.training.card import Card, fit_to_card
-from tritium.training.command_line import parse, resume_command
+from tritium.training.command_line import next_command, parse, resume_command
 from tritium.training.cuda_graph import training_step
 from tritium.training.depth import described
 from tritium.training.device import (
@@ -422,7 +426,7 @@ def main() -> None:
     could not be written; 75 after a signal, with the step saved, to be resumed; that of the signal
     if it killed the process, before the first step or as the second one.
     """
-    run = Path()
+    run = None
     try:
         config, preset, run = parse(arguments(sys.argv[1:]))
         config = shaped(config)
@@ -443,16 +447,18 @@ def main() -> None:
     except (SaveError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
-        print(f"{speaker()}: {error}; make room, then: {resume_command(run)}", file=sys.stderr)
+        print(f"{speaker()}: {error}; make room, then: {next_command(run)}", file=sys.stderr)
         sys.exit(74)
     except LostRankError:
         sys.exit(69)
     except KeyboardInterrupt:
-        print(f"\n{speaker()}: stopped; to resume: {resume_command(run)}", file=sys.stderr)
+        print(f"\n{speaker()}: stopped; to resume: {next_command(run)}", file=sys.stderr)
         sys.exit(130)
     if not finished:
         sys.exit(75)
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     recorded(main)()
