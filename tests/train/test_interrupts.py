@@ -64,7 +64,7 @@ def test_no_run_is_named_where_there_is_none(tmp_path, monkeypatch):
 
 
 def test_a_verb_of_the_bench_ends_with_130(capsys):
-    with pytest.raises(SystemExit) as exit, ended("bench step"):
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as exit, ended("bench step"):
         raise KeyboardInterrupt
-    assert exit.value.code == 130
+    assert exit.value.args == (130,)
     assert capsys.readouterr() == ("", "")
