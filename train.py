@@ -11,12 +11,16 @@ from __future__ import annotations
 import errno
 import gc
 import math
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports without a traceback
 
 import tritium
 
@@ -33,7 +37,7 @@ from tritium.data.tokenizer import CHARACTERS
 from tritium.data.verification import Verification
 from tritium.model import ModelConfig, Transformer, lora
 from tritium.training.card import Card, fit_to_card
-from tritium.training.command_line import parse, resume_command
+from tritium.training.command_line import next_command, parse, resume_command
 from tritium.training.cuda_graph import training_step
 from tritium.training.depth import described
 from tritium.training.device import (
@@ -172,13 +176,14 @@ def train(
     # Resume: the same data, settings, code and machine, or a refusal.
     fingerprint = {
         "data": loader.fingerprint,
+        "validation": validation.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "config": config.decisive(),
         "machine": {"device": describe(device), "threads": threads}
         | config.compute.fingerprint(arithmetic),
         "code": code_version(),
     }
-    step = 0
+    step, forgotten = 0, ""
     if resume_from is not None:
         anyway = config.resume_anyway
         differences = require_same(state.fingerprint, fingerprint, resume_from, anyway=anyway)
@@ -187,6 +192,7 @@ def train(
             loader, recovery, model, optimizer, device, anyway=anyway, same=not differences,
             log=console.print,
         )  # fmt: skip
+        forgotten = state.forget_best(fingerprint)
         if state.budget not in (None, budget):
             console.print(f"The run lasts {budget} instead of {state.budget}.")
 
@@ -206,6 +212,8 @@ def train(
         files, parallel.observing(config), model, tokenizer, prompts, step, record, console.print,
         n_rollbacks,
     )  # fmt: skip
+    if forgotten:
+        observer.forgot_best(step, forgotten)
     saver.on_failure = observer.save_failed
     print_start(config, preset, run, model, optimizer, loader, fingerprint["machine"], step, budget)
     if not parallel.alone:
@@ -303,7 +311,7 @@ def train(
                 picture.refresh(log.entries)
             if samples:
                 observer.sample(step)
-            if back := recovery.roll_back_if_due(saver, log, model, optimizer):
+            if back := recovery.roll_back_if_due(saver, log, model, optimizer, fingerprint):
                 (step, state.best), final, stopping = back, False, False
                 observer.rewind(step, len(recovery.went_back))
             elif saves:
@@ -418,7 +426,7 @@ def main() -> None:
     could not be written; 75 after a signal, with the step saved, to be resumed; that of the signal
     if it killed the process, before the first step or as the second one.
     """
-    run = Path()
+    run = None
     try:
         config, preset, run = parse(arguments(sys.argv[1:]))
         config = shaped(config)
@@ -439,16 +447,18 @@ def main() -> None:
     except (SaveError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
-        print(f"{speaker()}: {error}; make room, then: {resume_command(run)}", file=sys.stderr)
+        print(f"{speaker()}: {error}; make room, then: {next_command(run)}", file=sys.stderr)
         sys.exit(74)
     except LostRankError:
         sys.exit(69)
     except KeyboardInterrupt:
-        print(f"\n{speaker()}: stopped; to resume: {resume_command(run)}", file=sys.stderr)
+        print(f"\n{speaker()}: stopped; to resume: {next_command(run)}", file=sys.stderr)
         sys.exit(130)
     if not finished:
         sys.exit(75)
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     recorded(main)()

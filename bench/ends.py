@@ -7,10 +7,14 @@ status 1 itself.
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class WrongInputError(ValueError):
@@ -29,7 +33,8 @@ def ended(command: str) -> Iterator[None]:
         command: `bench` and the verb, which begin the sentence.
 
     Raises:
-        SystemExit: with status 2 after a `WrongInputError`, 1 after a `FailedError`.
+        SystemExit: with status 2 after a `WrongInputError`, 1 after a `FailedError`, 130 after
+            Ctrl-C.
     """
     try:
         yield
@@ -37,6 +42,8 @@ def ended(command: str) -> Iterator[None]:
         said = str(error).removeprefix(f"{command.split()[-1]}: ")  # as a library's function says
         print(f"{command}: {said}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, WrongInputError) else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as a shell says of SIGINT
 
 
 @contextmanager
@@ -62,6 +69,24 @@ def at_least(least: float, **given: float) -> None:
         if not value >= least:  # nor NaN
             flag = name.replace("_", "-")
             raise WrongInputError(f"--{flag} must be at least {least:g}, got {value:g}")
+
+
+def writable(out: Path) -> None:
+    """Make the folder of the file that `--out` names, and try it, before there is what to write.
+
+    Raises:
+        WrongInputError: "--out cannot be written".
+    """
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise WrongInputError(
+            f"--out {out} cannot be written ({error.strerror}); name a file elsewhere"
+        ) from None
 
 
 def split_flags(flags: str) -> list[str]:

@@ -128,11 +128,12 @@ def documents(source: Source | str | Path | None = None, tally: Tally | None = N
     """Yield the documents of `source`, one string each, in the same order every time.
 
     Each row of a table is a document, each text file of a folder, each module of the standard
-    library. A single text file is cut at blank lines into pieces of a hundredth of its
-    length, 1 to 64 K characters, so that some can be kept for validation. Nulls and documents of
-    white space alone are left out, UTF-16 and UTF-32 are decoded (see `decoding`), and every line
-    end of a text file becomes a line feed. Records that cannot be read, or are mostly control
-    characters, are counted and passed over; at the end they may be a share of `max_bad` at most.
+    library. A single text file, named or alone in its folder, is cut at blank lines into pieces of
+    a hundredth of its length, 1 to 64 K characters, so that some can be kept for validation. Nulls
+    and documents of white space alone are left out, UTF-16 and UTF-32 are decoded (see `decoding`),
+    and every line end of a text file becomes a line feed. Records that cannot be read, or are
+    mostly control characters, are counted and passed over; at the end they may be a share of
+    `max_bad` at most.
 
     Args:
         source: where to read, and what.
@@ -206,7 +207,7 @@ def _texts(source: Source, tally: Tally) -> Iterator[str]:
         return read_modules(files, tally)
     if source.path == INSTALLED:
         return only_code(read_modules(files, tally), tally)
-    alone = files == [resolve(source.path)] and kind(files[0]) not in (JSONL, PARQUET)
+    alone = len(files) == 1 and kind(files[0]) not in (JSONL, PARQUET)
     return read_files(files, source.field, tally, cut=alone)
 
 

@@ -82,15 +82,16 @@ class Loader(ABC, Generic[_Batch]):
         self.fingerprint = self._tokens.fingerprint
         if self.n_tokens <= length:
             raise DataError(
-                f"{self._tokens.name} has {self.n_tokens} tokens, a window of length {length} "
-                f"takes {length + 1}; add text or lower the length"
+                f"{self._tokens.text} has {self.n_tokens} tokens, a window of length {length} "
+                f"takes {length + 1}; add text or lower length (--model.max-seq-len of train.py)"
             )
         windows, batch = self._count(), batch_size * world_size
+        shares = f" ({batch_size} on each of {world_size} ranks)" if world_size > 1 else ""
         if split == SPLITS[0] and windows < batch:
             raise DataError(
-                f"{self._tokens.name} has {windows} windows of length {length}, a batch takes "
-                f"{batch} ({batch_size} on each of {world_size} ranks); add text, or lower "
-                "batch_size or length"
+                f"{self._tokens.text} has {windows} windows of length {length}, a batch takes "
+                f"{batch}{shares}; add text, or lower batch_size or length (--batch-size or "
+                "--model.max-seq-len of train.py)"
             )
         self.n_windows = windows
         self._order = Order(windows, seed)
@@ -134,7 +135,7 @@ class Loader(ABC, Generic[_Batch]):
         windows = min(-(-n_tokens // (L * W)), there // W)  # for each rank
         if windows < 1:
             raise DataError(
-                f"{self._tokens.name} has {there} windows of length {L} for {W} ranks, and "
+                f"{self._tokens.text} has {there} windows of length {L} for {W} ranks, and "
                 f"n_tokens is {n_tokens}; each rank needs one"
             )
         places = [self._place(W * i + self._rank, 0) for i in range(windows)]

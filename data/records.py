@@ -101,6 +101,21 @@ def read_files(files: list[Path], column: str, tally: Tally, cut: bool) -> Itera
         tally.n_bytes += size
 
 
+def read_text(file: Path) -> str:
+    """Return a text file whole, decompressed and decoded as `read_files` does, with line feeds.
+
+    Raises:
+        DataError: it cannot be read, is no text, or is a table of many.
+    """
+    if kind(file) in (JSONL, PARQUET):
+        raise DataError(f"{file} is a table of texts; name one text, as .txt or without an ending")
+    tally = Tally()
+    texts = [*read_files([file], "", tally, cut=False)]
+    if not texts:
+        raise DataError(f"cannot read {tally.first_bad}; name a text")
+    return texts[0]
+
+
 def read_modules(files: list[Path], tally: Tally) -> Iterator[str]:
     """Yield each Python file, in the encoding that it declares."""
     for file in files:

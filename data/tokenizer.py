@@ -37,6 +37,7 @@ PATTERN = (
     r"|\s{0,64}[\r\n]{1,64}[ \t]{0,64}|\s{1,64}(?!\S)|\s{1,64}"
 )
 CHARACTER = r"[\s\S]"
+NAMED = f"a tokenizer.json, a folder with one, or one of {' '.join(ENCODINGS)}"
 CHARACTERS = "characters"
 """The name of a tokenizer whose tokens are characters, in place of a path."""
 
@@ -140,9 +141,13 @@ class Tokenizer:
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-        except ValueError as error:
+            raise DataError(
+                f"cannot read the tokenizer {path}: {error.strerror}; name {NAMED}"
+            ) from error
+        except DataError as error:
             raise DataError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is no tokenizer ({error}); name {NAMED}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path`, or tokenizer.json in the folder `path`, atomically."""

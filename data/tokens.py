@@ -24,6 +24,7 @@ class Tokens:
 
     Attributes:
         name: the folder and the split, for messages.
+        text: the same by the source of the text, for messages about its length.
         n_tokens: N.
         vocab_size: V of the tokenizer.
         eot: the id that ends each document.
@@ -55,12 +56,13 @@ class Tokens:
             np.asarray(np.memmap(prepared / shard.file, manifest.dtype, mode="r"))
             for shard in shards
         ]
-        self.name = f"{folder}: {split}"
+        self.name, self.text = f"{folder}: {split}", f"{manifest.source}: the split {split}"
         if half is not None:
             halves = _halves(_first(self._shards, HALVED), tokenizer.eot)
             if min(map(len, halves.values())) >= least:
                 self._shards = [halves[half]]
                 self.name += f", the half to {half}"
+                self.text += f", the half to {half},"
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
         self.n_tokens = self._ends[-1]
         self.vocab_size, self.eot, self.dtype = manifest.vocab_size, tokenizer.eot, manifest.dtype

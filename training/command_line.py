@@ -22,6 +22,8 @@ from typing import Any, get_type_hints
 import torch
 import tyro
 
+from tritium.data.tokenizer import CHARACTERS
+from tritium.data.tokenizer import FILE as TOKENIZER
 from tritium.training.depth import deep, fit_to_depth
 from tritium.training.help import show_help
 from tritium.training.run import checkpoint
@@ -144,6 +146,13 @@ def resume_command(run: Path) -> str:
     """Return the line that resumes a run."""
     program = sys.argv[0] if sys.argv[0].endswith(".py") else "train.py"
     return f"{launcher()} {shlex.quote(program)} --resume {shlex.quote(str(run))}"
+
+
+def next_command(run: Path | None) -> str:
+    """Return how an ended run is continued: by its folder, if that holds its settings already."""
+    if run is not None and (run / "config.json").is_file():
+        return resume_command(run)
+    return "the same command again (it had made no step)"
 
 
 def _given(arguments: list[str]) -> dict[str, list[str]]:
@@ -271,7 +280,12 @@ def _recorded(record: dict, run: Path) -> TrainConfig:
         model = replace(config.model, vocab_size=asked)
     except (TypeError, ValueError, AttributeError) as error:
         raise _unusable(run, str(error)) from error
-    return replace(config, model=model, out=str(run), resume=False, resume_anyway=False)
+    tokenizer = config.tokenizer
+    if tokenizer not in (None, CHARACTERS) and (own := run / TOKENIZER).is_file():
+        tokenizer = str(own)  # the one it was trained with, wherever that came from
+    return replace(
+        config, model=model, out=str(run), resume=False, resume_anyway=False, tokenizer=tokenizer
+    )
 
 
 def _built(kind: type, entries: dict) -> Any:

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from tritium.data import DataError
-from tritium.data.decoding import NotTextError, detect
+from tritium.data.records import read_text
 from tritium.model.transformer import Transformer
 from tritium.training.device import choose_device
 from tritium.training.monitor.terminal import tolerant_output
@@ -92,7 +92,7 @@ def main(
 
     Args:
         run: folder of a run, of one checkpoint, or in Hugging Face's layout.
-        file: the text, one document.
+        file: the text, one document, also as .gz or .zst; read as train.py reads one.
         stride: tokens from one window of the context to the next. None: half the context.
         batch_size: windows, or endings, that are computed at once.
         device: device to compute on. auto: a GPU if there is one.
@@ -123,7 +123,7 @@ def main(
             f"accuracy {plain}, normalised by the bytes of an ending {normalised} (standard error)"
         )
         return
-    text = _read(file)
+    text = read_text(file)
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError(f"{file} is empty; name a text")
@@ -134,19 +134,6 @@ def main(
         f"stride {stride:,}\nperplexity {score.perplexity:,.3f} per token, "
         f"{score.bits_per_byte:.4f} bits per byte"
     )
-
-
-def _read(file: Path) -> str:
-    try:
-        data = file.read_bytes()
-        encoding, mark = detect(data)
-        return data[mark:].decode(encoding)
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in {error.encoding}: {error.reason}") from error
-    except NotTextError as error:
-        raise ValueError(f"{file} is {error}") from error
 
 
 if __name__ == "__main__":

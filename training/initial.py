@@ -22,7 +22,8 @@ from tritium.training.validation import ConfigError
 def shaped(config: TrainConfig) -> TrainConfig:
     """Return the settings with shape and tokenizer of the model that --init-from names, if any.
 
-    Its context is cut to the one that the settings ask for. A run that is resumed has them already.
+    Its context is cut to the one that the settings ask for. A run that is resumed has them already,
+    unless it was ended before it wrote its settings.
 
     Raises:
         ConfigError: there is no such model, its tokenizer has more tokens than it, or the adapters
@@ -37,7 +38,8 @@ def shaped(config: TrainConfig) -> TrainConfig:
             "--lora-rank trains adapters of weights that exist; add --init-from DIR_OR_RUN, or "
             "drop it"
         )
-    if config.init_from is None or config.resume:
+    begun = config.resume and Path(config.out or "", "config.json").is_file()
+    if config.init_from is None or begun:
         return config
     source = Path(config.init_from)
     try:

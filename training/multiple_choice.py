@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from tritium.data import Tokenizer
+from tritium.data.files import open_bytes
 from tritium.kernels import linear_cross_entropy
 from tritium.model.heads import pad_sequences
 from tritium.model.transformer import Transformer
@@ -58,16 +59,17 @@ class Accuracy(NamedTuple):
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Return the questions of a file, in UTF-8; empty lines are left out.
+    """Return the questions of a file, in UTF-8, also as .gz or .zst; empty lines are left out.
 
     Raises:
         ValueError: it cannot be read, has no question, or a line is none; the message has its
             number.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
+        with open_bytes(file) as (_, plain):
+            lines = plain.read().split(b"\n")
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+        raise ValueError(f"cannot read {file}: {error.strerror or error}") from error
     questions = [
         _question(f"{file}:{number}", line, number)
         for number, line in enumerate(lines, 1)

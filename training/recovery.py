@@ -29,6 +29,7 @@ from torch.nn.utils import get_total_norm
 
 from tritium.model.transformer import Transformer
 from tritium.training.run import checkpoint, random_state
+from tritium.training.run.fingerprint import best_of, same_data
 from tritium.training.run.run_folder import RunLog
 from tritium.training.run.saver import Saver
 from tritium.training.run.sharded import local
@@ -143,7 +144,7 @@ class Recovery:
                 entries[-1]["recovery"] = {"stopped": True}
 
     def roll_back_if_due(
-        self, saver: Saver, log: RunLog, model: Transformer, optimizer
+        self, saver: Saver, log: RunLog, model: Transformer, optimizer, fingerprint: dict
     ) -> tuple[int, dict | None] | None:
         """Roll back if it is due.
 
@@ -156,6 +157,7 @@ class Recovery:
             log: the log, which discards the entries of the steps to repeat.
             model: restored in place.
             optimizer: restored in place.
+            fingerprint: that of the run; losses of a checkpoint of other text count no more.
 
         Returns:
             The step rolled back to and the best validation until then; or None.
@@ -174,7 +176,7 @@ class Recovery:
         step, saved, start = last, None, bad["windows"][0]
         if source is not None:
             step, saved = restore(source, model, optimizer, self._marked.device)
-            self._load_losses(saved.get("recovery", {}))
+            self._load_losses(saved["recovery"] if same_data(saved, fingerprint) else {})
             start = saved["loader"]["windows"]
             saver.forget_after(step)
         if self._rung == LOWER_RATE:
@@ -185,7 +187,7 @@ class Recovery:
         move = _described(self.went_back[-1])
         self._log(f"{self._streak} bad steps in a row. {move[0].upper()}{move[1:]}")
         self._note, self._streak = self.went_back[-1], 0
-        return None if saved is None else (step, saved["best"])
+        return None if saved is None else (step, best_of(saved, fingerprint))
 
     def healthy(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the last loss read was good, and every weight and moment is finite."""

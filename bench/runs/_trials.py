@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from rich.progress import track
 
 import tritium.bench
-from tritium.bench.ends import FailedError, WrongInputError
+from tritium.bench.ends import FailedError, WrongInputError, writable
 from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import RunFolderError, lock_folder, read_lines
 
@@ -98,8 +98,9 @@ def run_all(
     """
     if not SCRIPT.is_file():
         raise TrialError(f"{SCRIPT} is not there; run it in a checkout, which has train.py")
-    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "trials.jsonl"
+    if not only_ended:
+        writable(kept)
     common = tuple(common)
     known = {_key(x): x for x in map(_outcome, read_lines(kept))} if kept.exists() else {}
     wanted = {}
@@ -120,8 +121,8 @@ def run_all(
 
 def once(out: Path, key: str, make: Callable[[], Kept], kind: type[Kept]) -> Kept:
     """Return what was kept under `key` in ended.jsonl of a folder, or make and keep it."""
-    out.mkdir(parents=True, exist_ok=True)
     kept = out / "ended.jsonl"
+    writable(kept)
     ended = {x["key"]: x["run"] for x in read_lines(kept)} if kept.exists() else {}
     if key in ended:
         return kind(**ended[key])

@@ -32,7 +32,7 @@ import torch
 from rich.table import Table
 
 from tritium.bench import tables
-from tritium.bench.ends import as_wrong_input, at_least, split_flags
+from tritium.bench.ends import as_wrong_input, at_least, split_flags, writable
 from tritium.bench.harness import device_name
 from tritium.bench.runs._trials import SCRIPT, UNSEEN, check_status, difference, once
 from tritium.bench.runs.plain_gpt import PlainGPT
@@ -82,6 +82,7 @@ def main(
     """
     at_least(1, seeds=seeds)
     given = split_flags(flags)
+    writable(out / RESULTS)
     torch.set_num_threads(1)
     text = write_text(out / "text") if data is None else data
     with as_wrong_input(DataError):

@@ -1,11 +1,12 @@
 """Loss while the learning rate grows, step by step: `python -m tritium.bench find_lr`.
 
-A run of train.py's settings begins as always, but its learning rate grows from `low` to `high`, by
-the same factor at every step; the optimizer's other rates keep their ratio to it. Where the loss
-begins to rise, the rate is too large for that moment of a run. A rate of a third of the one at
-which the loss is lowest is a first guess for the peak; what is best at the end of a run, only runs
-to their end can tell (`python -m tritium.bench ablate`). After Smith, "Cyclical learning rates for
-training neural networks", 2017, https://arxiv.org/abs/1506.01186
+A run of train.py's settings begins as always, with the weights of --init-from if it is given, but
+its learning rate grows from `low` to `high`, by the same factor at every step; the optimizer's
+other rates keep their ratio to it. Where the loss begins to rise, the rate is too large for that
+moment of a run. A rate of a third of the one at which the loss is lowest is a first guess for the
+peak; what is best at the end of a run, only runs to their end can tell
+(`python -m tritium.bench ablate`). After Smith, "Cyclical learning rates for training neural
+networks", 2017, https://arxiv.org/abs/1506.01186
 """
 
 from collections.abc import Iterator
@@ -19,21 +20,24 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
 from rich.progress import track
 
 from train import accumulate_gradients, make_model
 from tritium.bench import tables
-from tritium.bench.ends import WrongInputError, as_wrong_input
-from tritium.data import LOADERS, DataError, Tokenizer, prepare
+from tritium.bench.ends import WrongInputError, as_wrong_input, writable
+from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
 from tritium.training.command_line import parse
 from tritium.training.device import choose_device
+from tritium.training.initial import copy_weights, shaped
 from tritium.training.monitor.plot import moving_average
 from tritium.training.optim import set_rate
 from tritium.training.run.random_state import seed
 from tritium.training.settings import TrainConfig
 from tritium.training.validation import ConfigError
 
+say = Console(highlight=False, soft_wrap=True).print
 PICTURE = "find_lr.png"  # in the folder of results
 SAFE = 3.0  # the guess is the rate of the lowest loss divided by it
 RISEN = 1.5  # of the lowest smoothed loss, where the test ends
@@ -60,17 +64,23 @@ def main(
             f"--low must be above 0 and below --high, and --steps at least 10, got "
             f"{low:g}, {high:g}, {steps}"
         )
+    out = out or tables.results() / PICTURE
+    drawn = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix.removeprefix(".").lower() not in drawn:
+        raise WrongInputError(f"--out must end with one of .{' .'.join(sorted(drawn))}, got {out}")
     with as_wrong_input(ConfigError, DataError):
         config, preset, _ = parse(list(flags))
+        if config.resume:
+            raise WrongInputError("a test begins a run; drop --resume, or name it by --init-from")
+        config = shaped(config)
+        writable(out)
         rates, losses = [], []
         for lr, loss in range_test(config, low, high, steps):
             rates.append(lr)
             losses.append(loss)
     smooth = list(moving_average(losses))
     best = rates[smooth.index(min(smooth))]
-    out = out or tables.results() / PICTURE
     _draw(rates, losses, smooth, best, f"{preset}, {config.optimizer.name}", out)
-    say = Console(highlight=False, soft_wrap=True).print
     say(f"Loss is lowest at a learning rate of {best:.1e}, after {smooth.index(min(smooth)) + 1} "
         f"of {steps} steps from {low:g} to {high:g}.")  # fmt: skip
     if len(rates) == steps and best > 0.8 * high:
@@ -89,11 +99,15 @@ def range_test(
         config.data, vocab_size=config.model.vocab_size, tokenizer=config.tokenizer,
         field=config.text_field,
     )  # fmt: skip
-    shape = replace(config.model, vocab_size=Tokenizer.load(folder).vocab_size)
+    shape = config.model
+    if config.init_from is None:
+        shape = replace(shape, vocab_size=Tokenizer.load(folder).vocab_size)
     loader = LOADERS[config.packing](
         folder, "train", batch_size=config.batch_size, length=shape.max_seq_len, seed=config.seed
     )
     model = make_model(config, shape)
+    if config.init_from is not None:
+        say(copy_weights(config.init_from, model))
     cast = config.compute.apply(model, device).cast
     optimizer = config.optimizer.make(
         model, learning_rate=config.schedule.learning_rate, record_norms=False
@@ -130,6 +144,6 @@ def _draw(
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    with atomic.replacing(out) as draft:
+        figure.savefig(draft, dpi=110)
     plt.close(figure)

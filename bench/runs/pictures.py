@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from tritium.bench.ends import FailedError, WrongInputError
+from tritium.bench.ends import FailedError, WrongInputError, writable
 from tritium.bench.runs._browser import photograph
 from tritium.bench.runs.report import RunError, render
 from tritium.bench.tables import results
@@ -37,9 +37,9 @@ def main(
         out: the folder of the pictures; that of results by default.
     """
     out = out or results()
-    out.mkdir(parents=True, exist_ok=True)
     if not runs:
         raise WrongInputError("name the folder of a run of train.py, or several")
+    writable(out / "report.png")
     try:
         with tempfile.TemporaryDirectory() as folder:
             page, terminal = Path(folder) / "report.html", Path(folder) / "progress.svg"

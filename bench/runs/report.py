@@ -15,11 +15,13 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from tritium.bench.ends import WrongInputError, as_wrong_input
+from tritium.bench.ends import WrongInputError, as_wrong_input, writable
 from tritium.data import atomic
 from tritium.training.monitor.display import clock
+from tritium.training.monitor.observer import OTHER_TEXT
 from tritium.training.monitor.plot import moving_average, plot_layers
 from tritium.training.run import checkpoint
+from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import read_lines
 
@@ -45,6 +47,7 @@ def main(
         raise WrongInputError("name the folder of a run of train.py, or several")
     with as_wrong_input(RunError):
         page = render(runs)
+    writable(out)
     atomic.write(out, page.encode())
     Console(soft_wrap=True).print(f"{out}: {len(page) / 1e3:.0f} KB, opens in any browser")
 
@@ -57,7 +60,7 @@ def render(runs: tuple[Path, ...]) -> str:
     """Return the page.
 
     Raises:
-        RunError: a folder "holds no run", or one whose log is empty.
+        RunError: a folder "holds no run", or one whose log is empty or newest checkpoint damaged.
     """
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -77,7 +80,8 @@ def describe(run: Path, name: str) -> dict[str, Any]:
     """Return what the page shows of one run."""
     try:
         record = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
+        settings = flatten(record["config"]) | flatten(record["fingerprint"]["machine"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise RunError(f"{run} holds no run of train.py (config.json cannot be read)") from None
     log = read_lines(run / "log.jsonl")
     if not log:
@@ -86,7 +90,7 @@ def describe(run: Path, name: str) -> dict[str, Any]:
         "name": name,
         "facts": facts(run, record, log),
         "curves": {key: curve(log, key) for key in (*KEYS, *FURTHER)},
-        "settings": flatten(record["config"]) | flatten(record["fingerprint"]["machine"]),
+        "settings": settings,
         "samples": spread(latest(read_lines(run / "samples.jsonl")), SAMPLES),
         "events": events_of(run, log),
         "layers": _layers(run, name),
@@ -107,10 +111,15 @@ def _layers(run: Path, name: str) -> str | None:
 def facts(run: Path, record: dict, log: list[dict]) -> dict[str, str]:
     """Return the figures of a run that say most, with their units."""
     losses = [x["loss"] for x in log if math.isfinite(x["loss"])]
-    measured = [x for x in log if math.isfinite(x.get("val_loss", math.nan))]
+    events = read_lines(run / "events.jsonl")
+    since = max((x["step"] for x in events if x["kind"] == OTHER_TEXT), default=0)
+    measured = [x for x in log if math.isfinite(x.get("val_loss", math.nan)) and x["step"] > since]
     best = min(measured, key=lambda x: x["val_loss"], default=None)
     machine, saved = record["fingerprint"]["machine"], checkpoint.checkpoints(run / "checkpoints")
-    seconds = checkpoint.read_record(saved[-1])["state"]["seconds"] if saved else None
+    try:
+        seconds = checkpoint.read_record(saved[-1])["state"]["seconds"] if saved else None
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
     return {
         "preset": record["preset"],
         "steps": f"{log[-1]['step']:,}",

@@ -6,7 +6,7 @@ import pytest
 
 from tritium.bench.__main__ import VERBS, main
 from tritium.bench.ends import FailedError, WrongInputError, at_least, ended, split_flags
-from tritium.bench.runs import _trials
+from tritium.bench.runs import _trials, characters
 
 WRONG = {
     "gpu": (["--minutes", "0.1"], "--minutes must be 0.5 or more, got 0.1"),
@@ -100,6 +100,18 @@ def test_numbers_and_flags():
     with pytest.raises(WrongInputError, match="--micro-batches must be at least 1, got 0"):
         at_least(1, seeds=1, micro_batches=0)
     assert split_flags("--data 'a b'") == ["--data", "a b"]
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_wrong_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "runs"):
+        for make in (
+            lambda out: _trials.run_all([], out, []),
+            lambda out: _trials.once(out, "key", dict, dict),
+            lambda out: characters.main(out=out),
+        ):
+            with pytest.raises(WrongInputError, match=rf"^--out {out}\S+ cannot be written \("):
+                make(out)
 
 
 def test_the_status_of_train_py_decides(tmp_path):

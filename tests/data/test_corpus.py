@@ -96,6 +96,18 @@ def test_long_file_is_cut_at_blank_lines(text_file):
     assert all(1024 <= len(piece) < 1200 for piece in pieces[:-1])
 
 
+def test_a_file_alone_in_its_folder_is_cut_as_if_it_was_named(text_file, tmp_path):
+    """And kept whole beside another; a table's rows are its documents anyway."""
+    pieces = list(documents(text_file))
+    assert len(pieces) > 1
+    assert list(documents(text_file.parent)) == pieces
+    (tmp_path / "z.txt").write_text("other")
+    assert list(documents(text_file.parent)) == ["".join(pieces), "other"]
+    rows = [{"text": "long " * 9999}, {"text": "short"}]
+    write(tmp_path / "table", {"a.jsonl": jsonl(*rows)})
+    assert list(documents(tmp_path / "table")) == [row["text"] for row in rows]
+
+
 def test_nulls_and_white_space_are_left_out(tmp_path):
     rows = jsonl({"text": "a"}, {"text": None}, {"x": 1}, {"text": " \n"}, {"text": "b"})
     assert list(documents(write(tmp_path, {"a.jsonl": rows}) / "a.jsonl")) == ["a", "b"]

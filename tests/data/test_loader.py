@@ -267,7 +267,7 @@ def test_refuses_an_id_outside_the_vocabulary(folder):
     ("options", "message"),
     [
         ({"length": 1003}, "train has 1003 tokens, a window of length 1003 takes 1004"),
-        ({"batch_size": 101}, r"train has 100 windows of length 10, a batch takes 101 \(101 on"),
+        ({"batch_size": 101}, r"train has 100 windows of length 10, a batch takes 101; add text"),
         ({"batch_size": 51, "world_size": 2}, r"a batch takes 102 \(51 on each of 2 ranks\)"),
         ({"split": "val", "length": 60}, "val has 60 tokens, a window of length 60 takes 61"),
         ({"split": "test"}, "split must be one of"),
@@ -285,6 +285,16 @@ def test_refuses_an_id_outside_the_vocabulary(folder):
 def test_refuses_what_does_not_fit(folder, options, message):
     with pytest.raises(DataError, match=message):
         loader(folder, **options)
+
+
+@pytest.mark.parametrize("options", [{"length": 1003}, {"batch_size": 101}], ids=str)
+def test_a_short_text_is_named_by_its_source_and_what_to_lower_by_its_flag(folder, options):
+    rewrite(folder, lambda manifest: manifest.update(source="book.txt"))
+    with pytest.raises(
+        DataError, match=r"^book\.txt: the split train has .* \(--.*train\.py\)$"
+    ) as e:
+        loader(folder, **options)
+    assert str(folder) not in str(e.value)
 
 
 def test_largest_fit(folder):

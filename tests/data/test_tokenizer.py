@@ -225,10 +225,16 @@ def test_what_tiktoken_cannot_follow_is_left_to_tokenizers(rich, change):
         assert actual.eot not in actual.encode(text)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
-def test_refuses_a_damaged_file(tmp_path, content):
+NO_JSON = [b"", b"{", b"\xff", b"plain text", b"[" * 99_999]
+
+
+@pytest.mark.parametrize("content", [*NO_JSON, b"[]"], ids=len)
+def test_refuses_a_damaged_file_and_one_that_is_no_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"tokenizer\.json: "):
+    says = (
+        r" is no tokenizer \(.*; name a tokenizer\.json, a fo" if content in NO_JSON else ": not a "
+    )
+    with pytest.raises(DataError, match=rf"tokenizer\.json{says}"):
         Tokenizer.load(tmp_path)
 
 

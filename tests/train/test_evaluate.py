@@ -1,5 +1,6 @@
 """Prove that perplexity and bits per byte are those of every token in the window that holds it."""
 
+import gzip
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritium.data import Tokenizer
+from tritium.data.records import Tally, read_files
 from tritium.model import ModelConfig, Transformer
 from tritium.training.evaluate import main, nats_of
 from tritium.training.multiple_choice import accuracy, read_questions
@@ -66,13 +68,25 @@ def test_a_run_is_measured_on_a_file(run, tmp_path):
     )
     assert perplexity == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-3)
     assert bits == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-3)
-    (tmp_path / "utf16.txt").write_bytes(text.encode("utf-16"))
-    main(tmp_path / "run", tmp_path / "utf16.txt", device="cpu", stride=16)
-    assert f"{bits:.4f} bits per byte" in run.output()
+    for name, content in (
+        ("utf16.txt", text.encode("utf-16")),
+        ("crlf.txt", text.replace("\n", "\r\n").encode()),
+        ("cr", text.replace("\n", "\r").encode()),
+        ("text.txt.gz", gzip.compress(text.encode())),
+        ("crlf.py.gz", gzip.compress(text.replace("\n", "\r\n").encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        main(tmp_path / "run", tmp_path / name, device="cpu", stride=16)
+        assert printed.replace("text.txt", name) == run.output()
+        (as_trained,) = read_files([tmp_path / name], "text", Tally(), cut=False)
+        assert as_trained == text
     questions = tmp_path / "questions.jsonl"
     asked = [dict(ctx="def f(x):", endings=["return x", "{{{{ \u00e9"], label=0)] * 3
     questions.write_text("\n".join(map(json.dumps, asked)))
     main(tmp_path / "run", questions, device="cpu", multiple_choice=True)
+    packed = tmp_path / "questions.jsonl.gz"
+    packed.write_bytes(gzip.compress(questions.read_bytes()))
+    assert read_questions(packed) == read_questions(questions)
     found = accuracy(model, tokenizer, read_questions(questions))
     printed = run.output()
     assert f"{questions}: 3 questions, by chance 50.0%" in printed
@@ -86,10 +100,14 @@ def test_a_run_is_measured_on_a_file(run, tmp_path):
         main(tmp_path / "run", questions, stride=3, multiple_choice=True)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.txt").write_bytes(b"ab\xff" * 9)
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(text.encode())[:-20])
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4" + bytes(range(256)))
     for name, options, message in (
         ("empty.txt", {}, "empty.txt is empty; name a text"),
-        ("bad.txt", {}, "bad.txt is not text"), ("a.pdf", {}, "a.pdf is not text but"),
+        ("bad.txt", {}, "cannot read .*bad.txt at byte 2: not UTF-8; name a text"),
+        ("a.pdf", {}, "cannot read .*a.pdf: not text but a PDF; name a text"),
+        ("cut.txt.gz", {}, "cannot read .*cut.txt.gz .*: damaged file; name a text"),
+        ("questions.jsonl", {}, "questions.jsonl is a table of texts; name one text"),
         ("nowhere.txt", {}, "cannot read .*nowhere.txt: No such file"),
         ("text.txt", dict(stride=65), r"stride must be in \[1, 64\], the model's context, got 65"),
         ("text.txt", dict(batch_size=0), "batch_size must be at least 1, got 0"),

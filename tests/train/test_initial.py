@@ -47,7 +47,7 @@ def test_is_resumed_without_the_source(source, run, tmp_path):
     assert run(tmp_path / "whole", *arguments) == 0
 
     assert run(tmp_path / "part", *arguments[:2], "--max-steps", "2", "--save-every", "2") == 0
-    (source / "checkpoints").rename(source / "gone")
+    source.rename(tmp_path / "gone")
     resume = ["train.py", "--resume", str(tmp_path / "part"), "--max-steps", "4"]
     run.monkeypatch.setattr("sys.argv", resume)
     threads = torch.get_num_threads()
@@ -59,6 +59,26 @@ def test_is_resumed_without_the_source(source, run, tmp_path):
         for name in ("whole", "part")
     )
     assert all(torch.equal(x, part[name]) for name, x in whole.items())
+
+
+def test_a_tokenizer_that_was_given_is_needed_once(source, run, tmp_path):
+    """Whatever has become of its file: a run has a copy, which counts unless another is named."""
+    file = tmp_path / "tokenizer.json"
+    Tokenizer.load(source).save(file)
+    folder, more = tmp_path / "run", ("--max-steps", "2", "--tokenizer", str(file))
+    assert run(folder, *more) == 0
+    file.write_text("no tokenizer")
+    assert run(folder, "--max-steps", "3", "--resume") == 0
+    assert run(folder, "--max-steps", "4", "--resume", *more[2:]) == 2
+    assert "tokenizer.json" in run.output()
+
+
+def test_a_run_that_ended_before_its_settings_takes_its_shape_from_the_source(
+    source, run, tmp_path
+):
+    """As torchrun starts it again: with --resume, and nothing to resume."""
+    assert run(tmp_path / "tuned", "--init-from", str(source), *FEW, "--resume") == 0
+    assert Transformer.load(tmp_path / "tuned").config == Transformer.load(source).config
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -165,7 +185,7 @@ def test_lora_is_resumed_in_the_same_bytes_without_its_source(more, source, run,
     run.at_step(5, crash)
     with pytest.raises(CrashError):
         run(tmp_path / "part", *steps)
-    (source / "checkpoints").rename(source / "gone")
+    source.rename(tmp_path / "gone")
     run.monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path / "part")])
     threads = torch.get_num_threads()
     train.main()

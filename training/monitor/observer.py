@@ -18,6 +18,8 @@ from tritium.training.optim import Optimizer
 from tritium.training.run.run_folder import RunLog
 
 BETWEEN = "\n---\n"
+OTHER_TEXT = "other validation text"
+"""Kind of the event up to whose step validations are of other text than those behind it."""
 SEED = 1  # of all samples, so that they differ by the model alone
 
 
@@ -131,6 +133,11 @@ class Observer:
         """Log a warning, and record it."""
         self._log(f"Warning: {warning}")
         self._keep_event(step, "warning", warning)
+
+    def forgot_best(self, step: int, text: str) -> None:
+        """Log and record that validations up to a step are of other text than those to come."""
+        self._log(text)
+        self._keep_event(step, OTHER_TEXT, text)
 
     def save_failed(self, step: int, text: str) -> None:
         """Record that a step could not be saved; from any thread."""

@@ -70,6 +70,31 @@ def require_same(saved: dict, current: dict, source: Path, *, anyway: bool) -> s
     return f"Resuming although {source} was written with different settings:{shown}\n"
 
 
+def same_data(state: dict, fingerprint: dict) -> bool:
+    """Whether a checkpoint's `state` is of the text and tokens of the run of that fingerprint."""
+    before = state.get("fingerprint", {})
+    return all(before.get(name) == fingerprint[name] for name in ("data", "tokenizer"))
+
+
+def best_of(state: dict, fingerprint: dict) -> dict | None:
+    """Return the lowest validation in a checkpoint's `state`, if a run may compare its own with it.
+
+    Not if it is of other text than the run of that fingerprint validates on: other data or tokens,
+    another context or number of tokens.
+    """
+    before, now = state.get("fingerprint", {}), fingerprint
+    # Checkpoints made before the validation split had an entry are known by the others.
+    same = (
+        same_data(state, now) and before.get("validation", now["validation"]) == now["validation"]
+    )
+    return state.get("best") if same and _measure(before) == _measure(now) else None
+
+
+def _measure(fingerprint: dict) -> tuple[int, int]:
+    config = fingerprint["config"]
+    return config["eval_tokens"], config["model"]["max_seq_len"]
+
+
 def _flatten(entries: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in entries.items():
         if isinstance(value, dict):

@@ -61,7 +61,7 @@ def _lock(run: Path, lock: int) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(lock, 1000).decode() or "another process"
+        owner = os.read(lock, 1000).decode(errors="replace") or "another process"
         raise RunFolderError(
             f"{run} is in use by {owner}; wait for it or stop it, or name another folder"
         ) from None
@@ -165,18 +165,22 @@ class RunLog:
 def read_lines(path: Path) -> list[dict]:
     """Return the entries of a .jsonl file up to the first broken line; none without a file.
 
-    null, written for a number that is not finite, is read as NaN.
+    A broken line holds anything that is no JSON object in UTF-8, as the disk has it after a loss of
+    power. null, written for a number that is not finite, is read as NaN.
     """
     entries = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     for line in lines:
         try:
-            entries.append(_with_nan(json.loads(line)))
-        except ValueError:  # still being written, or the process was killed there
+            entry = json.loads(line.decode())
+        except ValueError:  # still being written, or the process or the power ended there
             break
+        if not isinstance(entry, dict):
+            break
+        entries.append(_with_nan(entry))
     return entries
 
 

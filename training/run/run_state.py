@@ -12,6 +12,7 @@ import torch
 from tritium.training.memory.retry import MemoryRetry
 from tritium.training.recovery import Recovery, restore
 from tritium.training.run import checkpoint, random_state
+from tritium.training.run.fingerprint import best_of
 from tritium.training.schedule import Budget
 
 
@@ -43,13 +44,27 @@ class RunState:
 
     def __init__(self, source: Path | None):
         saved: dict = {} if source is None else checkpoint.read_record(source)["state"]
-        self._source = source
+        self._source, self._saved = source, saved
         self.fingerprint: dict = saved.get("fingerprint", {})
         self.threads: int = saved.get("threads", 0)
         self.plan: dict | None = saved.get("plan")
         self.best: dict | None = saved.get("best")
         self.seconds: float = saved.get("seconds", 0.0)
         self.budget = Budget(**saved["budget"]) if "budget" in saved else None
+
+    def forget_best(self, fingerprint: dict) -> str:
+        """Drop `best` if it is of other validation text than this run's; return a line about it.
+
+        Args:
+            fingerprint: that of this run.
+        """
+        best, self.best = self.best, best_of(self._saved, fingerprint)
+        if best is None or self.best is not None:
+            return ""
+        return (
+            f"The lowest validation loss so far, {best['val_loss']:.4f} nats per token after step "
+            f"{best['step']:,}, is of other validation text and no longer counts."
+        )
 
     def capture(
         self, loader: Positioned, recovery: Recovery, plan: MemoryRetry, optimizer: Any,

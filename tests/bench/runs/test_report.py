@@ -101,6 +101,20 @@ def test_a_run_that_goes_on_and_one_without_a_log(tmp_path):
         render((tmp_path,))
 
 
+def test_a_run_that_is_damaged_is_one_sentence(tmp_path):
+    run = make_run(tmp_path / "a", steps=5)
+    (run / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000005" / "state.json").write_text("{")
+    with pytest.raises(RunError, match=r"state.json is not JSON: the checkpoint is damaged"):
+        render((run,))
+    for content in ("[]", "{}", '{"config": 3, "fingerprint": {"machine": {}}}', "{", b"\xff"):
+        (run / "config.json").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
+        with pytest.raises(RunError, match=r"a holds no run of train.py \(config.json cannot be"):
+            render((run,))
+
+
 def test_the_command_writes_a_page_or_says_why_not(tmp_path, capsys):
     report.main((make_run(tmp_path / "a", steps=5),), out=tmp_path / "page.html")
     assert data_of((tmp_path / "page.html").read_text())["runs"][0]["name"] == "a"
@@ -108,4 +122,6 @@ def test_the_command_writes_a_page_or_says_why_not(tmp_path, capsys):
         report.main((tmp_path,), out=tmp_path / "none.html")
     with pytest.raises(WrongInputError, match="name the folder of a run"):
         report.main((), out=tmp_path / "none.html")
+    with pytest.raises(WrongInputError, match=r"--out .* cannot be written \(Is a directory\)"):
+        report.main((tmp_path / "a",), out=tmp_path)
     assert not (tmp_path / "none.html").exists()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from math import isfinite
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tritium.training.run.run_folder import RunFolderError, RunLog, lock_folder, read_lines
@@ -96,6 +96,24 @@ def test_a_log_is_cut_where_the_run_goes_on(tmp_path):
     log.append(entries(4, 5))
     log.sync()
     assert log.entries == read(path) == entries(1, 2, 3, 4, 5)
+
+
+@given(st.binary(max_size=20))
+@example(b"\xdf\xff\x80\x01")
+@example(b"\0" * 16)
+@example(b"12")
+@example(b"null")
+def test_no_bytes_behind_the_last_whole_line_cost_a_line(tmp_path_factory, rest):
+    """As a loss of power may leave them, in each file of a run; nothing behind them is read."""
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    for name in (path, path.with_name("abandoned-log.jsonl")):
+        lines = (json.dumps(x | {"abandoned": 1}) for x in entries(1, 2))
+        name.write_bytes(
+            "".join(f"{line}\n" for line in lines).encode() + rest + b'\n{"step": 1}\n'
+        )
+    log = RunLog(path, 2, pytest.fail, 1)
+    assert [x["step"] for x in log.entries] == [x["step"] for x in read(path)] == [1, 2]
+    assert read(path.with_name("abandoned-log.jsonl")) == read(path)
 
 
 def test_what_is_done_again_moves_to_another_file(tmp_path):
