@@ -296,6 +296,7 @@ def cross_entropy(
         label_smoothing: ε in [0, 1].
         z_loss: factor of lse², at least 0.
         softcap: bound of the logits, softcap · tanh(logits / softcap), above 0; None for no bound.
+            It bounds a logit of -inf too, whose class gets the logit -softcap.
         logit_scale: factor of the logits, before the softcap.
         inplace: allow the logits to be overwritten, by their gradient: a third less memory traffic
             and no second buffer. They must be contiguous rows and not a leaf. With reduction

@@ -331,10 +331,11 @@ def linear_log_prob(
         linear_weight: `[V, D]`, any of these dtypes.
         target: class indices, `[...]`, the leading axes of `input`, any integer dtype. One outside
             [0, V) other than `ignore_index` is treated as `cross_entropy` treats it.
-        linear_bias: `[V]` or None; -inf excludes a class.
+        linear_bias: `[V]` or None; -inf excludes a class, but not under a softcap.
         ignore_index: targets of this value have log-probability and entropy 0, and no gradient;
             None for -100.
         softcap: bound of the logits, softcap · tanh(logits / softcap), above 0; None for no bound.
+            It bounds a logit of -inf too, whose class gets the logit -softcap.
         logit_scale: factor of the logits, before the softcap: 1 / temperature.
         chunk_bytes: budget of the logits buffer in bytes; None for 1 GiB on a GPU, 4 MiB on a CPU.
         return_entropy: return `(log_prob, entropy)`.
