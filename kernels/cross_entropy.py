@@ -356,7 +356,7 @@ def cross_entropy(
         wide = torch.promote_types(input.dtype, torch.float32)
         w_T = token_weights(target_T, w_V, ignore_index, wide)
         scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
-        results = _CrossEntropyInPlace.apply(x_TV, target_T, w_V, scale, options)
+        results = apply(_CrossEntropyInPlace, x_TV, target_T, w_V, scale, options)
     else:
         overwrite = overwrite and not torch.compiler.is_compiling()
         results = apply(_CrossEntropy, x_TV, target_T, w_V, options, overwrite, reduction)

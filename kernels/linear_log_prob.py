@@ -45,6 +45,7 @@ from tritium.kernels._padded_rows import load_logits, store_gradient, store_zero
 from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
     accumulator,
+    apply,
     once_differentiable,
     operator,
     power_of_2,
@@ -370,8 +371,7 @@ def linear_log_prob(
         options = LossOptions(ignore_index, 0.0, 0.0, softcap or 0.0, logit_scale, stats=True)
         inputs = (hidden_TD, linear_weight, linear_bias)
         wants = tuple(x is not None and x.requires_grad for x in inputs)
-        pair = _LinearLogProb.apply(
-            *inputs, target_T, ChunkPlan(dtype, rows, False), wants, options
-        )  # fmt: skip
+        plan = ChunkPlan(dtype, rows, False)
+        pair = apply(_LinearLogProb, *inputs, target_T, plan, wants, options)
     log_prob, entropy = (x.view(shape) for x in pair)
     return (log_prob, entropy) if return_entropy else log_prob

@@ -218,14 +218,26 @@ def apply(function: type[torch.autograd.Function], *args) -> Any:
     """Return `function.apply(*args)`, without the part of it that functorch's wrappers need.
 
     Unwrapping those costs 2 us. A dead one, of a transform that has returned, has no memory of its
-    own, and is left to PyTorch.
+    own, and is left to PyTorch. Dynamo takes no tensor twice: it is given a view of it instead.
     """
-    if is_dynamo_compiling() or _are_functorch_transforms_active():
+    if is_dynamo_compiling():
+        return function.apply(*_distinct(args))
+    if _are_functorch_transforms_active():
         return function.apply(*args)
     for x in args:
         if type(x) is Tensor and is_functorch_wrapped_tensor(x):
             return function.apply(*args)
     return _bare_apply(function)(*args)
+
+
+def _distinct(args: tuple) -> list:
+    tensors, found = [], []
+    for x in args:
+        if isinstance(x, Tensor):
+            x = x.view_as(x) if any(x is y for y in tensors) else x
+            tensors.append(x)
+        found.append(x)
+    return found
 
 
 @functools.cache

@@ -19,7 +19,7 @@ def check_tokens(tokens: Any) -> None:
 
 
 def check_positions(positions: Any, tokens: Tensor, limit: int | None = None) -> None:
-    """Raise a ValueError unless `positions` say where in its document each token stands.
+    """Raise a ValueError unless `positions` are places of tokens in their documents.
 
     Their shape, dtype and device are always looked at; their values only on a CPU, which need not
     wait for them, and by numpy: 7 us for `[8, 64]`, where PyTorch's operators take 18 us.

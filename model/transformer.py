@@ -265,7 +265,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: `[B, L]`, behind those that the cache holds.
-            cache: of `new_cache`, or None; takes the keys and values of these tokens too.
+            cache: of `new_cache`, or None; takes the keys and values of these tokens too. With one
+                no activation is recomputed.
             positions: as `forward` takes them.
         """
         check_tokens(tokens)
@@ -342,10 +343,12 @@ class Transformer(nn.Module):
             dropout = self.dropout if self.training else 0.0
             return self.norm(residual_stack(self.blocks, x_BLD, places, cache, dropout))
         residual_BLD = None
+        # Recomputed, a block would read its tokens into the cache again.
+        policy = self.activation_checkpointing if cache is None else "none"
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             x_BLD, residual_BLD = checkpointing.run_block(
-                self.activation_checkpointing, i, block, (x_BLD, residual_BLD, places, layer),
+                policy, i, block, (x_BLD, residual_BLD, places, layer),
                 draws=self.dropout > 0,
             )  # fmt: skip
         return self.norm.add(x_BLD, residual_BLD)[0]
