@@ -235,7 +235,7 @@ class Transformer(nn.Module):
             targets: `[B, L]` ids, or -100 where a token does not count; None for logits.
             positions: `[B, L]` int64 or int32, of each token in its document, 0 where one begins: a
                 token attends to those before it in its own document, and the result is that of each
-                document by itself. None: each row is one document.
+                document alone. None: each row is one document.
 
         Returns:
             Without targets: logits `[B, L, V]`. With targets: their mean cross-entropy in nats, a
