@@ -184,6 +184,13 @@ ARGUMENTS = [
     (([W], 0.1, (1.0, 0.9)), ValueError, r"betas must be in \[0, 1\)"),
     (([W], 0.1, (0.9, 0.9), -1.0), ValueError, "eps must be at least 0"),
     (([W], 0.1, (0.9, 0.9), 0.1, float("nan")), ValueError, "weight_decay must be at least 0"),
+    (([W], "1e-3"), ValueError, "lr must be at least 0, .*, got '1e-3'"),
+    (([W], 0.1, 0.9), ValueError, "betas must be two floats, .*, got 0.9"),
+    (([W], 0.1, (0.9,)), ValueError, r"betas must be two floats, .*, got \(0.9,\)"),
+    (([W], 0.1, (0.9, 0.9, 0.9)), ValueError, "betas must be two floats"),
+    (([W], 0.1, ("0.9", "0.9")), ValueError, "betas must be two floats"),
+    (([W], 0.1, (0.9, 0.9), "1e-8"), ValueError, "eps must be at least 0, got '1e-8'"),
+    (([W], 0.1, (0.9, 0.9), 0.1, None), ValueError, "weight_decay must be at least 0, got None"),
     (([],), ValueError, "empty parameter list"),
     (([nn.Parameter(torch.ones(2).half())],), TypeError, "float32 or bfloat16, got torch.float16"),
     (([nn.Parameter(torch.ones(2).double())],), TypeError, "float32 or bfloat16, got torch.float6"),
@@ -199,7 +206,7 @@ def test_rejects_arguments(arguments, error, message):
         AdamW(*arguments)
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan"), "1"])
 def test_rejects_max_grad_norm(max_grad_norm):
     with pytest.raises(ValueError, match="max_grad_norm must be positive"):
         AdamW([W], max_grad_norm=max_grad_norm)
