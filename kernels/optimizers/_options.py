@@ -1,7 +1,7 @@
 """Optimizer options beyond torch.optim's, and the norms that a step reports."""
 
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Real
 from textwrap import fill
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -160,7 +160,7 @@ def checked(op: str, options: StepOptions) -> dict[str, Any]:
         raise ValueError(
             f"{op}: ema_decay must be in [0, 1), got {ema_decay!r}; None keeps no mean"
         )
-    if not (isinstance(seed, Integral) and 0 <= seed < 1 << 32):
+    if not (is_number(seed) and 0 <= seed < 1 << 32 and seed % 1 == 0):
         raise ValueError(f"{op}: seed must be in [0, 2^32), got {seed!r}")
     for name, choices in _CHOICES.items():
         if every[name] not in choices:

@@ -29,7 +29,6 @@ https://arxiv.org/abs/2510.05491
 
 from collections.abc import Sequence
 from math import sqrt
-from numbers import Integral
 from typing import Any, Literal, Unpack
 
 import torch
@@ -223,7 +222,7 @@ class Muon(MultiTensorOptimizer):
         self._check_betas(group)
         self._check_not_negative(group, ("eps", "adamw_eps"))
         steps = group["ns_steps"]
-        if not (isinstance(steps, Integral) and steps >= 1):
+        if not (is_number(steps) and steps >= 1 and steps % 1 == 0):
             raise ValueError(f"Muon: ns_steps must be at least 1, got {steps!r}")
         for name in ("momentum", "beta2"):
             x = group[name]
