@@ -32,7 +32,7 @@ from tritium.kernels._cross_entropy_options import (
 from tritium.kernels._cross_entropy_ranks import Classes, shard
 from tritium.kernels._scale_gradient import scaled
 from tritium.kernels.cross_entropy import cross_entropy_reference
-from tritium.kernels.runtime import once_differentiable, operator, sees_through
+from tritium.kernels.runtime import apply, once_differentiable, operator, sees_through
 
 # A chunk's rows must outnumber what the float32 sum of dweight costs (about 230 rows' worth on an
 # H200, computed), so the budget is large; on a CPU a chunk should stay in the cache: 95 ms against
@@ -324,16 +324,16 @@ def linear_loss(
     if alone and (runtime.REFERENCE or all_logits or hidden.is_meta):
         return _whole(inputs, dtype, options, reduction, shape)
     if reduction == "none":
-        loss, values_RT, argmax_T = _LinearCrossEntropyRows.apply(
-            *inputs, weight_grad, plan, wants, options
+        loss, values_RT, argmax_T = apply(
+            _LinearCrossEntropyRows, *inputs, weight_grad, plan, wants, options
         )  # fmt: skip
         loss = loss.view(shape)
     else:
         wide = torch.promote_types(dtype, torch.float32)
         w_T = token_weights(target_T, class_weight_V, options.ignore_index, wide)
         scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
-        loss, values_RT, argmax_T = _LinearCrossEntropy.apply(
-            *inputs, scale, weight_grad, plan, wants, options
+        loss, values_RT, argmax_T = apply(
+            _LinearCrossEntropy, *inputs, scale, weight_grad, plan, wants, options
         )  # fmt: skip
     if not options.stats:
         return loss

@@ -14,7 +14,7 @@ from tritium.kernels._kl_div_rows import Divergence, rows
 from tritium.kernels._linear_cross_entropy import _product
 from tritium.kernels._scale_gradient import scaled
 from tritium.kernels._topk_kl_div_rows import topk_rows
-from tritium.kernels.runtime import once_differentiable, operator
+from tritium.kernels.runtime import apply, once_differentiable, operator
 
 
 def scale_of(x_TD: Tensor, mask_T: Tensor | None, reduction: str) -> Tensor:
@@ -184,8 +184,8 @@ def chunked(
     # A float16 gradient is too narrow before its loss scale, which the backward pass brings.
     if reduction != "none" and dtype != torch.float16:
         scale = scale_of(hidden_TD, mask_T, reduction)
-        return _LinearKLDiv.apply(scale, plan, options, *tensors)
-    loss_T = _LinearKLDivRows.apply(plan, options, *tensors)
+        return apply(_LinearKLDiv, scale, plan, options, *tensors)
+    loss_T = apply(_LinearKLDivRows, plan, options, *tensors)
     if reduction == "none":
         return loss_T.view(shape)
     return loss_T.sum() * scale_of(hidden_TD, mask_T, reduction)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tritium.kernels._cpu_backward import differentiate
 from tritium.kernels.rope import _rows
-from tritium.kernels.runtime import widen
+from tritium.kernels.runtime import refuse_batched, widen
 
 Packed = tuple[Tensor, Tensor, Tensor]
 
@@ -54,6 +54,7 @@ class HandWritten(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        refuse_batched(dq, dk, dv)
         qkv, *weights, r, cos, sin = ctx.saved_tensors
         wanted, nothing = ctx.needs_input_grad[:3], (None,) * 7
         if torch.is_grad_enabled():

@@ -296,6 +296,7 @@ def cross_entropy(
         label_smoothing: ε in [0, 1].
         z_loss: factor of lse², at least 0.
         softcap: bound of the logits, softcap · tanh(logits / softcap), above 0; None for no bound.
+            It bounds a logit of -inf too, whose class gets the logit -softcap.
         logit_scale: factor of the logits, before the softcap.
         inplace: allow the logits to be overwritten, by their gradient: a third less memory traffic
             and no second buffer. They must be contiguous rows and not a leaf. With reduction
@@ -355,7 +356,7 @@ def cross_entropy(
         wide = torch.promote_types(input.dtype, torch.float32)
         w_T = token_weights(target_T, w_V, ignore_index, wide)
         scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
-        results = _CrossEntropyInPlace.apply(x_TV, target_T, w_V, scale, options)
+        results = apply(_CrossEntropyInPlace, x_TV, target_T, w_V, scale, options)
     else:
         overwrite = overwrite and not torch.compiler.is_compiling()
         results = apply(_CrossEntropy, x_TV, target_T, w_V, options, overwrite, reduction)

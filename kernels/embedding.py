@@ -63,6 +63,8 @@ def _embedding_forward_kernel(
     known_T = (tokens_T >= 0) & (tokens_T < V)
     w_ptrs = w_ptr + tokens_T * stride_wV + offs_D
     y_TD = tl.load(w_ptrs, mask=known_T & (offs_D < D), other=float("nan"))
+    if w_ptr.dtype.element_ty is tl.float64 and y_ptr.dtype.element_ty is not tl.float64:
+        y_TD = y_TD.to(tl.float32)  # as PyTorch rounds it, in two steps
     tl.store(y_ptr + offs_T * D + offs_D, y_TD, mask=(offs_T < T) & (offs_D < D))
 
 

@@ -122,6 +122,7 @@ def linear_cross_entropy(
         options: PyTorch's way to set chunks, refused here: `chunk_bytes` sets them.
         z_loss: factor of lse², at least 0.
         softcap: bound of the logits, softcap · tanh(logits / softcap), above 0; None for no bound.
+            It bounds a logit of -inf too, whose class gets the logit -softcap.
         logit_scale: factor of the logits, before the softcap.
         chunk_bytes: budget of the logits buffer in bytes; None for 1 GiB on a GPU, 4 MiB on a CPU.
             Exceeded only where one chunk costs no more memory than several: `plan`.

@@ -106,7 +106,7 @@ def linear_kl_div(
         temperature: divisor of all logits, behind the softcaps, above 0. The loss is not
             multiplied by its square.
         softcap: bound of the student's logits, softcap · tanh(logits / softcap), above 0; None for
-            no bound.
+            no bound. A class whose logit is -inf stays excluded, with either softcap.
         teacher_softcap: bound of the teacher's.
         chunk_bytes: budget of the two logits buffers in bytes; None for 1 GiB on a GPU, 4 MiB on
             a CPU.

@@ -45,6 +45,7 @@ from tritium.kernels._padded_rows import load_logits, store_gradient, store_zero
 from tritium.kernels.launcher import Launcher
 from tritium.kernels.runtime import (
     accumulator,
+    apply,
     once_differentiable,
     operator,
     power_of_2,
@@ -331,10 +332,11 @@ def linear_log_prob(
         linear_weight: `[V, D]`, any of these dtypes.
         target: class indices, `[...]`, the leading axes of `input`, any integer dtype. One outside
             [0, V) other than `ignore_index` is treated as `cross_entropy` treats it.
-        linear_bias: `[V]` or None; -inf excludes a class.
+        linear_bias: `[V]` or None; -inf excludes a class, but not under a softcap.
         ignore_index: targets of this value have log-probability and entropy 0, and no gradient;
             None for -100.
         softcap: bound of the logits, softcap · tanh(logits / softcap), above 0; None for no bound.
+            It bounds a logit of -inf too, whose class gets the logit -softcap.
         logit_scale: factor of the logits, before the softcap: 1 / temperature.
         chunk_bytes: budget of the logits buffer in bytes; None for 1 GiB on a GPU, 4 MiB on a CPU.
         return_entropy: return `(log_prob, entropy)`.
@@ -369,8 +371,7 @@ def linear_log_prob(
         options = LossOptions(ignore_index, 0.0, 0.0, softcap or 0.0, logit_scale, stats=True)
         inputs = (hidden_TD, linear_weight, linear_bias)
         wants = tuple(x is not None and x.requires_grad for x in inputs)
-        pair = _LinearLogProb.apply(
-            *inputs, target_T, ChunkPlan(dtype, rows, False), wants, options
-        )  # fmt: skip
+        plan = ChunkPlan(dtype, rows, False)
+        pair = apply(_LinearLogProb, *inputs, target_T, plan, wants, options)
     log_prob, entropy = (x.view(shape) for x in pair)
     return (log_prob, entropy) if return_entropy else log_prob

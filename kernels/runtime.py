@@ -21,7 +21,11 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Parameter
@@ -218,14 +222,26 @@ def apply(function: type[torch.autograd.Function], *args) -> Any:
     """Return `function.apply(*args)`, without the part of it that functorch's wrappers need.
 
     Unwrapping those costs 2 us. A dead one, of a transform that has returned, has no memory of its
-    own, and is left to PyTorch.
+    own, and is left to PyTorch. Dynamo takes no tensor twice: it is given a view of it instead.
     """
-    if is_dynamo_compiling() or _are_functorch_transforms_active():
+    if is_dynamo_compiling():
+        return function.apply(*_distinct(args))
+    if _are_functorch_transforms_active():
         return function.apply(*args)
     for x in args:
         if type(x) is Tensor and is_functorch_wrapped_tensor(x):
             return function.apply(*args)
     return _bare_apply(function)(*args)
+
+
+def _distinct(args: tuple) -> list:
+    tensors, found = [], []
+    for x in args:
+        if isinstance(x, Tensor):
+            x = x.view_as(x) if any(x is y for y in tensors) else x
+            tensors.append(x)
+        found.append(x)
+    return found
 
 
 @functools.cache
@@ -295,6 +311,7 @@ def once_differentiable(
 
     @functools.wraps(differentiate)
     def refusing(ctx, *grads):
+        refuse_batched(*grads)
         if not torch.is_grad_enabled():
             return differentiate(ctx, *grads)
         if is_compiling():
@@ -312,6 +329,18 @@ def once_differentiable(
         return tuple(None if x is None else _NoSecondDerivative.apply(x, *used) for x in outputs)
 
     return refusing
+
+
+def refuse_batched(*grads: Tensor | None) -> None:
+    """Raise where a backward pass is asked for many gradients at once, which vmap makes one."""
+    if is_compiling():
+        return
+    for g in grads:
+        if g is not None and (is_legacy_batchedtensor(g) or is_batchedtensor(g)):
+            raise RuntimeError(
+                "a Tritium kernel takes one incoming gradient at a time; leave out "
+                "is_grads_batched and vectorize, or set TRITIUM_REFERENCE=1"
+            )
 
 
 FIRST_ONLY = (

@@ -23,7 +23,7 @@ from tritium.kernels._activation import (
     validate_pair,
 )
 from tritium.kernels._cpu_backward import differentiate, uses_cpu_backward
-from tritium.kernels.runtime import uses_triton, widen
+from tritium.kernels.runtime import refuse_batched, uses_triton, widen
 
 
 def swiglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -44,6 +44,7 @@ class _CpuBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh: Tensor):
+        refuse_batched(dh)
         parts = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*differentiate(swiglu_reference, parts, ctx.needs_input_grad, dh),)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -223,3 +224,14 @@ def _positions(unread_BL: Tensor, first: int, begin_B1: Tensor | None) -> Tensor
         return None
     place_L = torch.arange(first, first + unread_BL.shape[1], device=unread_BL.device)
     return (place_L - begin_B1.clamp(min=first)).clamp(min=0)
+
+
+def stop_ids(stop_tokens: Iterable[int] | Tensor) -> list[int]:
+    """Return the ids that any iterable gives, which may give them but once."""
+    try:
+        return [*map(index, stop_tokens)]
+    except TypeError as error:
+        raise ValueError(
+            f"generate: stop_tokens must be ids, as [{stop_tokens!r}] if it is one, got a "
+            f"{type(stop_tokens).__name__}"
+        ) from error

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritium.model.attention import attention_weights as weights_of
 from tritium.model.block import Attention
+from tritium.model.inputs import check_positions, check_tokens
 from tritium.model.masks import dense_mask, document_numbers
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def attention_weights(
     Returns:
         `[n_layers, B, H, L, L]`: the last axis is what is attended to, and sums to 1.
     """
+    check_tokens(tokens)
+    if positions is not None:
+        check_positions(positions, tokens)
     number_BL = None if positions is None else document_numbers(positions)
     L, found = tokens.shape[1], []
 

@@ -25,7 +25,8 @@ class Cache:
     `Transformer.hidden` with a cache gives the same for the parts of a sequence, however divided,
     as for all of it. The first tokens allocate the memory, and decide its number of rows and
     dtype. A layer with a window forgets what no token sees any more: it holds at most two windows,
-    or what one call has read.
+    or what one call has read. Where gradients are enabled each call copies what it sees, so that
+    they flow through all parts; read under `torch.no_grad` what none is asked of.
 
     Args:
         n_layers: layers of the model.
@@ -33,7 +34,7 @@ class Cache:
         windows: the window of each layer, None for those that have none. None: no layer has one.
         fixed: keep all `max_length` tokens of every layer, windows or not, in memory that stays
             where it is until the cache is dropped, as a CUDA graph needs it: 2 · n_layers · B ·
-            max_length · G · K elements, zeros at first.
+            max_length · G · K elements, zeros at first. No gradient flows from part to part.
         token_shift: keep for each layer what `token_shift` needs too, keys and values as they are
             projected: of the last token and those of the last call, or where `fixed` of all, as
             many elements again.
@@ -117,12 +118,17 @@ class Cache:
             last_B1 = position_BS[:, start - 1 : start] if start else -1
             positions_BL = last_B1 + torch.arange(1, L + 1, device=tokens_BL.device)
         position_BS[:, start : start + L] = positions_BL
-        return position_BS[:, : start + L]
+        return position_BS[
+            :, : start + L
+        ].clone()  # a backward pass may read them when others follow
 
     def append(self, i: int, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of layer `i` behind its others; return all that the first sees."""
         held, begin, end = self._layers[i], self.length, self.length + k_BLGK.shape[1]
         oldest = self._oldest(i, begin)
+        if not self._fixed and _gets_gradients(k_BLGK, v_BLGK, *(() if held is None else held[1:])):
+            held = self._layers[i] = self._joined(held, oldest, k_BLGK, v_BLGK)
+            return held.keys, held.values
         if held is None or end - held.first > held.keys.shape[1]:
             held = self._layers[i] = self._with_room(i, held, k_BLGK, v_BLGK)
         first, *kept = held
@@ -154,9 +160,24 @@ class Cache:
             k_BSGK[:, :n], v_BSGK[:, :n] = held.keys[:, seen], held.values[:, seen]
         return _Held(oldest, k_BSGK, v_BSGK)
 
+    def _joined(self, held: _Held | None, oldest: int, k_BLGK: Tensor, v_BLGK: Tensor) -> _Held:
+        """Return what the next tokens see and themselves, in memory that nothing overwrites.
+
+        A backward pass reads the keys and values of every call.
+        """
+        if held is None:
+            return _Held(oldest, k_BLGK, v_BLGK)
+        seen = slice(oldest - held.first, self.length - held.first)
+        pairs = (held.keys, k_BLGK), (held.values, v_BLGK)
+        return _Held(oldest, *(torch.cat((x[:, seen], new.to(x.dtype)), 1) for x, new in pairs))
+
     @property
     def _rows(self) -> int | None:
         return None if self._layers[0] is None else self._layers[0].keys.shape[0]
+
+
+def _gets_gradients(*xs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in xs)
 
 
 class Cursor:

@@ -5,6 +5,8 @@ Constructors are those of the modules of `torch.nn` with these names, where it h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -129,21 +131,34 @@ class LinearCrossEntropyLoss(nn.Module):
     Args:
         in_features: D, width of the hidden states.
         num_classes: V.
+        out_features: (), as each token has one class; PyTorch has others too.
         bias: whether the output layer has a bias.
         device: of the output layer.
         dtype: of the output layer.
         weight: `[V]`, the weight of each class, or None for ones.
         options: others of `linear_cross_entropy`: `label_smoothing`, `z_loss`, `softcap`, ...
+
+    Raises:
+        ValueError: `out_features` "must be ()", or an option is none that `linear_cross_entropy`
+            takes.
+        TypeError: it has no option of that name.
     """
 
     weight: Tensor | None
 
     def __init__(
-        self, in_features: int, num_classes: int, *, bias: bool = False,
+        self, in_features: int, num_classes: int, *, out_features: tuple[int, ...] = (),
+        bias: bool = False,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         weight: Tensor | None = None, **options,
     ):  # fmt: skip
         super().__init__()
+        if out_features != ():
+            raise ValueError(
+                f"LinearCrossEntropyLoss: out_features must be (), got {out_features!r}; "
+                "take torch.nn.LinearCrossEntropyLoss for several classes of each token"
+            )
+        _check_options(**options)
         self.linear = nn.Linear(in_features, num_classes, bias, device, dtype)
         self.register_buffer("weight", weight)
         self.options = options
@@ -154,3 +169,11 @@ class LinearCrossEntropyLoss(nn.Module):
             input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight,
             **self.options,
         )  # fmt: skip
+
+
+def _check_options(
+    group: object = None, linear_weight_grad: Tensor | None = None, **options: Any
+) -> None:
+    """Raise what `linear_cross_entropy` would raise for the options at the first call."""
+    x = torch.empty(1, 1, device="meta")
+    linear_cross_entropy(x, x, torch.empty(1, dtype=torch.long, device="meta"), **options)

@@ -71,8 +71,8 @@ def residual_stack(
 ) -> Tensor:
     """Return the sum of both streams behind all blocks, `[B, L, D]`.
 
-    Where no gradient is asked for, in a compiler and under torch.func, the same is computed without
-    recomputation.
+    Where no gradient is asked for, in a compiler, under torch.func and with a cache, which a
+    recomputation would read into again, the same is computed without recomputation.
 
     Args:
         blocks: of `model.block`.
@@ -83,7 +83,10 @@ def residual_stack(
     """
     halves = list(half_blocks(blocks, x_BLD, places, cache, dropout))
     recomputes = (
-        torch.is_grad_enabled() and not torch.compiler.is_compiling() and not sees_through()
+        cache is None
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not sees_through()
     )
     trail = _Trail(len(halves), _autocast(x_BLD)) if recomputes else None
     a_BLD = b_BLD = x_BLD
@@ -142,7 +145,8 @@ class _HalfStep(torch.autograd.Function):
     @once_differentiable(made_in_forward=True)
     def backward(ctx, dc_BLD: Tensor):
         half, trail, weights = ctx.half, ctx.trail, ctx.weights
-        kept = ctx.saved_tensors[: len(ctx.saved_tensors) - len(weights)]
+        saved = ctx.saved_tensors  # read once, as checkpoints around the stack demand
+        kept = saved[: len(saved) - len(weights)]
         b_BLD, c_BLD = kept or trail.streams
         if any(x is not y for x, y in zip(half.weights(), weights, strict=True)):
             raise RuntimeError(

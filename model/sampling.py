@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import index
 from typing import NamedTuple, Protocol, overload
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from tritium.kernels import softmax
 from tritium.model.config import ModelConfig
-from tritium.model.decoding import Decoding, GraphedDecoding, decoded, obstacle
+from tritium.model.decoding import Decoding, GraphedDecoding, decoded, obstacle, stop_ids
 from tritium.model.kv_cache import Cache, Cursor
 
 
@@ -48,6 +47,8 @@ class LanguageModel(Protocol):
 
 Prompts = Tensor | Sequence[Sequence[int] | Tensor]
 
+COLDEST = 1e-30  # of colder ones the logits, divided, are too large for float32
+
 
 class _Draw(NamedTuple):
     """Options of drawing the next token; the fields are arguments of `generate`."""
@@ -75,7 +76,7 @@ def stream(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cuda_graph: bool = True,
     log: Callable[[str], object] | None = None,
@@ -93,12 +94,13 @@ def stream(
     draw = _Draw(temperature, top_k, top_p, min_p, generator, repetition_penalty)
     _check(max_new_tokens, draw)
     V = model.config.vocab_size
+    stop_tokens = stop_ids(stop_tokens)
     for stop in stop_tokens:
-        if not 0 <= index(stop) < V:
+        if not 0 <= stop < V:
             raise ValueError(f"generate: stop_tokens must be in [0, {V}), got {stop}")
     if not len(tokens_BL):
         return iter(())
-    stops = torch.tensor(list(stop_tokens), dtype=torch.long, device=tokens_BL.device)
+    stops = torch.tensor(stop_tokens, dtype=torch.long, device=tokens_BL.device)
     what = model, tokens_BL, begin_B1, max_new_tokens, draw, stops, repetition_penalty != 1
     decoding = _decoding(what, generator, cuda_graph, log)
     on_cpu = tokens_BL.device.type == "cpu"
@@ -167,7 +169,7 @@ def _padded(model: LanguageModel, prompts: Prompts) -> tuple[Tensor, Tensor | No
 def generate(
     model: LanguageModel, tokens: Tensor, max_new_tokens: int, *,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (),
+    min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Iterable[int] = (),
     generator: torch.Generator | None = None, cuda_graph: bool = True,
 ) -> Tensor: ...  # fmt: skip
 
@@ -176,7 +178,7 @@ def generate(
 def generate(
     model: LanguageModel, tokens: Sequence[Sequence[int] | Tensor], max_new_tokens: int, *,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (),
+    min_p: float | None = None, repetition_penalty: float = 1.0, stop_tokens: Iterable[int] = (),
     generator: torch.Generator | None = None, cuda_graph: bool = True,
 ) -> list[Tensor]: ...  # fmt: skip
 
@@ -191,7 +193,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cuda_graph: bool = True,
 ) -> Tensor | list[Tensor]:
@@ -206,7 +208,7 @@ def generate(
             each a list or `[L]` tensor of ids. A row gives what it gives alone, if the longest
             and what is added to it fit the context.
         max_new_tokens: how many tokens to add to each row, at most.
-        temperature: divides the logits; 0 takes the most probable token.
+        temperature: divides the logits; 0, or less than 1e-30, takes the most probable token.
         top_k: sample among the k most probable tokens only.
         top_p: sample among the fewest tokens whose probabilities sum to at least p.
         min_p: sample among the tokens of at least p times the greatest probability.
@@ -228,6 +230,7 @@ def generate(
         ValueError: an argument is out of its range, a prompt is empty, or an id is unknown.
         RuntimeError: logits are not finite.
     """
+    stop_tokens = stop_ids(stop_tokens)
     drawn = stream(
         model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, stop_tokens=stop_tokens,
@@ -240,7 +243,7 @@ def generate(
     if not following:
         return prompts
     added_BL = torch.cat(following, dim=1)
-    ends_BL = torch.isin(added_BL, added_BL.new_tensor(list(stop_tokens)))
+    ends_BL = torch.isin(added_BL, added_BL.new_tensor(stop_tokens))
     # Behind its first stop token a row has that token again and again.
     lengths = (added_BL.shape[1] - ends_BL.sum(1) + 1).clamp(max=added_BL.shape[1]).tolist()
     rows = zip(prompts, added_BL, lengths, strict=True)
@@ -260,7 +263,7 @@ def sample(
     It draws as `torch.multinomial` does, but does not wait for the device to look at the
     probabilities: where logits are NaN, so may be what it draws.
     """
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits_BV.argmax(-1, keepdim=True)
     p_BV, ids_BV = softmax(logits_BV.float(), scale=1 / temperature).sort(-1, descending=True)
     if top_k is not None:

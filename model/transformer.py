@@ -26,6 +26,7 @@ from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
 from tritium.model.cpu_linear import OutputLinear
 from tritium.model.initialisation import initialise
+from tritium.model.inputs import check_positions, check_tokens
 from tritium.model.kv_cache import Cache, Cursor
 from tritium.model.masks import Masks, make_masks
 from tritium.model.modules import AddedNorm, Embedding
@@ -237,9 +238,9 @@ class Transformer(nn.Module):
         Args:
             tokens: `[B, L]` ids below vocab_size; L at most max_seq_len.
             targets: `[B, L]` ids, or -100 where a token does not count; None for logits.
-            positions: `[B, L]`, of each token in its document, 0 where one begins: a token attends
-                to those before it in its own document, and the result is that of each document by
-                itself. None: each row is one document.
+            positions: `[B, L]` int64 or int32, of each token in its document, 0 where one begins: a
+                token attends to those before it in its own document, and the result is that of each
+                document alone. None: each row is one document.
 
         Returns:
             Without targets: logits `[B, L, V]`. With targets: their mean cross-entropy in nats, a
@@ -247,7 +248,9 @@ class Transformer(nn.Module):
             label smoothing and z-loss.
 
         Raises:
-            ValueError: L exceeds max_seq_len, or the tokens are no ids of such a shape.
+            ValueError: L exceeds max_seq_len, the tokens are no ids of such a shape, or positions
+                no such integers; on a CPU also positions neither 0 nor one more than the one
+                before. What they hold on a GPU is not looked at.
             IndexError: an id is not below vocab_size, by PyTorch's embedding on a CPU. On a GPU its
                 embedding is nan, and so is what follows; `generate` looks at the ids first.
         """
@@ -267,14 +270,14 @@ class Transformer(nn.Module):
 
         Args:
             tokens: `[B, L]`, behind those that the cache holds.
-            cache: of `new_cache`, or None; takes the keys and values of these tokens too.
+            cache: of `new_cache`, or None; takes the keys and values of these tokens too. With one
+                no activation is recomputed.
             positions: as `forward` takes them.
         """
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"tokens must be [B, L] ids in int64 or int32, got {list(tokens.shape)} in "
-                f"{tokens.dtype}; convert them"
-            )
+        check_tokens(tokens)
+        if positions is not None:
+            learned = self.config.positions == "learned"
+            check_positions(positions, tokens, self.config.max_seq_len if learned else None)
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
@@ -345,10 +348,12 @@ class Transformer(nn.Module):
             dropout = self.dropout if self.training else 0.0
             return self.norm(residual_stack(self.blocks, x_BLD, places, cache, dropout))
         residual_BLD = None
+        # Recomputed, a block would read its tokens into the cache again.
+        policy = self.activation_checkpointing if cache is None else "none"
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             x_BLD, residual_BLD = checkpointing.run_block(
-                self.activation_checkpointing, i, block, (x_BLD, residual_BLD, places, layer),
+                policy, i, block, (x_BLD, residual_BLD, places, layer),
                 draws=self.dropout > 0,
             )  # fmt: skip
         return self.norm.add(x_BLD, residual_BLD)[0]

@@ -18,10 +18,12 @@ from tritium.kernels.optimizers._dtensor import local, sum_over_ranks
 from tritium.kernels.optimizers._options import (
     Norms,
     StepOptions,
+    check_betas,
     check_flags,
     check_keys,
     checked,
     explained,
+    is_number,
 )
 from tritium.kernels.optimizers._pointer_table import Tables, check_memory, is_capturing, upload
 from tritium.kernels.optimizers._state import Storage
@@ -357,27 +359,21 @@ class MultiTensorOptimizer(TorchOptimizer):
         if isinstance(lr, Tensor):
             wrong = lr.numel() != 1 or (lr.device.type == "cpu" and not lr >= 0)
         else:
-            wrong = not lr >= 0
+            wrong = not (is_number(lr) and lr >= 0)
         if wrong:
             raise ValueError(
-                f"{self._op}: lr must be at least 0, a float or a tensor of one element, got {lr}"
+                f"{self._op}: lr must be at least 0, a float or a tensor of one element, got {lr!r}"
             )
         check_flags(self._op, group)
         self._check_not_negative(group, ("weight_decay", "l1"))
 
     def _check_not_negative(self, group: dict[str, Any], names: tuple[str, ...]) -> None:
         for name in names:
-            if not group[name] >= 0:
-                raise ValueError(f"{self._op}: {name} must be at least 0, got {group[name]}")
+            if not (is_number(group[name]) and group[name] >= 0):
+                raise ValueError(f"{self._op}: {name} must be at least 0, got {group[name]!r}")
 
     def _check_betas(self, group: dict[str, Any]) -> None:
-        betas, tensors = group["betas"], [x for x in group["betas"] if isinstance(x, Tensor)]
-        if len(tensors) == 1 or any(x.numel() != 1 for x in tensors):
-            raise ValueError(
-                f"{self._op}: betas must be floats, or tensors of one element both, got {betas}"
-            )
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{self._op}: betas must be in [0, 1), got {betas}")
+        check_betas(self._op, group["betas"])
 
     def _check_param(self, p: Tensor) -> None:
         if p.dtype not in (torch.float32, torch.bfloat16):

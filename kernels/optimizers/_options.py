@@ -1,6 +1,7 @@
 """Optimizer options beyond torch.optim's, and the norms that a step reports."""
 
 from collections.abc import Iterable
+from numbers import Real
 from textwrap import fill
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -92,6 +93,24 @@ def check_keys(op: str, group: dict[str, Any], known: Iterable[str]) -> None:
         )
 
 
+def is_number(x: Any) -> bool:
+    """Return whether `x` is a real number, numpy's too, or a tensor, whose element may be one."""
+    return isinstance(x, (Real, Tensor))
+
+
+def check_betas(op: str, betas: Any) -> None:
+    """Raise a ValueError unless `betas` are two numbers in [0, 1), or two tensors of one each."""
+    pair = tuple(betas) if isinstance(betas, Iterable) else ()
+    tensors = [x for x in pair if isinstance(x, Tensor)]
+    one = any(x.numel() != 1 for x in tensors)
+    if len(pair) != 2 or len(tensors) == 1 or one or not all(map(is_number, pair)):
+        raise ValueError(
+            f"{op}: betas must be two floats, or two tensors of one element, got {betas!r}"
+        )
+    if not all(0 <= beta < 1 for beta in pair):
+        raise ValueError(f"{op}: betas must be in [0, 1), got {betas}")
+
+
 def check_flags(op: str, group: dict[str, Any]) -> None:
     """Raise if torch's flags ask for something unsupported, or contradict each other.
 
@@ -135,12 +154,14 @@ def checked(op: str, options: StepOptions) -> dict[str, Any]:
         raise TypeError(f"{op}: options must be among {sorted(_DEFAULTS)}, got {unknown}")
     every: dict[str, Any] = _DEFAULTS | dict(options)
     norm, ema_decay, seed = (every[name] for name in ("max_grad_norm", "ema_decay", "seed"))
-    if norm is not None and not norm > 0:
-        raise ValueError(f"{op}: max_grad_norm must be positive, got {norm}; None does not clip")
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise ValueError(f"{op}: ema_decay must be in [0, 1), got {ema_decay}; None keeps no mean")
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"{op}: seed must be in [0, 2^32), got {seed}")
+    if norm is not None and not (is_number(norm) and norm > 0):
+        raise ValueError(f"{op}: max_grad_norm must be positive, got {norm!r}; None does not clip")
+    if ema_decay is not None and not (is_number(ema_decay) and 0 <= ema_decay < 1):
+        raise ValueError(
+            f"{op}: ema_decay must be in [0, 1), got {ema_decay!r}; None keeps no mean"
+        )
+    if not (is_number(seed) and 0 <= seed < 1 << 32 and seed % 1 == 0):
+        raise ValueError(f"{op}: seed must be in [0, 2^32), got {seed!r}")
     for name, choices in _CHOICES.items():
         if every[name] not in choices:
             raise ValueError(f"{op}: {name} must be one of {choices}, got {every[name]!r}")

@@ -9,6 +9,7 @@ so its grid depends on the number of elements only, not on how many tensors hold
 taken in the order of memory: the tensors of one row must agree in their strides, and be dense.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -56,8 +57,10 @@ def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) 
 
     Gradients mostly return to the addresses that they had a step or two ago, hence the cache.
 
-    Raises:
-        ValueError: two tensors have one address.
+    Args:
+        rows: their addresses differ, as of `check_distinct`.
+        chunk: elements of a chunk.
+        device: of the tensors.
     """
     # An upload inside a CUDA graph happens only at its replays.
     make = _tables.__wrapped__ if is_capturing() else _tables
@@ -66,11 +69,6 @@ def tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) 
 
 @lru_cache(maxsize=8)
 def _tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device) -> Tables:
-    addresses = [x for row in rows if row[SIZE.value] for x in row[FIRST.value :] if x]
-    if len(set(addresses)) < len(addresses):
-        raise ValueError(
-            "multi-tensor: tensors must not share an address, got two alike; pass each tensor once"
-        )
     about, addresses = torch.tensor(rows).tensor_split((FIRST.value,), dim=1)
     aligned = (addresses % 16 == 0).all(dim=1, keepdim=True)
     first_N, chunks = _chunks(tuple(row[SIZE.value] for row in rows), chunk, device)
@@ -132,6 +130,16 @@ def check_memory(op: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(
             f"{op}: tensors must hold their own memory, got a {type(x).__name__} on {x.device}; "
             "materialize meta tensors first"
+        )
+
+
+def check_distinct(op: str, addresses: Iterable[int]) -> None:
+    """Raise if two tensors that hold elements have one address: they would be changed twice."""
+    held = [x for x in addresses if x]
+    if len(set(held)) < len(held):
+        raise ValueError(
+            f"{op}: tensors must not share an address, got two alike; pass each tensor once, tie "
+            "weights by making them one parameter, and give each parameter its own gradient"
         )
 
 

@@ -26,6 +26,7 @@ from tritium.kernels.optimizers._dtensor import (
 from tritium.kernels.optimizers._pointer_table import (
     DTYPES,
     Tables,
+    check_distinct,
     check_memory,
     in_order_of,
     is_capturing,
@@ -174,6 +175,10 @@ class Tensors:
             for item, g in zip(self.items, gs, strict=True):
                 check_memory(self._op, g, self.device)
                 self._check_grad(item.p, g)
+            held = [item.p.numel() > 0 for item in self.items]
+            check_distinct(
+                self._op, chain(compress(key[0], held), *compress(self._address_rows, held))
+            )
             if len(self._seen) == REMEMBERED:
                 self._seen.clear()
             known = self._seen[key] = _CachedTables()
@@ -205,11 +210,7 @@ class Tensors:
         return key
 
     def tables(self) -> tuple[Tables, list[Format]]:
-        """Return the tables of all tensors and the formats present, uploaded if addresses changed.
-
-        Raises:
-            ValueError: two tensors have one address.
-        """
+        """Return the tables of all tensors and the formats present; upload if addresses moved."""
         if self._current.tables is not None:
             return self._current.tables
         made = self._make_tables()

@@ -38,6 +38,7 @@ from tritium.kernels.optimizers._pointer_table import (
     REPLICAS,
     THREADS,
     Tables,
+    check_distinct,
     check_memory,
     load,
     locate,
@@ -214,6 +215,7 @@ def _found(op: str, grads: list[Tensor]) -> tuple[list[Tensor], list[int], "Devi
                 "convert the parameters"
             )
         check_memory(op, g, grads[0].device)
+    check_distinct(op, [g.data_ptr() for g in grads if g.numel()])
     return grads, counts, mesh
 
 

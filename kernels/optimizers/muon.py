@@ -51,7 +51,7 @@ from tritium.kernels.optimizers._muon_launch import (
     launch_orthogonalization,
     make_plan,
 )
-from tritium.kernels.optimizers._options import StepOptions
+from tritium.kernels.optimizers._options import StepOptions, is_number
 from tritium.kernels.optimizers._orthogonalize import QUINTIC, Triple, triples
 from tritium.kernels.optimizers._pointer_table import (
     DTYPE,
@@ -221,11 +221,13 @@ class Muon(MultiTensorOptimizer):
         super()._check_group(group)
         self._check_betas(group)
         self._check_not_negative(group, ("eps", "adamw_eps"))
-        if group["ns_steps"] < 1:
-            raise ValueError(f"Muon: ns_steps must be at least 1, got {group['ns_steps']}")
+        steps = group["ns_steps"]
+        if not (is_number(steps) and steps >= 1 and steps % 1 == 0):
+            raise ValueError(f"Muon: ns_steps must be at least 1, got {steps!r}")
         for name in ("momentum", "beta2"):
-            if group[name] is not None and not 0 <= group[name] < 1:
-                raise ValueError(f"Muon: {name} must be in [0, 1), got {group[name]}")
+            x = group[name]
+            if x is not None and not (is_number(x) and 0 <= x < 1):
+                raise ValueError(f"Muon: {name} must be in [0, 1), got {x!r}")
         if group["adjust_lr_fn"] not in (None, *SCALES):
             raise ValueError(
                 f"Muon: adjust_lr_fn must be one of {[*SCALES]}, or None for the first, got "

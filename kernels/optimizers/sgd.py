@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritium.kernels.optimizers._base import MultiTensorOptimizer
-from tritium.kernels.optimizers._options import StepOptions
+from tritium.kernels.optimizers._options import StepOptions, is_number
 from tritium.kernels.optimizers._step_kernels import HYPER, Rule
 from tritium.kernels.optimizers._step_reference import Move
 from tritium.kernels.optimizers._storage import has_state
@@ -176,6 +176,8 @@ class SGD(MultiTensorOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         self._check_not_negative(group, ("momentum",))
+        if not is_number(group["dampening"]):
+            raise ValueError(f"SGD: dampening must be a number, got {group['dampening']!r}")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise ValueError(
                 "SGD: nesterov must have momentum and no dampening, got "

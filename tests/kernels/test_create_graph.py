@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.functional import jacobian
 
 from tritium.kernels import (
     add_layer_norm,
@@ -18,9 +19,11 @@ from tritium.kernels import (
     dropout_add,
     geglu,
     layer_norm,
+    qk_norm_rope,
     relu_squared,
     rms_norm,
     rope,
+    runtime,
     swiglu,
 )
 from tritium.kernels.runtime import references
@@ -137,3 +140,30 @@ def second(first, leaves):
     """The gradients of what the first ones weigh."""
     total = sum(g.square().sum() for g in first)
     return torch.autograd.grad(total, leaves, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "qk_norm_rope"])
+@pytest.mark.parametrize("path", ["kernel", "cpu", "reference"])
+def test_many_gradients_at_once_are_refused_in_a_sentence_or_right(name, path, monkeypatch):
+    """As `vectorize=True` asks for them; the references, to which the message points, take them."""
+    monkeypatch.setattr(runtime, "CPU_KERNELS", path == "kernel")
+    monkeypatch.setattr(runtime, "REFERENCE", path == "reference")
+    if name == "qk_norm_rope":
+        scale = torch.ones(K, dtype=torch.float64)
+        angles = COS[:L], SIN[:L]
+
+        def op(x):
+            return torch.cat(qk_norm_rope(x.view(L, 3, K), *angles, scale, 2 * scale), -2)
+
+        shapes = [(L, 3 * K)]
+    else:
+        op, _, kinds = OPERATIONS[name]
+        shapes = [(L, D) if kind == "r" else (D,) for kind in kinds]
+    inputs = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    try:
+        found = jacobian(op, inputs, vectorize=True)
+    except RuntimeError as error:
+        assert path != "reference"
+        assert "one incoming gradient at a time; leave out is_grads_batched" in str(error)  # noqa: PT017 (or right)
+    else:
+        torch.testing.assert_close(found, jacobian(op, inputs))

@@ -231,6 +231,13 @@ def test_gradient_offsets_beyond_two_to_the_31(device, monkeypatch):
     assert (dw[-2] == 2).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float64_is_rounded_as_pytorch_rounds_it(dtype, device):
+    tokens, weight = torch.arange(99, device=device), torch.randn(99, 8, device=device).double()
+    weight[0] = 1 + 2**-8 + 2**-40  # float32 makes it a tie, which bfloat16 rounds to even
+    assert torch.equal(embedding(tokens, weight, dtype=dtype), weight.to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_a_well_formed_operator(dtype, device):
     # The raw operators have no gradient: the autograd.Function around them has.

@@ -106,8 +106,9 @@ def test_is_the_divergence_of_pytorch_in_any_shape(beta, device):
     assert (student[1].grad == 0).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
-def test_extremes_make_no_nan(beta, device):
+def test_extremes_make_no_nan(beta, softcap, device):
     """Equal distributions diverge by 0; a class that neither has, and a masked token, by nothing.
 
     A class that the teacher alone excludes costs the reverse divergence at most 10,000 nats.
@@ -120,6 +121,7 @@ def test_extremes_make_no_nan(beta, device):
     teacher[0][1] = torch.nan
     mask = torch.tensor([True, False, True, True], device=device)
     options = dict(beta=beta, mask=mask, reduction="none", linear_bias=bias)
+    options |= dict(softcap=softcap, teacher_softcap=softcap)
     loss = linear_kl_div(*leaves, *teacher, teacher_bias=bias, **options)
     grads = torch.autograd.grad(loss.sum(), leaves)
     assert loss.abs().max() < 1e-6

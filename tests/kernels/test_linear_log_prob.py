@@ -90,15 +90,23 @@ def test_rows_longer_than_a_block(V, device):
     )  # fmt: skip
 
 
-def test_excluded_and_certain_classes(device):
-    """A class of -inf has probability 0, a certain one entropy 0, and neither makes a nan."""
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_excluded_and_certain_classes(softcap, device):
+    """A class of -inf has probability 0, a certain one entropy 0, and neither makes a nan.
+
+    A softcap bounds -inf as well.
+    """
     hidden, weight, bias, target = layer(4, 3, 9, device)
     bias[5:] = -torch.inf
     bias[2], target[:] = 200.0, torch.tensor([2, 0, 1, 2], device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    pair = linear_log_prob(*leaves[:2], target, linear_bias=bias, return_entropy=True)
+    options = dict(linear_bias=bias, softcap=softcap)
+    pair = linear_log_prob(*leaves[:2], target, return_entropy=True, **options)
+    excluded = linear_log_prob(*leaves[:2], torch.full_like(target, 7), **options)
+    assert excluded.isinf().all() if softcap is None else excluded.isfinite().all()
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = linear_log_prob_reference(*exact[:2], target, linear_bias=exact[2])
+    options["linear_bias"] = exact[2]
+    expected = linear_log_prob_reference(*exact[:2], target, **options)
     grads = torch.autograd.grad(torch.stack(pair).sum(), leaves)
     wanted = torch.autograd.grad(torch.stack(expected).sum(), exact)
     for a, b in zip((*pair, *grads), (*expected, *wanted), strict=True):

@@ -154,6 +154,19 @@ def test_a_second_derivative_where_the_message_promises_one(name, monkeypatch):
     assert torch.autograd.gradgradcheck(lambda x: LOSSES[name](x, CLASSES), x)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_many_gradients_at_once_are_refused_in_a_sentence_or_right(name, path):
+    x = X.clone().requires_grad_()
+    y, scales = LOSSES[name](x, CLASSES), torch.tensor([1.0, -2.0], device=DEVICE)
+    (once,) = torch.autograd.grad(y, x, retain_graph=True)
+    try:
+        (found,) = torch.autograd.grad(y, x, scales, is_grads_batched=True)
+    except RuntimeError as error:
+        assert "one incoming gradient at a time; leave out is_grads_batched" in str(error)  # noqa: PT017 (or right)
+    else:
+        torch.testing.assert_close(found, scales[:, None, None] * once)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("target", [[1, 1, 1], [1, 5, -100], [-100] * 3], ids=str)
 def test_targets_without_weight(target, label_smoothing, path):

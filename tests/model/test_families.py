@@ -269,3 +269,43 @@ def test_refuses_tokens_that_are_no_ids(tokens):
         model(tokens)
     assert model(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, 7)
     assert model(torch.zeros(2, 3, dtype=torch.int32)).shape == (2, 3, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_norm_without_eps_is_the_same_alone_and_fused(weighted, dtype, device):
+    """Of x, and of x + 0: by the eps of the sum's dtype, or float32's where that is narrower."""
+    norm = RMSNorm(64, elementwise_affine=weighted).to(device, dtype)
+    x = (torch.randn(5, 64, device=device) * 1e-3).to(dtype)
+    expected = norm(x)
+    found, total = norm.add(x, torch.zeros_like(x))
+    assert torch.equal(total, x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            dict(out_features=(2,)),
+            ValueError,
+            r"out_features must be \(\), got \(2,\); take torch.nn",
+        ),
+        (dict(label_smothing=0.1), TypeError, "unexpected keyword argument 'label_smothing'"),
+        (dict(reduction="avg"), ValueError, 'reduction must be "none", "mean" or "sum", got'),
+        (dict(softcap=-1.0), ValueError, "softcap must be above 0"),
+    ],
+)
+def test_the_loss_refuses_options_as_it_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        LinearCrossEntropyLoss(12, 9, **options)
+
+
+def test_the_loss_is_made_with_every_option_that_its_function_takes():
+    options = dict(
+        reduction="sum", ignore_index=2, z_loss=0.1, softcap=4.0, logit_scale=0.5, out_features=(),
+        chunk_bytes=100, linear_weight_grad=torch.zeros(9, 12),
+    )  # fmt: skip
+    loss = LinearCrossEntropyLoss(12, 9, **options)
+    loss(torch.randn(3, 12), torch.arange(3)).backward()
+    assert options["linear_weight_grad"].any()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -180,3 +181,36 @@ def test_refuses_what_would_be_read_wrongly(device):
     model.hidden(tokens, held)
     with pytest.raises(ValueError, match="tokens reach position 16, but max_seq_len is 12"):
         model.hidden(tokens, held)
+
+
+@given(
+    cuts=st.lists(st.integers(1, 8), max_size=2),
+    packed=st.booleans(),
+    policy=st.sampled_from(["none", "selective", "full"]),
+    reversible=st.booleans(),
+    options=st.sampled_from([{}, dict(window=2, full_every=2), dict(positions="learned")]),
+    token_shift=st.booleans(),
+)
+def test_gradients_flow_through_all_parts(cuts, packed, policy, reversible, options, token_shift):
+    """They are those of all tokens at once, also where activations would be recomputed."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, n_kv_heads=2, reversible=reversible, token_shift=token_shift)
+    policy = "none" if reversible else policy
+    model = Transformer(replace(config, **options), activation_checkpointing=policy).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    tokens, held = torch.randint(CONFIG.vocab_size, (2, 9)), model.new_cache()
+    positions = torch.arange(9).expand(2, -1) % 5 if packed else None
+    weight = torch.randn(2, 9, 1, dtype=torch.float64)
+    weights = list(model.parameters())
+    loss = (model.hidden(tokens, positions=positions).sin() * weight).sum()
+    expected = torch.autograd.grad(loss, weights, allow_unused=True)
+    ends = sorted({*cuts, 9})
+    parts = [
+        model.hidden(tokens[:, i:j], held, None if positions is None else positions[:, i:j])
+        for i, j in pairwise([0, *ends])
+    ]
+    loss = (torch.cat(parts, 1).sin() * weight).sum()
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

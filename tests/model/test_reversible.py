@@ -10,6 +10,7 @@ from families import LENGTH, configs, few
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from tritium.model import ModelConfig, Transformer, lora, reversible
 from tritium.model.activation_checkpointing import saved_bytes
@@ -77,6 +78,23 @@ def test_gradients_are_those_of_the_ordinary_graph(config, dropout, documents):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9 * (1 + y.abs().max().item()))
     if not dropout and not documents:
         torch.testing.assert_close(model(tokens), plain(model, tokens), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_around_the_model_changes_no_gradient(use_reentrant):
+    """As where it is one part of a larger model: what it keeps is recomputed, with its masks."""
+    model, found = build(dropout=0.4), []
+    tokens, scale = ids(model), torch.ones((), requires_grad=True)
+
+    def loss(scale):
+        return scale * model(tokens, tokens)
+
+    for run in (loss, partial(checkpoint, loss, use_reentrant=use_reentrant)):
+        torch.manual_seed(7)
+        model.zero_grad()
+        run(scale).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
 
 
 def test_parallel_blocks_are_refused():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritium.model import ModelConfig, Transformer
-from tritium.model.sampling import generate, spoken, stream, write_on, write_stream
+from tritium.model.sampling import generate, sample, spoken, stream, write_on, write_stream
 
 CONFIG = ModelConfig(vocab_size=257, n_layers=1, d_model=16, n_heads=2, max_seq_len=12)
 
@@ -76,6 +76,30 @@ def test_refuses_a_stop_token_that_is_none(stop, device):
     model, tokens = Transformer(CONFIG).to(device), prompts(device)
     with pytest.raises(ValueError, match=rf"stop_tokens must be in \[0, 257\), got {stop}"):
         stream(model, tokens, 2, stop_tokens=[stop])  # at once, not with the first token
+
+
+@pytest.mark.parametrize("kind", [range, torch.arange, lambda n: (i for i in range(n)), set])
+def test_stop_tokens_come_from_any_iterable(kind, device):
+    """Also from one that gives them but once; every id stops here, so that one token is drawn."""
+    model = Transformer(CONFIG).to(device)
+    stops = set(range(257)) if kind is set else kind(257)
+    assert model.generate(
+        torch.zeros(2, 3, dtype=torch.long, device=device), 9, stop_tokens=stops
+    ).shape == (2, 4)
+    stops = set(range(257)) if kind is set else kind(257)
+    assert [*map(len, model.generate([[1], [2, 3]], 9, stop_tokens=stops))] == [2, 3]
+
+
+@pytest.mark.parametrize("stops", [3, [1.5], "ab", torch.tensor(3)])
+def test_refuses_stop_tokens_that_are_no_ids(stops, device):
+    with pytest.raises(ValueError, match=r"^generate: stop_tokens must be ids, as "):
+        Transformer(CONFIG).to(device).generate([[1]], 2, stop_tokens=stops)
+
+
+@pytest.mark.parametrize("temperature", [1e-25, 1e-30, 1e-38, 1e-39, 1e-45, 5e-324])
+def test_the_coldest_takes_the_most_probable(temperature, device):
+    logits = torch.randn(4, 50, device=device) * 1e4
+    assert torch.equal(sample(logits, temperature), sample(logits, 0))
 
 
 @given(st.lists(st.integers(0, 256), max_size=30) | st.text().map(lambda x: list(x.encode())))

@@ -92,4 +92,31 @@ MUTANTS = [
         original="if self._rows not in (None, B):",
         replacement="if False:",
     ),
+    _mutant(
+        what="keys overwritten that a backward pass reads",
+        original="if not self._fixed and _gets_gradients(k_BLGK",
+        replacement="if False and _gets_gradients(k_BLGK",
+    ),
+    _mutant(
+        what="no gradient through the tokens before",
+        original="(torch.cat((x[:, seen], new.to",
+        replacement="(torch.cat((x[:, seen].detach(), new.to",
+    ),
+    _mutant(
+        what="positions overwritten that a backward pass reads",
+        original="return position_BS[:, : start + L].clone()",
+        replacement="return position_BS[:, : start + L]",
+    ),
+    Mutant(
+        file="model/transformer.py",
+        what="blocks recomputed with a cache",
+        original='policy = self.activation_checkpointing if cache is None else "none"',
+        replacement="policy = self.activation_checkpointing",
+    ),
+    Mutant(
+        file="model/reversible.py",
+        what="half-blocks recomputed with a cache",
+        original="        cache is None\n        and torch.is_grad",
+        replacement="        torch.is_grad",
+    ),
 ]

@@ -35,6 +35,16 @@ MUTANTS = [
         original="if g.dtype not in (torch.float32, torch.bfloat16):",
         replacement="if not g.dtype.is_floating_point:",
     ),
+    _tensors(
+        what="one gradient of two parameters",
+        original="chain(compress(key[0], held), *compress",
+        replacement="chain((), *compress",
+    ),
+    _tensors(
+        what="one address of two parameters",
+        original="chain(compress(key[0], held), *compress(self._address_rows, held))",
+        replacement="chain(compress(key[0], held))",
+    ),
     _optimizer(
         what="changed options not uploaded",
         original="if rows == self._hyper_rows and",

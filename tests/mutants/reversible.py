@@ -130,6 +130,12 @@ MUTANTS = [
         replacement="if False:",
     ),
     Mutant(
+        what="saved tensors read twice",
+        file="model/reversible.py",
+        original="kept = saved[: len(saved) - len(weights)]",
+        replacement="kept = ctx.saved_tensors[: len(saved) - len(weights)]",
+    ),
+    Mutant(
         what="plans that a reversible model refuses",
         file="training/memory/plan.py",
         original="policies[:1] if self.memory.config.reversible else policies",

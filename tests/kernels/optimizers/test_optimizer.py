@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from tritium.kernels.optimizers import (
     grad_norm,
 )
 from tritium.kernels.optimizers.adamw import AdamW
+from tritium.kernels.optimizers.muon import Muon
+from tritium.kernels.optimizers.sgd import SGD
 
 pytestmark = pytest.mark.usefixtures("pointer_tables")
 
@@ -181,6 +184,13 @@ ARGUMENTS = [
     (([W], 0.1, (1.0, 0.9)), ValueError, r"betas must be in \[0, 1\)"),
     (([W], 0.1, (0.9, 0.9), -1.0), ValueError, "eps must be at least 0"),
     (([W], 0.1, (0.9, 0.9), 0.1, float("nan")), ValueError, "weight_decay must be at least 0"),
+    (([W], "1e-3"), ValueError, "lr must be at least 0, .*, got '1e-3'"),
+    (([W], 0.1, 0.9), ValueError, "betas must be two floats, .*, got 0.9"),
+    (([W], 0.1, (0.9,)), ValueError, r"betas must be two floats, .*, got \(0.9,\)"),
+    (([W], 0.1, (0.9, 0.9, 0.9)), ValueError, "betas must be two floats"),
+    (([W], 0.1, ("0.9", "0.9")), ValueError, "betas must be two floats"),
+    (([W], 0.1, (0.9, 0.9), "1e-8"), ValueError, "eps must be at least 0, got '1e-8'"),
+    (([W], 0.1, (0.9, 0.9), 0.1, None), ValueError, "weight_decay must be at least 0, got None"),
     (([],), ValueError, "empty parameter list"),
     (([nn.Parameter(torch.ones(2).half())],), TypeError, "float32 or bfloat16, got torch.float16"),
     (([nn.Parameter(torch.ones(2).double())],), TypeError, "float32 or bfloat16, got torch.float6"),
@@ -196,7 +206,7 @@ def test_rejects_arguments(arguments, error, message):
         AdamW(*arguments)
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan"), "1"])
 def test_rejects_max_grad_norm(max_grad_norm):
     with pytest.raises(ValueError, match="max_grad_norm must be positive"):
         AdamW([W], max_grad_norm=max_grad_norm)
@@ -250,12 +260,17 @@ def test_rejects_moments_in_another_order(path, device):
         optimizer.step()
 
 
-def test_rejects_shared_memory(device):
+@pytest.mark.parametrize("shared", ["parameter", "gradient", "both"])
+@pytest.mark.parametrize("rule", [AdamW, SGD, partial(Muon, use_muon=False)])
+def test_rejects_shared_memory(rule, shared, path, device):
+    """Nothing is moved twice: neither tied weights that a load has parted, nor by one gradient."""
     p = nn.Parameter(torch.ones(2, device=device))
-    q = nn.Parameter(p.detach())
-    p.grad, q.grad = torch.ones_like(p), torch.ones_like(p)
-    with pytest.raises(ValueError, match="must not share an address"):
-        AdamW([p, q]).step()
+    q = nn.Parameter(torch.ones_like(p) if shared == "gradient" else p.detach())
+    p.grad = torch.ones_like(p)
+    q.grad = torch.ones_like(p) if shared == "parameter" else p.grad
+    with pytest.raises(ValueError, match=r"must not share an address, .*; pass each tensor once"):
+        rule([p, q], lr=0.1).step()
+    assert (p == 1).all()
 
 
 @pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.Adagrad])

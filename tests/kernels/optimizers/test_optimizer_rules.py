@@ -19,7 +19,7 @@ from small_training import (
 )
 from torch import nn
 
-from tritium.kernels import SGD, Adagrad, Adam, AdamW, Lion, RMSprop, runtime
+from tritium.kernels import SGD, Adagrad, Adam, AdamW, Lion, Muon, RMSprop, runtime
 from tritium.kernels.optimizers import _step_kernels
 
 pytestmark = pytest.mark.usefixtures("pointer_tables")
@@ -281,6 +281,11 @@ ARGUMENTS = [
     (SGD, {"momentum": -0.1}, "SGD: momentum must be at least 0"),
     (SGD, {"nesterov": True}, "SGD: nesterov must have momentum"),
     (SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "SGD: nesterov must have"),
+    (SGD, {"dampening": "0"}, "SGD: dampening must be a number, got '0'"),
+    (Muon, {"momentum": "0.9"}, r"Muon: momentum must be in \[0, 1\), got '0.9'"),
+    (Muon, {"ns_steps": 2.5}, "Muon: ns_steps must be at least 1, got 2.5"),
+    (Lion, {"seed": "1"}, r"Lion: seed must be in \[0, 2\^32\), got '1'"),
+    (Lion, {"ema_decay": "0.9"}, r"Lion: ema_decay must be in \[0, 1\), got '0.9'"),
     (RMSprop, {"alpha": float("nan")}, "RMSprop: alpha must be at least 0"),
     (RMSprop, {"momentum": -1.0}, "RMSprop: momentum must be at least 0"),
     (Adagrad, {"lr_decay": -1.0}, "Adagrad: lr_decay must be at least 0"),
