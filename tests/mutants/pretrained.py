@@ -133,10 +133,11 @@ MUTANTS = [
         original='"hidden_act": "xielu", ',
         replacement="",
     ),
-    _pretrained(
+    Mutant(
         what="head and embedding are not tied again",
-        original="if config.tie_embeddings:  # two tensors",
-        replacement="if False:  # two tensors",
+        file="model/transformer.py",
+        original="if tied:  # `to_empty`",
+        replacement="if False:  # `to_empty`",
     ),
     _pretrained(
         what="the index names the first shard for all",

@@ -95,8 +95,8 @@ MUTANTS = [
     ),
     _reversible(
         what="no recomputation",
-        original="    recomputes = (\n        torch.is_grad_enabled()",
-        replacement="    recomputes = (\n        False",
+        original="        and torch.is_grad_enabled()\n",
+        replacement="        and False\n",
     ),
     _reversible(
         what="recomputed in a compiler",
