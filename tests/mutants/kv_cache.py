@@ -104,8 +104,8 @@ MUTANTS = [
     ),
     _mutant(
         what="positions overwritten that a backward pass reads",
-        original="].clone()  # a backward pass may read them",
-        replacement="]  # a backward pass may read them",
+        original="return position_BS[:, : start + L].clone()",
+        replacement="return position_BS[:, : start + L]",
     ),
     Mutant(
         file="model/transformer.py",
