@@ -118,9 +118,8 @@ class Cache:
             last_B1 = position_BS[:, start - 1 : start] if start else -1
             positions_BL = last_B1 + torch.arange(1, L + 1, device=tokens_BL.device)
         position_BS[:, start : start + L] = positions_BL
-        return position_BS[
-            :, : start + L
-        ].clone()  # a backward pass may read them when others follow
+        # A copy: a backward pass may read it when others have followed.
+        return position_BS[:, : start + L].clone()
 
     def append(self, i: int, k_BLGK: Tensor, v_BLGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of layer `i` behind its others; return all that the first sees."""

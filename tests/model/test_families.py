@@ -274,7 +274,7 @@ def test_refuses_tokens_that_are_no_ids(tokens):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_norm_without_eps_is_the_same_alone_and_fused(weighted, dtype, device):
-    """Of x, and of x + 0: by the eps of the sum's dtype, or float32's where that is narrower."""
+    """The eps is that of the sum's dtype, or float32's where that is narrower."""
     norm = RMSNorm(64, elementwise_affine=weighted).to(device, dtype)
     x = (torch.randn(5, 64, device=device) * 1e-3).to(dtype)
     expected = norm(x)

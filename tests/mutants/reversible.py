@@ -90,12 +90,12 @@ MUTANTS = [
     ),
     _reversible(
         what="a second derivative that is wrong",
-        original="    @once_differentiable\n",
+        original="    @once_differentiable(made_in_forward=True)\n",
         replacement="",
     ),
     _reversible(
         what="no recomputation",
-        original="    recomputes = (\n        torch.is_grad_enabled()",
+        original="    recomputes = (\n        cache is None\n        and torch.is_grad_enabled()",
         replacement="    recomputes = (\n        False",
     ),
     _reversible(
