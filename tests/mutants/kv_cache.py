@@ -104,8 +104,8 @@ MUTANTS = [
     ),
     _mutant(
         what="positions overwritten that a backward pass reads",
-        original="return position_BS[:, : start + L].clone()",
-        replacement="return position_BS[:, : start + L]",
+        original="[:, : start + L].clone()",
+        replacement="[:, : start + L]",
     ),
     Mutant(
         file="model/transformer.py",
