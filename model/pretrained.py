@@ -64,7 +64,8 @@ def save(
     eot = None if tokenizer is None else tokenizer.eot
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     native = config_to_native(config, dtype, eot)
-    if config.tie_embeddings and model.head.weight is not model.embedding.weight:
+    head, embedding = model.get_submodule("head"), model.get_submodule("embedding")
+    if config.tie_embeddings and head.weight is not embedding.weight:
         raise FormatError(
             "the output layer is not the embedding any more, which tie_embeddings=True says it is; "
             "set model.head.weight = model.embedding.weight, or build the model with "
