@@ -112,7 +112,7 @@ def test_a_split_that_moved_is_refused():
 def test_settings_that_differ_from_the_preset_are_named():
     config, said = asked("small", OWN, ("--learning-rate", "8e-3", "--tokenizer", "characters"))
     assert config.length.max_minutes == 3.0
-    assert said == ["schedule.learning_rate: 0.012, now 0.008", "tokenizer: None, now characters"]
+    assert said == ["schedule.learning_rate: 0.017, now 0.008", "tokenizer: None, now characters"]
     assert asked("small", OWN, ())[1] == []
     assert any(
         x.startswith("model.n_layers: 3, now 2") for x in asked("small", OWN, ("--depth", "2"))[1]
