@@ -359,7 +359,8 @@ def _validate_offset(op: str, x: Tensor, offset: int | Tensor) -> int:
 
 
 def _validate_inplace(x: Tensor) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    sizes = zip(x.shape, x.stride(), strict=True)
+    if x.numel() and any(stride == 0 and size > 1 for size, stride in sizes):
         raise ValueError("rope: an expanded x cannot be overwritten; pass x.contiguous()")
     owner = x if x._base is None else x._base
     if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:

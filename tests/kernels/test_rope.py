@@ -317,6 +317,9 @@ def test_refuses_to_overwrite_a_parameter_or_an_expanded_tensor(device):
         rope(leaf, *angles, inplace=True)
     with pytest.raises(ValueError, match="rope: an expanded x cannot be overwritten"):
         rope(leaf.detach()[:, :1].expand(2, 3, 4), *angles, inplace=True)
+    for shape in ((3, 0, 1, 4), (0, 2, 1, 4), (2, 2, 0, 4)):
+        empty = torch.zeros(shape, device=device) * 1  # PyTorch strides some of them by 0
+        assert rope(empty, *angles, inplace=True) is empty
 
 
 def test_refuses_a_second_derivative(device):
