@@ -323,18 +323,15 @@ def linear_loss(
     all_logits = sees_through() or target_T.requires_grad  # as large as the targets' gradient
     if alone and (runtime.REFERENCE or all_logits or hidden.is_meta):
         return _whole(inputs, dtype, options, reduction, shape)
+    how = weight_grad, plan, wants, options
     if reduction == "none":
-        loss, values_RT, argmax_T = apply(
-            _LinearCrossEntropyRows, *inputs, weight_grad, plan, wants, options
-        )  # fmt: skip
+        loss, values_RT, argmax_T = apply(_LinearCrossEntropyRows, *inputs, *how)
         loss = loss.view(shape)
     else:
         wide = torch.promote_types(dtype, torch.float32)
         w_T = token_weights(target_T, class_weight_V, options.ignore_index, wide)
         scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
-        loss, values_RT, argmax_T = apply(
-            _LinearCrossEntropy, *inputs, scale, weight_grad, plan, wants, options
-        )  # fmt: skip
+        loss, values_RT, argmax_T = apply(_LinearCrossEntropy, *inputs, scale, *how)
     if not options.stats:
         return loss
     stats = token_stats(values_RT, argmax_T, target_T, options.ignore_index, shape)

@@ -56,8 +56,7 @@ class TokenShift(nn.Module):
             cache: takes the keys and values as they are projected.
 
         Returns:
-            `[B, L, N, K]` in the same dtype; computed in the wider of it and the weight's, and
-            rounded once.
+            `[B, L, N, K]` in the same dtype; computed in the wider of it and the weight's.
         """
         n_shifted = self.weight.numel() // packed_BLNK.shape[-1]
         q_BLHK, u_BLMK = packed_BLNK.tensor_split([packed_BLNK.shape[2] - n_shifted], 2)

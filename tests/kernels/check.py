@@ -76,10 +76,12 @@ def refuses_a_second_derivative(op: Callable, *leaves: Tensor, linear: bool = Fa
     for behind in (torch.sin, *(() if linear else (torch.Tensor.double,))):
         for of in (None, *leaves):
             with pytest.raises(RuntimeError, match="first derivative only"):
-                _differentiate_twice(lambda *xs: behind(op(*xs)), leaves, of)  # noqa: B023
+                _differentiate_twice(op, behind, leaves, of)
 
 
-def _differentiate_twice(op: Callable, leaves: tuple[Tensor, ...], of: Tensor | None) -> None:
-    first = torch.autograd.grad(op(*leaves).sum(), leaves, create_graph=True)
+def _differentiate_twice(
+    op: Callable, behind: Callable, leaves: tuple[Tensor, ...], of: Tensor | None
+) -> None:  # fmt: skip
+    first = torch.autograd.grad(behind(op(*leaves)).sum(), leaves, create_graph=True)
     penalty = torch.stack([g.square().sum() for g in first]).sum()
     penalty.backward() if of is None else torch.autograd.grad(penalty, of)
