@@ -27,13 +27,14 @@ Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype | None, torch.dtype | None]
 @planned
 def _plan(
     shape: torch.Size, row_strides: tuple[int | None, ...], strides: tuple[int, int], rows: int,
-    dtypes: Dtypes, loss: bool, keeps: bool, options: LossOptions,
+    dtypes: Dtypes, loss: bool, mean: bool, keeps: bool, options: LossOptions,
 ) -> Plan:  # fmt: skip
     """Plan a launch on `[T, V]` logits, of which `rows` statistics are stored or read.
 
     `row_strides` are those of the logits, their gradient and soft targets, where there are any,
     `strides` those of the incoming gradient and of the statistics; `dtypes` those of logits,
-    targets, class weights and incoming gradient. `keeps` tells whether rows may stay in registers.
+    targets, class weights and incoming gradient. `mean` tells whether a total divides the gradient,
+    `keeps` whether rows may stay in registers.
     """
     (T, V), (x_dtype, target_dtype, w_dtype, dloss_dtype) = shape, dtypes
     stride_xT, stride_dxT, stride_qT = row_strides
@@ -65,7 +66,7 @@ def _plan(
             stride_dxT or 0, *strides, options.ignore_index, *map(float, options[1:5]),
         ),
         (
-            loss, gradient, dloss_dtype is not None,
+            loss, gradient, dloss_dtype is not None, mean,
             loss and rows == len(Row), soft, w_dtype is not None,
             smoothing, options.logit_scale != 1, options.softcap > 0,
             loss and options.stats, accumulator(x_dtype), edges, lead,
@@ -77,29 +78,30 @@ def _plan(
 
 def launch_rows(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
-    dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
+    dx_TV: Tensor | None = None, dloss_T: Tensor | None = None, total: Tensor | None = None,
 ) -> Results:  # fmt: skip
     """Compute loss and statistics, and dx_TV where it is given."""
     results = empty_results(x_TV, target_T.is_floating_point(), options)
-    _launch_passes(x_TV, target_T, w_V, options, *results, dx_TV, dloss_T, True)
+    _launch_passes(x_TV, target_T, w_V, options, *results, dx_TV, dloss_T, total, True)
     return results
 
 
 def launch_gradient(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, values_RT: Tensor,
-    dx_TV: Tensor, dloss_T: Tensor | None,
+    dx_TV: Tensor, dloss_T: Tensor | None, total: Tensor | None,
 ) -> None:  # fmt: skip
     """Compute dx_TV from the statistics of a launch before; `dloss_T` may be one for all rows."""
     # The statistics stand in for the results, which the kernel does not write.
     unused = values_RT
     _launch_passes(
-        x_TV, target_T, w_V, options, unused, values_RT, unused, dx_TV, dloss_T, False
+        x_TV, target_T, w_V, options, unused, values_RT, None, dx_TV, dloss_T, total, False
     )  # fmt: skip
 
 
 def _launch_passes(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, loss_T: Tensor,
-    values_RT: Tensor, argmax_T: Tensor, dx_TV: Tensor | None, dloss_T: Tensor | None, loss: bool,
+    values_RT: Tensor, argmax_T: Tensor | None, dx_TV: Tensor | None, dloss_T: Tensor | None,
+    total: Tensor | None, loss: bool,
 ) -> None:  # fmt: skip
     if x_TV.shape[0] == 0:
         return
@@ -112,45 +114,51 @@ def _launch_passes(
         ),
         (dloss_T.stride(0) if dloss_T is not None and dloss_T.ndim else 0, values_RT.stride(0)),
         values_RT.shape[0], (x_TV.dtype, target_T.dtype, dtype_of(w_V), dtype_of(dloss_T)),
-        loss, loss and dx_TV is not None and packed.keeps_rows(x_TV), options,
+        loss, total is not None, loss and dx_TV is not None and packed.keeps_rows(x_TV), options,
     )  # fmt: skip
-    unused = loss_T  # stands in for a pointer that the kernel does not follow
-    summed = unused
+    unused = loss_T  # stands in for a pointer that the kernel moves and does not follow
+    summed = None
     if w_V is not None and options.label_smoothing > 0 and not soft:
         summed = w_V.sum(dtype=values_RT.dtype)
     _launch.launch(
-        plan, x_TV, target_T, unused if w_V is None else w_V,
-        summed, unused if dloss_T is None else dloss_T, loss_T, values_RT, argmax_T,
-        unused if dx_TV is None else dx_TV,
+        plan, x_TV, target_T, unused if w_V is None else w_V, summed, dloss_T, total, loss_T,
+        values_RT, argmax_T, unused if dx_TV is None else dx_TV,
     )  # fmt: skip
 
 
 def empty_results(x_TV: Tensor, soft: bool, options: LossOptions) -> Results:
     """Return empty results for `rows`, with the statistics that the options need."""
-    acc, T = torch.promote_types(x_TV.dtype, torch.float32), x_TV.shape[0]
+    acc, T = torch.float64 if x_TV.dtype == torch.float64 else torch.float32, x_TV.shape[0]
     rows = len(Row) if options.stats or options.group else Row.MASS + soft
     return (
         x_TV.new_empty(T, dtype=acc),
         x_TV.new_empty(rows, T, dtype=acc),
-        x_TV.new_empty(T if options.stats else 0, dtype=torch.int64),
+        x_TV.new_empty(T, dtype=torch.int64) if options.stats else None,
     )
 
 
 def rows(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None,
-    options: LossOptions, gradient: bool,
+    options: LossOptions, gradient: bool, total: Tensor | None = None,
 ) -> Results:  # fmt: skip
-    """Compute loss and statistics of rows; with `gradient`, dloss_T · dx_TV replaces `x_TV`."""
+    """Compute loss and statistics of rows; with `gradient`, that of the logits replaces `x_TV`.
+
+    It is dloss_T · dx_TV, or with `total` dx_TV / total.
+    """
     if not uses_triton(x_TV, "cross_entropy"):
+        if total is not None:
+            dloss_T = total.reciprocal().expand(x_TV.shape[0])
         return rows_reference(x_TV, target_T, w_V, dloss_T, options, gradient)
     dx_TV = x_TV if gradient else None
     if not options.group:
-        return launch_rows(x_TV, target_T, w_V, options, dx_TV=dx_TV, dloss_T=dloss_T)
+        return launch_rows(
+            x_TV, target_T, w_V, options, dx_TV=dx_TV, dloss_T=dloss_T, total=total
+        )  # fmt: skip
     soft = target_T.is_floating_point()
     _, values_RT, argmax_T = launch_rows(x_TV, target_T, w_V, options)
     values_RT, argmax_T = combine(values_RT, argmax_T, options.group, soft)
     if gradient:
-        launch_gradient(x_TV, target_T, w_V, options, values_RT, x_TV, dloss_T)
+        launch_gradient(x_TV, target_T, w_V, options, values_RT, x_TV, dloss_T, total)
     w_T = token_weights(target_T, w_V, options.ignore_index, values_RT.dtype)
     loss_T = loss_of(values_RT, w_T, options, soft)
     return clear_ignored((loss_T, values_RT, argmax_T), target_T, options)

@@ -25,7 +25,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOWEST = -3.4028234663852886e38  # a maximum that is never -inf, so m - m is never nan
 LOWEST_GAP = -1e4  # exp of it is 0; bounds a difference of logits that would otherwise be -inf
 
-Results = tuple[Tensor, Tensor, Tensor]  # loss_T, the statistics values_RT, argmax_T or nothing
+Results = tuple[Tensor, Tensor, Tensor | None]  # loss_T, the statistics values_RT, argmax_T
 
 
 class LossOptions(NamedTuple):
@@ -118,7 +118,9 @@ def loss_of(values_RT: Tensor, w_T: Tensor, options: LossOptions, soft: bool) ->
     return loss_T + hit_T * ((values_RT[Row.MAXIMUM] - values_RT[Row.TARGET]) + log_s_T)
 
 
-def combine(values_RT: Tensor, argmax_T: Tensor, group: str, soft: bool) -> tuple[Tensor, Tensor]:
+def combine(
+    values_RT: Tensor, argmax_T: Tensor | None, group: str, soft: bool
+) -> tuple[Tensor, Tensor | None]:
     """Combine the statistics of each rank's classes into those of complete rows.
 
     Two all-reduces, and a third where an argmax is wanted.
@@ -131,7 +133,7 @@ def combine(values_RT: Tensor, argmax_T: Tensor, group: str, soft: bool) -> tupl
     combined_RT[[Row.SUM, Row.SPREAD]] *= gap_T.exp()
     summed = [Row.SUM, Row.DOT, Row.TARGET, Row.SPREAD, *([Row.MASS] if soft else [])]
     combined_RT[summed] = all_reduce(combined_RT[summed], group, "sum")
-    if argmax_T.numel():
+    if argmax_T is not None:
         largest = torch.iinfo(argmax_T.dtype).max
         found_T = (gap_T == 0) & (argmax_T >= 0)
         argmax_T = all_reduce(torch.where(found_T, argmax_T, largest), group, "min")
@@ -225,7 +227,7 @@ def rows_reference(
     if a_TV is not None:
         values_RT[Row.DOT] = (a_TV * z_TV).sum(1) if soft else z_TV @ a_TV[0]
     values_RT[Row.TARGET] = torch.where(owned_T, z_TV.gather(1, t_T1)[:, 0], 0)
-    argmax_T = z_TV.argmax(1) + options.first_class if options.stats else t_T1.new_empty(0)
+    argmax_T = z_TV.argmax(1) + options.first_class if options.stats else None
     m_T = z_TV.amax(1).clamp_min(LOWEST)
     gap_TV = z_TV.sub_(m_T[:, None])
     e_TV = gap_TV.exp() if options.stats else gap_TV.exp_()
@@ -301,7 +303,7 @@ def clear_ignored(results: Results, target_T: Tensor, options: LossOptions) -> R
     ignored_T = target_T == options.ignore_index
     values_RT = values_RT.masked_fill(ignored_T, 0)
     values_RT[Row.SUM].masked_fill_(ignored_T, 1)
-    argmax_T = argmax_T.masked_fill(ignored_T, -1) if options.stats else argmax_T
+    argmax_T = None if argmax_T is None else argmax_T.masked_fill(ignored_T, -1)
     return loss_T.masked_fill(ignored_T, 0), values_RT, argmax_T
 
 
@@ -374,7 +376,7 @@ def check_target(op: str, target: Tensor, shape: torch.Size, V: int, x: Tensor) 
     if target.shape != shape:
         raise ValueError(f"{op}: target must have shape {list(shape)}, got {list(target.shape)}")
     flat = target if target.ndim == 1 else target.reshape(-1)
-    return flat.long().contiguous()
+    return flat if flat.dtype == torch.int64 and flat.is_contiguous() else flat.long().contiguous()
 
 
 def check_class_weight(op: str, name: str, w_V: Tensor | None, V: int, x: Tensor) -> Tensor | None:

@@ -28,7 +28,7 @@ Names in the kernel, with m the running maximum and s the sum of exp(z_V - m):
     spread   sum of exp(z_V - m) · (z_V - m), from which the entropy follows
     best     index of the first maximum
     total    mass + hit + 2 · z_loss · w_t · lse: the factor of p_V in the gradient
-    give     incoming gradient · logit_scale
+    give     incoming gradient · logit_scale, by the total weight of a mean
 """
 
 import triton
@@ -159,13 +159,14 @@ def _origin(t, stride, LEAD: tl.constexpr):
 
 @triton.jit
 def _cross_entropy_kernel(
-    x_ptr, target_ptr, w_ptr, w_sum_ptr, dloss_ptr, loss_ptr, values_ptr, argmax_ptr, dx_ptr,
+    x_ptr, target_ptr, w_ptr, w_sum_ptr, dloss_ptr, total_ptr, loss_ptr, values_ptr, argmax_ptr,
+    dx_ptr,
     V, first, n_classes, stride_xT, stride_qT, stride_dxT, stride_dlossT, stride_valuesR,
     ignore_index, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
-    LOSS: tl.constexpr, GRADIENT: tl.constexpr, INCOMING: tl.constexpr, ALL_VALUES: tl.constexpr,
-    SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
+    LOSS: tl.constexpr, GRADIENT: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
+    ALL_VALUES: tl.constexpr, SOFT: tl.constexpr, WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
     EDGES: tl.constexpr, LEAD: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
     KEPT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -319,6 +320,9 @@ def _cross_entropy_kernel(
             give = tl.full((), 1.0, ACC)
             if INCOMING:
                 give = tl.load(dloss_ptr + t * stride_dlossT).to(ACC)
+            if MEAN:
+                divisor = tl.load(total_ptr).to(ACC)
+                give = tl.div_rn(give, divisor) if ACC is tl.float32 else give / divisor
             if SCALE:
                 give *= logit_scale
             scale = give * total / row_s

@@ -23,13 +23,12 @@ from tritium.kernels._cross_entropy_options import (
     check_class_weight,
     check_target,
     final_logits,
-    mean_scale,
     shape_stats,
     stats_reference,
     token_stats,
-    token_weights,
 )
 from tritium.kernels._cross_entropy_ranks import Classes, shard
+from tritium.kernels._mean_loss import total_weight
 from tritium.kernels._scale_gradient import scaled
 from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import apply, once_differentiable, operator, sees_through
@@ -75,16 +74,16 @@ def _launch(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor,
     class_weight_V: Tensor | None, excluded_TV: Tensor | None, dloss_T: Tensor | None,
     chunk_rows: int, single_bf16_chunk: bool, want_hidden: bool, want_weight: bool,
-    want_bias: bool, *options,
+    want_bias: bool, options: LossOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return loss_T, its statistics and the gradients asked for (empty in place of the others)."""
     outputs = _fake(
         hidden_TD, weight_VD, bias_V, target_T, class_weight_V, excluded_TV, dloss_T, chunk_rows,
-        single_bf16_chunk, want_hidden, want_weight, want_bias, *options,
+        single_bf16_chunk, want_hidden, want_weight, want_bias, options,
     )  # fmt: skip
     loss_T, values_RT, argmax_T, dhidden_TD, dweight_VD, dbias_V = outputs
     dbias_V.zero_()
-    options, gradient = LossOptions(*options), want_hidden or want_weight or want_bias
+    gradient = want_hidden or want_weight or want_bias
     T, V = hidden_TD.shape[0], weight_VD.shape[0]
     if T == 0:  # no chunk writes it
         dweight_VD.zero_()
@@ -146,13 +145,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 def _fake(
     hidden, weight, bias, target, class_weight, excluded, dloss, chunk_rows,
-    single_bf16_chunk, want_hidden, want_weight, want_bias, *options,
+    single_bf16_chunk, want_hidden, want_weight, want_bias, options,
 ):  # fmt: skip
-    loss, values, argmax = empty_results(hidden, target.is_floating_point(), LossOptions(*options))
+    loss, values, argmax = empty_results(hidden, target.is_floating_point(), options)
+    argmax = loss.new_empty(0, dtype=torch.int64) if argmax is None else argmax
     half = hidden.dtype == torch.float16  # see `_row_scale`
     return (
         loss,
-        values if LossOptions(*options).stats else values.new_empty(0),
+        values if options.stats else values.new_empty(0),
         argmax,
         hidden.new_empty(hidden.shape if want_hidden else 0, dtype=loss.dtype if half else None),
         weight.new_empty(
@@ -171,6 +171,7 @@ _operator = operator(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch,
     _fake,
+    options=LossOptions,
 )
 
 
@@ -189,8 +190,7 @@ def _call(inputs: Inputs, dloss_T, plan: ChunkPlan, wants, options: LossOptions)
     h, w, b = (None if x is None else x.to(plan.dtype) for x in inputs[:3])
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         return _operator(
-            h, w, b, *inputs[3:], dloss_T, plan.chunk_rows, plan.single_bf16_chunk, *wants,
-            *options,
+            h, w, b, *inputs[3:], dloss_T, plan.chunk_rows, plan.single_bf16_chunk, *wants, options
         )  # fmt: skip
 
 
@@ -329,8 +329,9 @@ def linear_loss(
         loss = loss.view(shape)
     else:
         wide = torch.promote_types(dtype, torch.float32)
-        w_T = token_weights(target_T, class_weight_V, options.ignore_index, wide)
-        scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
+        scale = hidden.new_ones((), dtype=wide)
+        if reduction == "mean":
+            scale = total_weight(target_T, class_weight_V, options.ignore_index, wide).reciprocal()
         loss, values_RT, argmax_T = apply(_LinearCrossEntropy, *inputs, scale, *how)
     if not options.stats:
         return loss

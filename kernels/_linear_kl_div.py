@@ -29,12 +29,12 @@ def _launch(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None, teacher_bias_V: Tensor | None, indices_TK: Tensor | None,
     log_prob_TK: Tensor | None, counts_T: Tensor | None, dloss_T: Tensor | None, chunk_rows: int,
-    want_hidden: bool, want_weight: bool, want_bias: bool, *options,
+    want_hidden: bool, want_weight: bool, want_bias: bool, options: Divergence,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return loss_T and the gradients asked for (empty in place of the others)."""
     outputs = _fake(
         hidden_TD, weight_VD, bias_V, teacher_hidden, teacher_weight, teacher_bias_V, indices_TK,
-        log_prob_TK, counts_T, dloss_T, chunk_rows, want_hidden, want_weight, want_bias,
+        log_prob_TK, counts_T, dloss_T, chunk_rows, want_hidden, want_weight, want_bias, options,
     )  # fmt: skip
     loss_T, dhidden_TD, dweight_VD, dbias_V = outputs
     dbias_V.zero_()
@@ -53,7 +53,7 @@ def _launch(
         _logits(h_CD, weight_VD, bias_V, x_CV)
         row = (
             None if counts_T is None else counts_T[chunk],
-            None if dloss_T is None else dloss_T[chunk], loss_T[chunk], Divergence(*options),
+            None if dloss_T is None else dloss_T[chunk], loss_T[chunk], options,
         )  # fmt: skip
         if teacher_hidden is not None and teacher_weight is not None:
             _logits(teacher_hidden[chunk], teacher_weight, teacher_bias_V, others[0][:, :V])
@@ -80,7 +80,7 @@ def _logits(h_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor)
 
 def _fake(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, indices, log_prob, counts,
-    dloss, chunk_rows, want_hidden, want_weight, want_bias, *_,
+    dloss, chunk_rows, want_hidden, want_weight, want_bias, options,
 ):  # fmt: skip
     acc = torch.promote_types(hidden.dtype, torch.float32)
     half = hidden.dtype == torch.float16  # too narrow for a gradient before its loss scale
@@ -100,6 +100,7 @@ _operator = operator(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _launch,
     _fake,
+    options=Divergence,
 )
 
 
@@ -130,7 +131,7 @@ def _call(tensors: Tensors, dloss_T: Tensor | None, plan: Plan, options: Diverge
     low = (None if x is None else x.to(plan.dtype) for x in tensors[:6])
     wants = plan.wants if dloss_T is not None else (False, False, False)
     with torch.autocast(tensors.hidden.device.type, enabled=False):
-        return _operator(*low, *tensors[6:], dloss_T, plan.chunk_rows, *wants, *options)
+        return _operator(*low, *tensors[6:], dloss_T, plan.chunk_rows, *wants, options)
 
 
 class _LinearKLDiv(torch.autograd.Function):

@@ -258,7 +258,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        dx, _, dw_D, db_D = _gradients(ctx, *ctx.how, dy, None, *ctx.needs_input_grad[1:3])
+        dx, _, dw_D, db_D = _gradients(ctx, dy, None, ctx.needs_input_grad[1:3])
         return dx, dw_D, db_D, None
 
 
@@ -278,17 +278,17 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, ds: Tensor | None):
         if dy is None:
             return None if ds is None else ds.to(ctx.x_dtype), ds, None, None, None
-        needs = ctx.needs_input_grad[2:4]
-        dresidual, dx, dw_D, db_D = _gradients(ctx, *ctx.how, dy, ds, *needs)
+        dresidual, dx, dw_D, db_D = _gradients(ctx, dy, ds, ctx.needs_input_grad[2:4])
         return dresidual if dresidual.dtype == ctx.x_dtype else dx, dresidual, dw_D, db_D, None
 
 
-def _gradients(
-    ctx, offset: float, b_dtype: torch.dtype | None, dy: Tensor, ds: Tensor | None,
-    needs_w: bool, needs_b: bool,
-):  # fmt: skip
-    """Return the gradients of s, of s in the dtype of dy, of the weight and of the bias."""
+def _gradients(ctx, dy: Tensor, ds: Tensor | None, needs: tuple[bool, bool]):
+    """Return the gradients of s, of s in the dtype of dy, and those that `needs` asks for.
+
+    They are those of weight and bias.
+    """
     s, w_D, m_T, r_T = ctx.saved_tensors
+    (offset, b_dtype), (needs_w, needs_b) = ctx.how, needs
     dx, dbranch, dw_D, db_D = _backward(
         dy if dy.is_contiguous() else _flat(dy), None if ds is None else _flat(ds), s, w_D, m_T,
         r_T, offset, w_D.dtype if needs_w else None, b_dtype if needs_b else None,

@@ -34,14 +34,12 @@ from tritium.kernels._cross_entropy_launch import empty_results, launch_gradient
 from tritium.kernels._cross_entropy_options import (
     SCHEMA,
     LossOptions,
-    Results,
     TokenStats,
     check_class_weight,
     check_options,
     check_reduction,
     check_target,
     final_logits,
-    mean_scale,
     reduce_loss,
     rows_reference,
     shape_stats,
@@ -51,6 +49,7 @@ from tritium.kernels._cross_entropy_options import (
     token_weights,
 )
 from tritium.kernels._cross_entropy_ranks import shard
+from tritium.kernels._mean_loss import reduced, total_weight
 from tritium.kernels._scale_gradient import scale_gradient_
 from tritium.kernels.runtime import (
     apply,
@@ -93,75 +92,84 @@ def cross_entropy_reference(
     return reduce_loss(loss_T, target, w_V, ignore_index, reduction)
 
 
-def _launch_forward(x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, *options) -> Results:
-    return rows(x_TV, target_T, w_V, None, LossOptions(*options), gradient=False)
+Reduced = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""The loss, reduced; by what its sum was divided, of a mean; statistics and argmax of `Results`."""
+
+
+def _launch_forward(
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, reduction: str, options: LossOptions
+) -> Reduced:
+    loss_T, *statistics = rows(x_TV, target_T, w_V, None, options, gradient=False)
+    return *reduced(loss_T, target_T, w_V, options.ignore_index, reduction), *statistics
 
 
 def _launch_backward(
     dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, values_RT: Tensor,
-    *options,
+    total: Tensor | None, options: LossOptions,
 ) -> Tensor:  # fmt: skip
     if x_TV.is_contiguous():
         dx_TV = torch.empty_like(x_TV)
     else:
         dx_TV = torch.empty_like(x_TV, memory_format=torch.contiguous_format)
-    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, LossOptions(*options))
+    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, total, options)
     return dx_TV
 
 
 def _write_gradient(
     dx_TV: Tensor, dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None,
-    values_RT: Tensor, options: LossOptions,
+    values_RT: Tensor, total: Tensor | None, options: LossOptions,
 ) -> None:  # fmt: skip
-    """Write dloss_T · dx_TV, maybe over `x_TV` itself; `dloss_T` may be one for all rows."""
+    """Write dloss_T · dx_TV, maybe over `x_TV` itself; `dloss_T` may be one for all rows.
+
+    With `total`, divided by it.
+    """
     if uses_triton(x_TV, "cross_entropy"):
-        launch_gradient(x_TV, target_T, w_V, options, values_RT, dx_TV, dloss_T)
+        launch_gradient(x_TV, target_T, w_V, options, values_RT, dx_TV, dloss_T, total)
     else:
-        dloss_T = dloss_T.expand(x_TV.shape[0])
+        dloss_T = (dloss_T if total is None else dloss_T / total).expand(x_TV.shape[0])
         rows_reference(dx_TV.copy_(x_TV), target_T, w_V, dloss_T, options, gradient=True)
 
 
 def _launch_inplace(
-    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None, *options
-) -> Results:
-    return rows(x_TV, target_T, w_V, dloss_T, LossOptions(*options), gradient=True)
+    x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, reduction: str, options: LossOptions
+) -> Reduced:
+    total = None
+    if reduction == "mean":
+        wide = torch.promote_types(x_TV.dtype, torch.float32)
+        total = total_weight(target_T, w_V, options.ignore_index, wide)
+    loss_T, *statistics = rows(x_TV, target_T, w_V, None, options, gradient=True, total=total)
+    return *reduced(loss_T, target_T, w_V, options.ignore_index, reduction), *statistics
 
 
-def _fake_forward(x, target, weight, *options) -> Results:
-    return empty_results(x, target.is_floating_point(), LossOptions(*options))
+def _fake_forward(x, target, weight, reduction, options) -> Reduced:
+    loss_T, *statistics = empty_results(x, target.is_floating_point(), options)
+    loss = loss_T if reduction == "none" else loss_T.new_empty(())
+    return loss, torch.empty_like(loss) if reduction == "mean" else None, *statistics
 
 
 _forward = operator(
-    f"cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, {SCHEMA})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, str reduction, {SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
     incoming=3,
+    options=LossOptions,
 )
 _backward = operator(
     "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor values,"
-    f" {SCHEMA}) -> Tensor",
+    f" Tensor? total, {SCHEMA}) -> Tensor",
     _launch_backward,
     lambda dloss, x, *_: x.new_empty(x.shape),
     incoming=1,
+    options=LossOptions,
 )
 _inplace = operator(
-    "cross_entropy_inplace(Tensor(a!) x, Tensor target, Tensor? weight, Tensor? dloss,"
-    f" {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    "cross_entropy_inplace(Tensor(a!) x, Tensor target, Tensor? weight, str reduction,"
+    f" {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_inplace,
-    lambda x, target, weight, dloss, *options: _fake_forward(x, target, weight, *options),
+    _fake_forward,
+    options=LossOptions,
 )
-
-
-def _total_weight(
-    target_T: Tensor, w_V: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> Tensor:
-    """Return the sum of `token_weights`, in `dtype` or, where tokens are counted, as an integer."""
-    if w_V is None and not target_T.is_floating_point():
-        return torch.count_nonzero(target_T != ignore_index)  # on a CPU a third quicker than a sum
-    total = token_weights(target_T, w_V, ignore_index, dtype).sum()
-    # A mean of weight 0 is nan, as in PyTorch, where smoothing leaves something to divide, too.
-    return torch.where(total == 0, torch.nan, total)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -172,13 +180,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions,
         overwrite: bool, reduction: str,
     ):  # fmt: skip
-        loss_T, values_RT, argmax_T = _forward(x_TV, target_T, w_V, *options)
-        loss, total = loss_T, None
-        if reduction != "none":
-            loss = loss_T.sum()
-        if reduction == "mean":
-            total = _total_weight(target_T, w_V, options.ignore_index, loss.dtype)
-            loss = loss / total
+        loss, total, values_RT, argmax_T = _forward(x_TV, target_T, w_V, reduction, options)
+        # Dispatched, an operator returns a total of nothing where there is none.
+        total = total if reduction == "mean" else None
         ctx.save_for_backward(x_TV, target_T, w_V, values_RT, total)
         ctx.how = options, overwrite
         ctx.spent = False
@@ -195,36 +199,35 @@ class _CrossEntropy(torch.autograd.Function):
             return (None,) * 6
         x_TV, target_T, w_V, values_RT, total = ctx.saved_tensors
         options, overwrite = ctx.how
-        dloss_T = dloss if total is None else dloss / total
         if not overwrite:
-            dx_TV = _backward(dloss_T, x_TV, target_T, w_V, values_RT, *options)
+            dx_TV = _backward(dloss, x_TV, target_T, w_V, values_RT, total, options)
             dq_TV = None
             if ctx.needs_input_grad[1]:
-                dloss_T = dloss_T.expand(x_TV.shape[0])
+                dloss_T = (dloss if total is None else dloss / total).expand(x_TV.shape[0])
                 dq_TV = soft_target_gradient(dloss_T, x_TV, target_T, w_V, values_RT, options)
             return dx_TV, dq_TV, None, None, None, None
         if ctx.spent:
             raise RuntimeError(ONCE)
         dx_TV, ctx.spent = x_TV.detach(), True
-        _write_gradient(dx_TV, dloss_T, dx_TV, target_T, w_V, values_RT, options)
+        _write_gradient(dx_TV, dloss, dx_TV, target_T, w_V, values_RT, total, options)
         torch.autograd.graph.increment_version(x_TV)
         return dx_TV, None, None, None, None, None
 
 
 class _CrossEntropyInPlace(torch.autograd.Function):
-    """The loss of rows that share one scale; forward leaves their gradient in the logits."""
+    """The loss of all rows, summed or their mean; forward leaves the gradient in the logits."""
 
     @staticmethod
     def forward(
-        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, scale: Tensor, options: LossOptions
-    ):
-        dloss_T = scale.expand(x_TV.shape[0])
-        loss_T, values_RT, argmax_T = _inplace(x_TV, target_T, w_V, dloss_T, *options)
+        ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions,
+        reduction: str,
+    ):  # fmt: skip
+        loss, _, values_RT, argmax_T = _inplace(x_TV, target_T, w_V, reduction, options)
         torch.autograd.graph.increment_version(x_TV)
         ctx.mark_non_differentiable(values_RT, argmax_T)
         ctx.set_materialize_grads(False)
         ctx.dx_TV = x_TV.detach()
-        return loss_T.sum() * scale, values_RT, argmax_T
+        return loss, values_RT, argmax_T
 
     @staticmethod
     @once_differentiable(made_in_forward=True)
@@ -353,10 +356,7 @@ def cross_entropy(
     overwrite = overwrite and launches and reduction != "none" and not target_T.requires_grad
     late = input.dtype == torch.float16  # its range is too narrow for a gradient over N
     if overwrite and not late:
-        wide = torch.promote_types(input.dtype, torch.float32)
-        w_T = token_weights(target_T, w_V, ignore_index, wide)
-        scale = mean_scale(w_T) if reduction == "mean" else w_T.new_ones(())
-        results = apply(_CrossEntropyInPlace, x_TV, target_T, w_V, scale, options)
+        results = apply(_CrossEntropyInPlace, x_TV, target_T, w_V, options, reduction)
     else:
         overwrite = overwrite and not torch.compiler.is_compiling()
         results = apply(_CrossEntropy, x_TV, target_T, w_V, options, overwrite, reduction)

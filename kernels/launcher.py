@@ -85,16 +85,15 @@ class Launcher:
             if len(self._plans) >= KEPT:
                 self._plans.clear()
             plan = self._plans[key] = Plan(grid, numbers, constants, num_warps, **options)
-        self._launch(plan, grid, (*grid, 1, 1)[:3], tensors)
+        self.launch(plan, *tensors, grid=grid)
 
-    def launch(self, plan: Plan, *tensors: Tensor | None) -> None:
-        """Launch the kernel as planned, on these tensors: pointer arguments as of a call."""
-        self._launch(plan, plan.grid, plan.three_axes, tensors)
+    def launch(
+        self, plan: Plan, *tensors: Tensor | None, grid: tuple[int, ...] | None = None
+    ) -> None:
+        """Launch the kernel as planned, on these tensors: pointer arguments as of a call.
 
-    def _launch(
-        self, plan: Plan, grid: tuple[int, ...], three_axes: tuple[int, ...],
-        tensors: tuple[Tensor | None, ...],
-    ) -> None:  # fmt: skip
+        `grid` is another than the plan's.
+        """
         # Kernels are handed addresses, which decide already what is launched: Triton would ask each
         # tensor for its own again, and the driver whose it is.
         addresses: list[int | None] = []
@@ -106,7 +105,8 @@ class Launcher:
                 address = x.data_ptr()
                 addresses.append(address)
                 bits |= address
-        device = _device()
+        active: Any = None if _INTERPRETED else driver.active
+        device = active and active.get_current_device()
         key = plan, device
         if bits % 16:
             key += tuple([address is None or address % 16 == 0 for address in addresses])
@@ -114,7 +114,7 @@ class Launcher:
             key += tuple(x is not None and x.untyped_storage().nbytes() < 1 << 31 for x in tensors)
         kept = self._kept.get(key)
         if kept is None:
-            compiled = self._kernel[grid](*tensors, *plan.values, **plan.options)
+            compiled = self._kernel[grid or plan.grid](*tensors, *plan.values, **plan.options)
             if compiled is not None:  # the interpreter returns None
                 if len(self._kept) >= KEPT:
                     self._kept.clear()
@@ -123,25 +123,17 @@ class Launcher:
                 )  # fmt: skip
             return
         compiled, run, function, metadata = kept
+        three_axes = plan.three_axes if grid is None else (*grid, 1, 1)[:3]
         if _is_hooked():
             compiled[three_axes](*tensors, *plan.values)
             return
-        active: Any = driver.active
-        stream = active.get_current_stream(device)
         run(
-            *three_axes, stream, function, metadata, None, None, None, *addresses, *plan.values
+            *three_axes, active.get_current_stream(device), function, metadata, None, None, None,
+            *addresses, *plan.values,
         )  # fmt: skip
 
 
 _INTERPRETED = knobs.runtime.interpret
-
-
-def _device() -> Any:
-    """Return where Triton would launch now; None in its interpreter."""
-    if _INTERPRETED:
-        return None
-    active: Any = driver.active
-    return active.get_current_device()
 
 
 @functools.cache

@@ -147,8 +147,9 @@ def power_of_2(n: int) -> int:
 
 
 def operator(
-    schema: str, launch: Callable, fake: Callable, incoming: int | None = None
-) -> Callable:
+    schema: str, launch: Callable, fake: Callable, incoming: int | None = None,
+    options: Any = None,
+) -> Callable:  # fmt: skip
     """Register `launch` as the operator `tritium::<schema>` and return a function that calls it.
 
     The operator, that function's `overload`, is opaque to torch.compile and has no gradient of its
@@ -164,20 +165,30 @@ def operator(
 
     The first `incoming` arguments, or all, come from outside: such a tensor may be negated, or
     zero, without memory that says so. Those behind them were an operator's before, or made by one.
+
+    `options` is the class of a named tuple, whose fields the schema names last: the function,
+    `launch` and `fake` take one of it as their last argument.
     """
+    spread = 0 if options is None else len(options._fields)
+
+    def gathered(args: tuple) -> tuple:
+        return (*args[:-spread], options(*args[-spread:])) if spread else args
+
+    def flat(args: tuple) -> tuple:
+        return (*args[:-1], *args[-1]) if spread else args
 
     def launch_on_its_device(x: Tensor, *args):
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        if not x.is_cuda or x.get_device() == _current_cuda_device():
             return launch(x, *args)
         with torch.cuda.device(x.device):
             return launch(x, *args)
 
     def launch_dispatched(x: Tensor, *args):
-        return _without_none(x, launch_on_its_device(x, *args))
+        return _without_none(x, launch_on_its_device(x, *gathered(args)))
 
     def fake_for_inductor(*args):
         _register_lowering(overload)
-        return _without_none(args[0], fake(*args))
+        return _without_none(args[0], fake(*gathered(args)))
 
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -192,24 +203,31 @@ def operator(
     others = slice(None if incoming is None else incoming - 1)
     alone = incoming == 1
 
+    plain = _PLAIN | {options}
+
     def call(x: Tensor, *args):
         if overwrites or is_dynamo_compiling():
-            return overload(x, *args)
+            return overload(x, *flat(args))
         if (
-            _is_watched() or type(x) not in _TENSORS or not _PLAIN.issuperset(map(type, args))
+            _is_watched() or type(x) not in _TENSORS or not plain.issuperset(map(type, args))
+            or (spread and not _PLAIN.issuperset(map(type, args[-1])))
             or x.is_neg() or x._is_zerotensor()
         ):  # fmt: skip
-            return overload(*map(_with_memory, (x, *args)))
+            return overload(*map(_with_memory, (x, *flat(args))))
         if not alone:
             for y in args[others]:
                 if type(y) in _TENSORS and (y.is_neg() or y._is_zerotensor()):
-                    return overload(*map(_with_memory, (x, *args)))
+                    return overload(*map(_with_memory, (x, *flat(args))))
         if x.is_cpu:
             return launch(x, *args)
-        return launch_on_its_device(x, *args) if x.is_cuda else overload(x, *args)
+        return launch_on_its_device(x, *args) if x.is_cuda else overload(x, *flat(args))
 
     call.overload = overload
     return call
+
+
+# Without the question of `torch.cuda.current_device` whether CUDA was begun: a tensor is there.
+_current_cuda_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def _without_none(x: Tensor, results: Any) -> Any:

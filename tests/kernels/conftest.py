@@ -13,10 +13,10 @@ def plans():
     seen: dict[Plan, tuple] = {}
     launch = Launcher.launch
 
-    def checked(launcher, plan, *tensors):
+    def checked(launcher, plan, *tensors, **grid):
         dtypes = tuple(map(dtype_of, tensors))
         assert seen.setdefault(plan, dtypes) == dtypes
-        launch(launcher, plan, *tensors)
+        launch(launcher, plan, *tensors, **grid)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launcher, "launch", checked)

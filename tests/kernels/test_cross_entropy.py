@@ -8,6 +8,7 @@ from check import check, refuses_a_second_derivative
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tritium.kernels._cross_entropy_options import LossOptions
 from tritium.kernels.cross_entropy import (
     _backward,
     _forward,
@@ -74,9 +75,11 @@ def test_every_combination_of_options(
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
         reduction=reduction,
     )  # fmt: skip
-    # A loss is a difference of numbers of the logits' size; a gradient one of numbers near 1, but
-    # of soft targets, where no element is written from float32 again, of numbers near dloss, 4.
-    unit = max(1.0, logits.abs().max().item()) * abs(logit_scale)
+    # A loss is a difference of numbers of the logits' size and of log(V), or a sum of T such; a
+    # gradient one of numbers near 1, but of soft targets, where no element is written from float32
+    # again, of numbers near dloss, 4.
+    unit = max(1.0, logits.abs().max().item()) * abs(logit_scale) + math.log(V)
+    unit *= T if reduction == "sum" else 1
     check_both(logits, target, weight, options, unit=4 * max(1.0, unit) if soft else unit)
 
 
@@ -304,14 +307,18 @@ def test_more_than_two_to_the_31_elements(device):
 def test_is_a_well_formed_operator(device):
     x = torch.randn(4, 33, device=device, dtype=torch.bfloat16)
     target = torch.tensor([1, 0, IGNORE, 32], device=device)
-    weight, dloss = torch.rand(33, device=device), torch.rand(4, device=device)
+    weight, dloss_T = torch.rand(33, device=device), torch.rand(4, device=device)
     for stats in (False, True):
         for aim in (target, x.softmax(1)):
-            options = (IGNORE, 0.1, 0.01, 30.0, 0.5, stats, 0, 0, "")
-            torch.library.opcheck(_forward.overload, (x, aim, weight, *options))
-            values = _forward(x, aim, weight, *options)[1]
-            torch.library.opcheck(_backward.overload, (dloss, x, aim, weight, values, *options))
-            torch.library.opcheck(_inplace.overload, (x, aim, weight, dloss, *options))
+            options = LossOptions(IGNORE, 0.1, 0.01, 30.0, 0.5, stats)
+            for reduction in ("none", "sum", "mean"):
+                given = (x, aim, weight, reduction, *options)
+                torch.library.opcheck(_forward.overload, given)
+                torch.library.opcheck(_inplace.overload, given)
+            _, total, values, _ = _forward(x, aim, weight, "mean", options)
+            for dloss, divisor in ((dloss_T, None), (dloss_T[0], total)):
+                given = (dloss, x, aim, weight, values, divisor, *options)
+                torch.library.opcheck(_backward.overload, given)
 
 
 # Dynamo's own warning.

@@ -4,19 +4,23 @@ import ast
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.kernels import _activation, _norm_launch, launcher
+from tritium.kernels._cross_entropy_options import LossOptions
 from tritium.kernels.launcher import KEPT, Launcher, Plan
 from tritium.kernels.runtime import cdiv, power_of_2
 from tritium.kernels.swiglu import swiglu
 
+LOSS = sys.modules["tritium.kernels.cross_entropy"]  # the package's attribute is the function
 ROOT = Path(__file__).parents[2]
 FUSED = {"enable_fp_fusion": True}  # said in every launch: Triton 3.10 changes the default
 
@@ -69,8 +73,10 @@ class Compiled:
 @pytest.fixture
 def device(monkeypatch):
     device = [0]
-    stubs = SimpleNamespace(get_current_stream=lambda _: "stream")
-    monkeypatch.setattr(launcher, "_device", lambda: device[0])
+    stubs = SimpleNamespace(
+        get_current_stream=lambda _: "stream", get_current_device=lambda: device[0]
+    )  # fmt: skip
+    monkeypatch.setattr(launcher, "_INTERPRETED", False)
     monkeypatch.setattr(launcher, "_minds_size", lambda device: device == "amd")
     monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=stubs))
     return device
@@ -255,19 +261,37 @@ def test_zeros_that_have_no_memory_are_zeros():
         torch.testing.assert_close(swiglu(gate, up), torch.zeros_like(x))
 
 
-def test_nobody_watching_launches_at_once():
-    gate, up = torch.randn(2, 3, 4, device="cuda" if torch.cuda.is_available() else "cpu")
-
-    def refuse(*args):
-        raise AssertionError("dispatched")
-
-    call = _activation._forward
+@contextmanager
+def dispatched(call):
+    """Note what is dispatched by a function of an operator, which then returns nothing."""
     cell = dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))["overload"]
-    before, cell.cell_contents = cell.cell_contents, refuse
+    noted = []
+    before, cell.cell_contents = cell.cell_contents, lambda *args: noted.append(args)
     try:
-        swiglu(gate, up)
+        yield noted
     finally:
         cell.cell_contents = before
+
+
+def test_nobody_watching_launches_at_once():
+    gate, up = torch.randn(2, 3, 4, device="cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.zeros(3, dtype=torch.int64, device=gate.device)
+    with dispatched(_activation._forward) as noted:
+        swiglu(gate, up)
+        assert not noted
+    with dispatched(LOSS._forward) as noted, torch.no_grad():
+        LOSS.cross_entropy(gate, target)
+        assert not noted
+
+
+def test_an_option_of_another_type_is_left_to_the_dispatcher():
+    # It makes a number of it, or refuses. Options are one tuple here, and single there.
+    logits = torch.randn(3, 4, device="cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.zeros(3, dtype=torch.int64, device=logits.device)
+    options = LossOptions(np.int64(-100), 0.0, 0.0, 0.0, 1.0)  # pyright: ignore[reportArgumentType]
+    with dispatched(LOSS._forward) as noted:
+        LOSS._forward(logits, target, None, "mean", options)
+    assert noted[0][4:] == tuple(options)
 
 
 def test_every_launch_says_whether_products_and_sums_are_fused():

@@ -221,7 +221,7 @@ def test_logits_exist_in_chunks_only(path, device):
     dloss, mask = torch.ones(T, device=device), torch.ones(T, device=device) > 0
     tensors = hidden, weight, None, *teacher, None, None, mask, dloss
     with Ledger([x for x in tensors if x is not None]) as ledger:
-        _launch(*tensors, C, True, True, False, *PLAIN)
+        _launch(*tensors, C, True, True, False, PLAIN)
     gradients, logits = 4 * (T + T * D + V * D), 4 * 2 * C * V
     copies = 5 if path == "reference" else 1  # the kernel makes none
     assert gradients + logits <= ledger.peak <= gradients + copies * logits + 16 * C

@@ -144,9 +144,27 @@ MUTANTS = [
         replacement="dx_TV = ctx.dx_TV",
     ),
     _function(
+        what="the gradient in place divided by ignored targets, too",
+        original="total_weight(target_T, w_V, options.ignore_index, wide)",
+        replacement="total_weight(target_T, w_V, -1 << 40, wide)",
+    ),
+    _function(
         what="the mean counts ignored targets",
-        original="token_weights(target_T, w_V, ignore_index, wide)",
-        replacement="token_weights(target_T, w_V, -1 << 40, wide)",
+        original="return *reduced(loss_T, target_T, w_V, options.ignore_index, reduction), "
+        "*statistics\n\n\ndef _fake",
+        replacement="return *reduced(loss_T, target_T, w_V, -1 << 40, reduction), *statistics\n"
+        "\n\ndef _fake",
+    ),
+    _kernel(
+        what="the gradient of a mean not divided",
+        original="                give = tl.div_rn(give, divisor) if ACC is tl.float32 "
+        "else give / divisor\n",
+        replacement="                give += 0 * divisor\n",
+    ),
+    _function(
+        what="the gradient of soft targets not divided",
+        original="(dloss if total is None else dloss / total).expand",
+        replacement="dloss.expand",
     ),
     _function(
         what="logits of a strided view overwritten",

@@ -65,13 +65,13 @@ MUTANTS = [
     ),
     _launcher(
         what="an address of before handed on",
-        original="*addresses, *plan.values\n",
+        original="*addresses, *plan.values,\n",
         replacement="*self.__dict__.setdefault('first', addresses), *plan.values\n",
     ),
     _launcher(
         what="the grid of the first launch for all",
-        original="self._launch(plan, grid, (*grid, 1, 1)[:3], tensors)",
-        replacement="self._launch(plan, plan.grid, plan.three_axes, tensors)",
+        original="self.launch(plan, *tensors, grid=grid)",
+        replacement="self.launch(plan, *tensors)",
     ),
     _launcher(
         what="plans kept without bound",
@@ -100,8 +100,8 @@ MUTANTS = [
     ),
     _launcher(
         what="the second axis of the grid forgotten",
-        original="*three_axes, stream",
-        replacement="*(grid[0], 1, 1), stream",
+        original="*three_axes, active",
+        replacement="*(three_axes[0], 1, 1), active",
     ),
     _launcher(
         what="hooks not heard",
@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     _launcher(
         what="constants not handed on",
-        original="*addresses, *plan.values\n",
+        original="*addresses, *plan.values,\n",
         replacement="*addresses, *plan.numbers\n",
     ),
     _runtime(
@@ -130,8 +130,23 @@ MUTANTS = [
     ),
     _runtime(
         what="a subclass behind the first argument does not see operators",
-        original=" or not _PLAIN.issuperset(map(type, args))",
+        original=" or not plain.issuperset(map(type, args))",
         replacement="",
+    ),
+    _runtime(
+        what="an option of another type handed to a kernel",
+        original="            or (spread and not _PLAIN.issuperset(map(type, args[-1])))\n",
+        replacement="",
+    ),
+    _runtime(
+        what="options left a tuple where an operator is dispatched",
+        original="return (*args[:-1], *args[-1]) if spread else args",
+        replacement="return args",
+    ),
+    _runtime(
+        what="options single where an operator is launched",
+        original="(*args[:-spread], options(*args[-spread:])) if spread else args",
+        replacement="args",
     ),
     _runtime(
         what="zeros without memory dispatched as they are",

@@ -1,0 +1,104 @@
+"""Prove that the mean of a loss is that over the tokens that count, in one launch or two."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tritium.kernels import _mean_loss
+from tritium.kernels._mean_loss import reduced, total_weight
+
+IGNORE = -100
+KINDS = ["targets", "weights", "probabilities"]
+
+
+def draw(T, V, kind, dtype, device):
+    loss_T = torch.randn(T, device=device, dtype=dtype)
+    if kind == "probabilities":
+        return loss_T, torch.randn(T, V, device=device).softmax(1), None
+    target_T = torch.randint(V, (T,), device=device)
+    target_T[torch.rand(T, device=device) < 0.3] = IGNORE
+    weight_V = torch.rand(V, device=device) + 0.1 if kind == "weights" else None
+    return loss_T, target_T, weight_V
+
+
+def expected(loss_T, target_T, weight_V):
+    if target_T.is_floating_point():
+        total = torch.tensor(float(len(loss_T)), dtype=torch.float64, device=loss_T.device)
+    else:
+        counts_T = (target_T != IGNORE).double()
+        weights_V = counts_T.new_ones(int(target_T.max()) + 1) if weight_V is None else weight_V
+        total = (counts_T * weights_V.double()[target_T.clamp_min(0)]).sum()
+    return loss_T.double().sum() / total, total
+
+
+@given(
+    T=st.integers(1, 400),
+    V=st.integers(1, 9),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    block=st.sampled_from([1, 16, 64]),
+    p_max=st.sampled_from([1, 3, 8]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_is_the_sum_by_the_weight_of_what_counts(T, V, kind, dtype, block, p_max, seed):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss_T, target_T, weight_V = draw(T, V, kind, dtype, device)
+    if kind != "probabilities":
+        target_T[seed % T] = seed % V  # at least one counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_mean_loss, "BLOCK", block)
+        patch.setattr(_mean_loss, "P_MAX", p_max)
+        mean, total = reduced(loss_T, target_T, weight_V, IGNORE, "mean")
+        alone = total_weight(target_T, weight_V, IGNORE, dtype)
+    exact, exact_total = expected(loss_T, target_T, weight_V)
+    # Sums of T numbers in the dtype of the loss: each addition rounds what is there.
+    unit = torch.finfo(dtype).eps * T
+    largest = loss_T.double().abs().sum() / exact_total
+    assert mean.dtype == total.dtype == alone.dtype == dtype
+    assert (mean - exact).abs() <= unit * largest
+    assert (total - exact_total).abs() <= unit * exact_total
+    assert torch.equal(alone, total)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_tokens_than_a_program_sums(kind, device):
+    loss_T, target_T, weight_V = draw(2 * _mean_loss.BLOCK + 5, 7, kind, torch.float32, device)
+    mean, total = reduced(loss_T, target_T, weight_V, IGNORE, "mean")
+    exact, exact_total = expected(loss_T, target_T, weight_V)
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(total.double(), exact_total, rtol=1e-6, atol=0)
+    if kind != "weights":
+        assert total == exact_total
+
+
+@pytest.mark.parametrize("T", [0, 3])
+def test_a_mean_over_nothing_is_nan(T, device):
+    target_T = torch.full((T,), IGNORE, device=device)
+    mean, total = reduced(torch.zeros(T, device=device), target_T, None, IGNORE, "mean")
+    assert mean.isnan()
+    assert total is not None
+    assert total.isnan()
+    assert total_weight(target_T, None, IGNORE, torch.float32).isnan()
+
+
+def test_weights_of_zero_leave_nothing_to_divide_by(device):
+    target_T, weight_V = torch.tensor([1, 1], device=device), torch.tensor([1.0, 0.0]).to(device)
+    mean, _ = reduced(torch.ones(2, device=device), target_T, weight_V, IGNORE, "mean")
+    assert mean.isnan()
+
+
+def test_a_target_of_no_class_reads_no_weight(device):
+    target_T = torch.tensor([0, 5, -1], device=device)
+    weight_V = torch.full((9,), torch.nan, device=device)[2:4]
+    weight_V.fill_(2.0)  # what is beside it is nan
+    assert total_weight(target_T[:1], weight_V, IGNORE, torch.float32) == 2
+    assert total_weight(target_T, weight_V, IGNORE, torch.float32).isfinite()
+
+
+def test_is_a_well_formed_operator(device):
+    for kind in KINDS:
+        _, target_T, weight_V = draw(5, 3, kind, torch.float32, device)
+        given = (target_T, weight_V, IGNORE, torch.float32)
+        torch.library.opcheck(total_weight.overload, given)
