@@ -39,8 +39,8 @@ KINDS = (
 OWN = {
     "_norm_": NORMS, "_qk_norm_rope_": POSITIONS, "_rope_": POSITIONS, "_activation_": ACTIVATION,
     "_swiglu_": ACTIVATION, "_geglu_": ACTIVATION, "_relu_squared_": ACTIVATION,
-    "_cross_entropy_": LOSS, "_linear_cross_entropy_": LOSS, "_mean_loss_": LOSS, "_mse_loss_": LOSS,
-    "_scale_gradient_": LOSS, "_log_prob_": LOSS, "_linear_kl_div_": LOSS,
+    "_cross_entropy_": LOSS, "_linear_cross_entropy_": LOSS, "_mse_loss_": LOSS,
+    "_mean_loss_": LOSS, "_scale_gradient_": LOSS, "_log_prob_": LOSS, "_linear_kl_div_": LOSS,
     "_linear_topk_kl_div_": LOSS,
     "_optimizer_": OPTIMIZER, "_grad_norm_": OPTIMIZER, "_grad_norms_": OPTIMIZER,
     "_norms_": OPTIMIZER, "_muon_": OPTIMIZER,
