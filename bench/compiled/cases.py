@@ -213,7 +213,7 @@ def _linear_topk_kl_div(dtype: torch.dtype, V: int, K: int, **options) -> Case:
 
 def _loss_limits(logits: Tensor, soft: bool, most: float) -> dict[str, Limit]:
     moved = 2 * logits.element_size() + (4 if soft else 0)
-    return {"_cross_entropy_kernel": Limit(moved, most)}
+    return {"_cross_entropy_kernel": Limit(moved, most), "_mean_loss_kernel": Limit(single=True)}
 
 
 def _dropout_add(dtype: torch.dtype, stream: torch.dtype) -> Case:
