@@ -71,7 +71,7 @@ def _plan(
 ) -> tuple[Plan, Plan | None]:  # fmt: skip
     """Plan the launch for a loss, targets and class weights of these dtypes, and the second."""
     loss_dtype, target_dtype, w_dtype = dtypes
-    block = min(power_of_2(T), most)
+    block = min(max(32, power_of_2(T)), most)  # a warp at least
     P = max(1, min(cdiv(T, block), p_max))
     counted = "rows" if target_dtype.is_floating_point else "weights" if w_dtype else "targets"
     loss, wide, warps = loss_dtype is not None, accumulator(acc), max(1, block // 512)
