@@ -156,7 +156,7 @@ def recorded() -> Iterator[Recorder]:
     with (
         mock.patch.object(runtime, "CPU_KERNELS", True),
         mock.patch.object(runtime, "_is_watched", return_value=False),
-        mock.patch.object(Launcher, "_launch", lambda x, *_, **__: recorder.kernel(x)),
+        mock.patch.object(Launcher, "launch", lambda x, *_, **__: recorder.kernel(x)),
         mock.patch.object(block, "float32_on_cpu", lambda x: x),
         mock.patch.object(transformer, "as_multiplied", lambda x: x.to(torch.bfloat16)),
         mock.patch.object(transformer, "multiplied_dtype", return_value=torch.bfloat16),

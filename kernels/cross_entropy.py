@@ -99,8 +99,9 @@ Reduced = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 def _launch_forward(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, reduction: str, options: LossOptions
 ) -> Reduced:
-    loss_T, *statistics = rows(x_TV, target_T, w_V, None, options, gradient=False)
-    return *reduced(loss_T, target_T, w_V, options.ignore_index, reduction), *statistics
+    loss_T, values_RT, argmax_T = rows(x_TV, target_T, w_V, None, options, gradient=False)
+    loss, total = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)
+    return loss, total, values_RT, argmax_T
 
 
 def _launch_backward(
@@ -137,14 +138,17 @@ def _launch_inplace(
     if reduction == "mean":
         wide = torch.promote_types(x_TV.dtype, torch.float32)
         total = total_weight(target_T, w_V, options.ignore_index, wide)
-    loss_T, *statistics = rows(x_TV, target_T, w_V, None, options, gradient=True, total=total)
-    return *reduced(loss_T, target_T, w_V, options.ignore_index, reduction), *statistics
+    results = rows(x_TV, target_T, w_V, None, options, gradient=True, total=total)
+    loss_T, values_RT, argmax_T = results
+    loss, _ = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)
+    return loss, total, values_RT, argmax_T
 
 
 def _fake_forward(x, target, weight, reduction, options) -> Reduced:
-    loss_T, *statistics = empty_results(x, target.is_floating_point(), options)
+    loss_T, values_RT, argmax_T = empty_results(x, target.is_floating_point(), options)
     loss = loss_T if reduction == "none" else loss_T.new_empty(())
-    return loss, torch.empty_like(loss) if reduction == "mean" else None, *statistics
+    total = torch.empty_like(loss) if reduction == "mean" else None
+    return loss, total, values_RT, argmax_T
 
 
 _forward = operator(

@@ -148,7 +148,7 @@ def power_of_2(n: int) -> int:
 
 def operator(
     schema: str, launch: Callable, fake: Callable, incoming: int | None = None,
-    options: Any = None,
+    options: type[Any] | None = None,
 ) -> Callable:  # fmt: skip
     """Register `launch` as the operator `tritium::<schema>` and return a function that calls it.
 
@@ -172,7 +172,7 @@ def operator(
     spread = 0 if options is None else len(options._fields)
 
     def gathered(args: tuple) -> tuple:
-        return (*args[:-spread], options(*args[-spread:])) if spread else args
+        return args if options is None else (*args[:-spread], options(*args[-spread:]))
 
     def flat(args: tuple) -> tuple:
         return (*args[:-1], *args[-1]) if spread else args

@@ -150,10 +150,13 @@ MUTANTS = [
     ),
     _function(
         what="the mean counts ignored targets",
-        original="return *reduced(loss_T, target_T, w_V, options.ignore_index, reduction), "
-        "*statistics\n\n\ndef _fake",
-        replacement="return *reduced(loss_T, target_T, w_V, -1 << 40, reduction), *statistics\n"
-        "\n\ndef _fake",
+        original="loss, total = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)",
+        replacement="loss, total = reduced(loss_T, target_T, w_V, -1 << 40, reduction)",
+    ),
+    _function(
+        what="the mean in place counts ignored targets",
+        original="loss, _ = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)",
+        replacement="loss, _ = reduced(loss_T, target_T, w_V, -1 << 40, reduction)",
     ),
     _kernel(
         what="the gradient of a mean not divided",

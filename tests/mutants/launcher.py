@@ -145,7 +145,7 @@ MUTANTS = [
     ),
     _runtime(
         what="options single where an operator is launched",
-        original="(*args[:-spread], options(*args[-spread:])) if spread else args",
+        original="args if options is None else (*args[:-spread], options(*args[-spread:]))",
         replacement="args",
     ),
     _runtime(
