@@ -329,9 +329,10 @@ def linear_loss(
         loss = loss.view(shape)
     else:
         wide = torch.promote_types(dtype, torch.float32)
-        scale = hidden.new_ones((), dtype=wide)
         if reduction == "mean":
             scale = total_weight(target_T, class_weight_V, options.ignore_index, wide).reciprocal()
+        else:
+            scale = hidden.new_ones((), dtype=wide)
         loss, values_RT, argmax_T = apply(_LinearCrossEntropy, *inputs, scale, *how)
     if not options.stats:
         return loss

@@ -133,29 +133,34 @@ def _launch_forward(
 class _BackwardPlan(NamedTuple):
     shares: int
     """Rows of the partial sums of the weights' gradients."""
+    dtype: torch.dtype
+    """Of these sums."""
     back: Plan
     weights: Plan
 
 
 @planned
 def _plan_backward(
-    shape: torch.Size, strides: tuple[int, ...], G: int, angles: torch.Size,
-    dtypes: tuple[torch.dtype | None, ...], weighted: bool, eps: float, interleaved: bool,
-    elements: int, block_N: int, p_max: int, stages: int,
+    shape: torch.Size, strides: tuple[tuple[int, ...], ...], G: int, angles: torch.Size,
+    dtypes: tuple[torch.dtype | None, ...], eps: float, interleaved: bool, elements: int,
+    block_N: int, p_max: int, stages: int,
 ) -> _BackwardPlan:  # fmt: skip
+    """Plan the launches for dq, dk, dv and the projection, where there is one, of these strides."""
     (B, L, H, K), (S, J) = shape, angles
     tile = _tile(elements, block_N, K, J)
     q_tiles, k_tiles = cdiv(H, block_N), cdiv(G, block_N)
     tiles, blocks = q_tiles + 2 * k_tiles, B * cdiv(L, tile[0])
-    shares = max(1, min(blocks, p_max // tiles)) if weighted else blocks
+    shares = blocks if dtypes[-1] is None else max(1, min(blocks, p_max // tiles))
     back = Plan(
-        (tiles * shares,), (blocks, L, H, G, J, K, S, *strides),
+        (tiles * shares,),
+        (blocks, L, H, G, J, K, S, *(n for each in strides for n in (each or (0, 0, 0))[:3])),
         (float(eps), interleaved, *tile, power_of_2(K), accumulator(dtypes[0]), stages),
     )  # fmt: skip
     weights = Plan(
         (cdiv(K, 16), 2), (tiles * shares, K, q_tiles, k_tiles), (512, 16), num_warps=8
     )  # fmt: skip
-    return _BackwardPlan(tiles * shares, back, weights)
+    wide = torch.promote_types(dtypes[0] or torch.float32, torch.float32)
+    return _BackwardPlan(tiles * shares, wide, back, weights)
 
 
 def _launch_backward(
@@ -166,18 +171,16 @@ def _launch_backward(
     inputs = dq_BLHK, dk_BLGK, dv_BLGK, qkv_BLNK, cos_SJ, sin_SJ, offset_B, q_weight_K, k_weight_K
     dqkv_BLNK, dq_weight_K, dk_weight_K = _empty_backward(*inputs, eps, interleaved)
     strides = (
-        *dq_BLHK.stride()[:3], *dk_BLGK.stride()[:3], *dv_BLGK.stride()[:3],
-        *((0, 0, 0) if qkv_BLNK is None else qkv_BLNK.stride()[:3]),
+        dq_BLHK.stride(), dk_BLGK.stride(), dv_BLGK.stride(),
+        () if qkv_BLNK is None else qkv_BLNK.stride(),
     )  # fmt: skip
     plan = _plan_backward(
-        dq_BLHK.shape, strides, dk_BLGK.shape[2], cos_SJ.shape, (*map(dtype_of, inputs),),
-        q_weight_K is not None, eps, interleaved, BACKWARD_TILE, BLOCK_N, P_MAX,
-        STAGES if dq_BLHK.element_size() == 2 else 1,
+        dq_BLHK.shape, strides, dk_BLGK.shape[2], cos_SJ.shape, (*map(dtype_of, inputs),), eps,
+        interleaved, BACKWARD_TILE, BLOCK_N, P_MAX, STAGES if dq_BLHK.element_size() == 2 else 1,
     )  # fmt: skip
     partials_PK = None
     if q_weight_K is not None:
-        dtype = torch.promote_types(dq_BLHK.dtype, torch.float32)
-        partials_PK = dq_BLHK.new_empty(plan.shares, dq_BLHK.shape[3], dtype=dtype)
+        partials_PK = dq_BLHK.new_empty(plan.shares, dq_BLHK.shape[3], dtype=plan.dtype)
     _launch_back.launch(plan.back, *inputs, dqkv_BLNK, partials_PK)
     if partials_PK is not None:
         _launch_weights.launch(plan.weights, partials_PK, dq_weight_K, dk_weight_K)
@@ -198,8 +201,9 @@ def _empty_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     B, L, H, K = dq.shape
     dqkv = dq.new_empty(B, L, H + 2 * dk.shape[2], K)
-    dq_weight, dk_weight = (None if w is None else w.new_empty(K) for w in (q_weight, k_weight))
-    return dqkv, dq_weight, dk_weight
+    if q_weight is None or k_weight is None:
+        return dqkv, None, None
+    return dqkv, torch.empty_like(q_weight), torch.empty_like(k_weight)
 
 
 _forward = operator(
@@ -207,6 +211,7 @@ _forward = operator(
     " Tensor? k_weight, float eps, int kv_heads, bool interleaved) -> (Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
+    incoming=6,
 )
 _backward = operator(
     "qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv, Tensor cos, Tensor sin,"
@@ -214,6 +219,7 @@ _backward = operator(
     " -> (Tensor, Tensor, Tensor)",
     _launch_backward,
     _empty_backward,
+    incoming=3,
 )
 
 
@@ -332,7 +338,7 @@ def _validate(
             f"qk_norm_rope: qkv must be floating point [..., L, H + 2G, K], "
             f"got {qkv.dtype} {list(qkv.shape)}"
         )
-    *_, N, K = qkv.shape
+    N, K = qkv.shape[-2:]
     if kv_heads is None and (N % 3 or not N):
         raise ValueError(
             f"qk_norm_rope: without kv_heads a third of the heads are queries, got {N} heads; "
@@ -345,7 +351,10 @@ def _validate(
         )
     if (q_weight is None) != (k_weight is None):
         raise ValueError("qk_norm_rope: q_weight and k_weight must both be given, or both be None")
-    if q_weight is None or k_weight is None:
+    if q_weight is None or k_weight is None or (
+        q_weight.shape == k_weight.shape == (K,) and q_weight.dtype == k_weight.dtype
+        and q_weight.device == k_weight.device == qkv.device and q_weight.is_floating_point()
+    ):  # fmt: skip
         return
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
         if w.shape != (K,):
