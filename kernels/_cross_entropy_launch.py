@@ -33,8 +33,8 @@ def _plan(
 
     `row_strides` are those of the logits, their gradient and soft targets, where there are any,
     `strides` those of the incoming gradient and of the statistics; `dtypes` those of logits,
-    targets, class weights and incoming gradient. `mean` tells whether a total divides the gradient,
-    `keeps` whether rows may stay in registers.
+    targets, class weights and incoming gradient. `mean` tells whether the gradient has the scale of
+    a mean, `keeps` whether rows may stay in registers.
     """
     (T, V), (x_dtype, target_dtype, w_dtype, dloss_dtype) = shape, dtypes
     stride_xT, stride_dxT, stride_qT = row_strides
@@ -78,30 +78,30 @@ def _plan(
 
 def launch_rows(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, *,
-    dx_TV: Tensor | None = None, dloss_T: Tensor | None = None, total: Tensor | None = None,
+    dx_TV: Tensor | None = None, dloss_T: Tensor | None = None,
 ) -> Results:  # fmt: skip
     """Compute loss and statistics, and dx_TV where it is given."""
     results = empty_results(x_TV, target_T.is_floating_point(), options)
-    _launch_passes(x_TV, target_T, w_V, options, *results, dx_TV, dloss_T, total, True)
+    _launch_passes(x_TV, target_T, w_V, options, *results, dx_TV, dloss_T, None, True)
     return results
 
 
 def launch_gradient(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, values_RT: Tensor,
-    dx_TV: Tensor, dloss_T: Tensor | None, total: Tensor | None,
+    dx_TV: Tensor, dloss_T: Tensor | None, scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Compute dx_TV from the statistics of a launch before; `dloss_T` may be one for all rows."""
     # The statistics stand in for the results, which the kernel does not write.
     unused = values_RT
     _launch_passes(
-        x_TV, target_T, w_V, options, unused, values_RT, None, dx_TV, dloss_T, total, False
+        x_TV, target_T, w_V, options, unused, values_RT, None, dx_TV, dloss_T, scale, False
     )  # fmt: skip
 
 
 def _launch_passes(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions, loss_T: Tensor,
     values_RT: Tensor, argmax_T: Tensor | None, dx_TV: Tensor | None, dloss_T: Tensor | None,
-    total: Tensor | None, loss: bool,
+    scale: Tensor | None, loss: bool,
 ) -> None:  # fmt: skip
     if x_TV.shape[0] == 0:
         return
@@ -114,14 +114,14 @@ def _launch_passes(
         ),
         (dloss_T.stride(0) if dloss_T is not None and dloss_T.ndim else 0, values_RT.stride(0)),
         values_RT.shape[0], (x_TV.dtype, target_T.dtype, dtype_of(w_V), dtype_of(dloss_T)),
-        loss, total is not None, loss and dx_TV is not None and packed.keeps_rows(x_TV), options,
+        loss, scale is not None, loss and dx_TV is not None and packed.keeps_rows(x_TV), options,
     )  # fmt: skip
     unused = loss_T  # stands in for a pointer that the kernel moves and does not follow
     summed = None
     if w_V is not None and options.label_smoothing > 0 and not soft:
         summed = w_V.sum(dtype=values_RT.dtype)
     _launch.launch(
-        plan, x_TV, target_T, unused if w_V is None else w_V, summed, dloss_T, total, loss_T,
+        plan, x_TV, target_T, unused if w_V is None else w_V, summed, dloss_T, scale, loss_T,
         values_RT, argmax_T, unused if dx_TV is None else dx_TV,
     )  # fmt: skip
 
@@ -139,26 +139,23 @@ def empty_results(x_TV: Tensor, soft: bool, options: LossOptions) -> Results:
 
 def rows(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, dloss_T: Tensor | None,
-    options: LossOptions, gradient: bool, total: Tensor | None = None,
+    options: LossOptions, gradient: bool,
 ) -> Results:  # fmt: skip
-    """Compute loss and statistics of rows; with `gradient`, that of the logits replaces `x_TV`.
+    """Compute loss and statistics of rows; with `gradient`, dloss_T · dx_TV replaces `x_TV`.
 
-    It is dloss_T · dx_TV, or with `total` dx_TV / total.
+    `dloss_T` may be one for all rows.
     """
     if not uses_triton(x_TV, "cross_entropy"):
-        if total is not None:
-            dloss_T = total.reciprocal().expand(x_TV.shape[0])
+        dloss_T = None if dloss_T is None else dloss_T.expand(x_TV.shape[0])
         return rows_reference(x_TV, target_T, w_V, dloss_T, options, gradient)
     dx_TV = x_TV if gradient else None
     if not options.group:
-        return launch_rows(
-            x_TV, target_T, w_V, options, dx_TV=dx_TV, dloss_T=dloss_T, total=total
-        )  # fmt: skip
+        return launch_rows(x_TV, target_T, w_V, options, dx_TV=dx_TV, dloss_T=dloss_T)
     soft = target_T.is_floating_point()
     _, values_RT, argmax_T = launch_rows(x_TV, target_T, w_V, options)
     values_RT, argmax_T = combine(values_RT, argmax_T, options.group, soft)
     if gradient:
-        launch_gradient(x_TV, target_T, w_V, options, values_RT, x_TV, dloss_T, total)
+        launch_gradient(x_TV, target_T, w_V, options, values_RT, x_TV, dloss_T, None)
     w_T = token_weights(target_T, w_V, options.ignore_index, values_RT.dtype)
     loss_T = loss_of(values_RT, w_T, options, soft)
     return clear_ignored((loss_T, values_RT, argmax_T), target_T, options)

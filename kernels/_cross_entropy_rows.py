@@ -28,7 +28,7 @@ Names in the kernel, with m the running maximum and s the sum of exp(z_V - m):
     spread   sum of exp(z_V - m) · (z_V - m), from which the entropy follows
     best     index of the first maximum
     total    mass + hit + 2 · z_loss · w_t · lse: the factor of p_V in the gradient
-    give     incoming gradient · logit_scale, by the total weight of a mean
+    give     incoming gradient · logit_scale, times the scale of a mean
 """
 
 import triton
@@ -159,7 +159,7 @@ def _origin(t, stride, LEAD: tl.constexpr):
 
 @triton.jit
 def _cross_entropy_kernel(
-    x_ptr, target_ptr, w_ptr, w_sum_ptr, dloss_ptr, total_ptr, loss_ptr, values_ptr, argmax_ptr,
+    x_ptr, target_ptr, w_ptr, w_sum_ptr, dloss_ptr, mean_ptr, loss_ptr, values_ptr, argmax_ptr,
     dx_ptr,
     V, first, n_classes, stride_xT, stride_qT, stride_dxT, stride_dlossT, stride_valuesR,
     ignore_index, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
@@ -321,8 +321,7 @@ def _cross_entropy_kernel(
             if INCOMING:
                 give = tl.load(dloss_ptr + t * stride_dlossT).to(ACC)
             if MEAN:
-                divisor = tl.load(total_ptr).to(ACC)
-                give = tl.div_rn(give, divisor) if ACC is tl.float32 else give / divisor
+                give *= tl.load(mean_ptr).to(ACC)
             if SCALE:
                 give *= logit_scale
             scale = give * total / row_s

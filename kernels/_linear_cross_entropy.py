@@ -28,7 +28,7 @@ from tritium.kernels._cross_entropy_options import (
     token_stats,
 )
 from tritium.kernels._cross_entropy_ranks import Classes, shard
-from tritium.kernels._mean_loss import total_weight
+from tritium.kernels._mean_loss import scale_of_mean
 from tritium.kernels._scale_gradient import scaled
 from tritium.kernels.cross_entropy import cross_entropy_reference
 from tritium.kernels.runtime import apply, once_differentiable, operator, sees_through
@@ -330,7 +330,7 @@ def linear_loss(
     else:
         wide = torch.promote_types(dtype, torch.float32)
         if reduction == "mean":
-            scale = total_weight(target_T, class_weight_V, options.ignore_index, wide).reciprocal()
+            scale = scale_of_mean(target_T, class_weight_V, options.ignore_index, wide)
         else:
             scale = hidden.new_ones((), dtype=wide)
         loss, values_RT, argmax_T = apply(_LinearCrossEntropy, *inputs, scale, *how)

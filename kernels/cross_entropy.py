@@ -49,7 +49,7 @@ from tritium.kernels._cross_entropy_options import (
     token_weights,
 )
 from tritium.kernels._cross_entropy_ranks import shard
-from tritium.kernels._mean_loss import reduced, total_weight
+from tritium.kernels._mean_loss import reduced, scale_of_mean
 from tritium.kernels._scale_gradient import scale_gradient_
 from tritium.kernels.runtime import (
     apply,
@@ -93,62 +93,61 @@ def cross_entropy_reference(
 
 
 Reduced = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-"""The loss, reduced; by what its sum was divided, of a mean; statistics and argmax of `Results`."""
+"""The loss, reduced; the scale of a mean; statistics and argmax of `Results`."""
 
 
 def _launch_forward(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, reduction: str, options: LossOptions
 ) -> Reduced:
     loss_T, values_RT, argmax_T = rows(x_TV, target_T, w_V, None, options, gradient=False)
-    loss, total = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)
-    return loss, total, values_RT, argmax_T
+    loss, scale = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)
+    return loss, scale, values_RT, argmax_T
 
 
 def _launch_backward(
     dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, values_RT: Tensor,
-    total: Tensor | None, options: LossOptions,
+    scale: Tensor | None, options: LossOptions,
 ) -> Tensor:  # fmt: skip
     if x_TV.is_contiguous():
         dx_TV = torch.empty_like(x_TV)
     else:
         dx_TV = torch.empty_like(x_TV, memory_format=torch.contiguous_format)
-    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, total, options)
+    _write_gradient(dx_TV, dloss_T, x_TV, target_T, w_V, values_RT, scale, options)
     return dx_TV
 
 
 def _write_gradient(
     dx_TV: Tensor, dloss_T: Tensor, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None,
-    values_RT: Tensor, total: Tensor | None, options: LossOptions,
+    values_RT: Tensor, scale: Tensor | None, options: LossOptions,
 ) -> None:  # fmt: skip
     """Write dloss_T · dx_TV, maybe over `x_TV` itself; `dloss_T` may be one for all rows.
 
-    With `total`, divided by it.
+    With `scale`, times it.
     """
     if uses_triton(x_TV, "cross_entropy"):
-        launch_gradient(x_TV, target_T, w_V, options, values_RT, dx_TV, dloss_T, total)
+        launch_gradient(x_TV, target_T, w_V, options, values_RT, dx_TV, dloss_T, scale)
     else:
-        dloss_T = (dloss_T if total is None else dloss_T / total).expand(x_TV.shape[0])
+        dloss_T = (dloss_T if scale is None else dloss_T * scale).expand(x_TV.shape[0])
         rows_reference(dx_TV.copy_(x_TV), target_T, w_V, dloss_T, options, gradient=True)
 
 
 def _launch_inplace(
     x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, reduction: str, options: LossOptions
 ) -> Reduced:
-    total = None
+    scale = None
     if reduction == "mean":
         wide = torch.promote_types(x_TV.dtype, torch.float32)
-        total = total_weight(target_T, w_V, options.ignore_index, wide)
-    results = rows(x_TV, target_T, w_V, None, options, gradient=True, total=total)
-    loss_T, values_RT, argmax_T = results
+        scale = scale_of_mean(target_T, w_V, options.ignore_index, wide)
+    loss_T, values_RT, argmax_T = rows(x_TV, target_T, w_V, scale, options, gradient=True)
     loss, _ = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)
-    return loss, total, values_RT, argmax_T
+    return loss, scale, values_RT, argmax_T
 
 
 def _fake_forward(x, target, weight, reduction, options) -> Reduced:
     loss_T, values_RT, argmax_T = empty_results(x, target.is_floating_point(), options)
     loss = loss_T if reduction == "none" else loss_T.new_empty(())
-    total = torch.empty_like(loss) if reduction == "mean" else None
-    return loss, total, values_RT, argmax_T
+    scale = torch.empty_like(loss) if reduction == "mean" else None
+    return loss, scale, values_RT, argmax_T
 
 
 _forward = operator(
@@ -161,7 +160,7 @@ _forward = operator(
 )
 _backward = operator(
     "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor values,"
-    f" Tensor? total, {SCHEMA}) -> Tensor",
+    f" Tensor? scale, {SCHEMA}) -> Tensor",
     _launch_backward,
     lambda dloss, x, *_: x.new_empty(x.shape),
     incoming=1,
@@ -184,10 +183,10 @@ class _CrossEntropy(torch.autograd.Function):
         ctx, x_TV: Tensor, target_T: Tensor, w_V: Tensor | None, options: LossOptions,
         overwrite: bool, reduction: str,
     ):  # fmt: skip
-        loss, total, values_RT, argmax_T = _forward(x_TV, target_T, w_V, reduction, options)
-        # Dispatched, an operator returns a total of nothing where there is none.
-        total = total if reduction == "mean" else None
-        ctx.save_for_backward(x_TV, target_T, w_V, values_RT, total)
+        loss, scale, values_RT, argmax_T = _forward(x_TV, target_T, w_V, reduction, options)
+        # Dispatched, an operator returns a scale of nothing where there is none.
+        scale = scale if reduction == "mean" else None
+        ctx.save_for_backward(x_TV, target_T, w_V, values_RT, scale)
         ctx.how = options, overwrite
         ctx.spent = False
         if not options.stats:
@@ -201,19 +200,19 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss: Tensor | None, *_):
         if dloss is None:
             return (None,) * 6
-        x_TV, target_T, w_V, values_RT, total = ctx.saved_tensors
+        x_TV, target_T, w_V, values_RT, scale = ctx.saved_tensors
         options, overwrite = ctx.how
         if not overwrite:
-            dx_TV = _backward(dloss, x_TV, target_T, w_V, values_RT, total, options)
+            dx_TV = _backward(dloss, x_TV, target_T, w_V, values_RT, scale, options)
             dq_TV = None
             if ctx.needs_input_grad[1]:
-                dloss_T = (dloss if total is None else dloss / total).expand(x_TV.shape[0])
+                dloss_T = (dloss if scale is None else dloss * scale).expand(x_TV.shape[0])
                 dq_TV = soft_target_gradient(dloss_T, x_TV, target_T, w_V, values_RT, options)
             return dx_TV, dq_TV, None, None, None, None
         if ctx.spent:
             raise RuntimeError(ONCE)
         dx_TV, ctx.spent = x_TV.detach(), True
-        _write_gradient(dx_TV, dloss, dx_TV, target_T, w_V, values_RT, total, options)
+        _write_gradient(dx_TV, dloss, dx_TV, target_T, w_V, values_RT, scale, options)
         torch.autograd.graph.increment_version(x_TV)
         return dx_TV, None, None, None, None, None
 

@@ -315,9 +315,9 @@ def test_is_a_well_formed_operator(device):
                 given = (x, aim, weight, reduction, *options)
                 torch.library.opcheck(_forward.overload, given)
                 torch.library.opcheck(_inplace.overload, given)
-            _, total, values, _ = _forward(x, aim, weight, "mean", options)
-            for dloss, divisor in ((dloss_T, None), (dloss_T[0], total)):
-                given = (dloss, x, aim, weight, values, divisor, *options)
+            _, scale, values, _ = _forward(x, aim, weight, "mean", options)
+            for dloss, factor in ((dloss_T, None), (dloss_T[0], scale)):
+                given = (dloss, x, aim, weight, values, factor, *options)
                 torch.library.opcheck(_backward.overload, given)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritium.kernels import _mean_loss
-from tritium.kernels._mean_loss import reduced, total_weight
+from tritium.kernels._mean_loss import reduced, scale_of_mean
 
 IGNORE = -100
 KINDS = ["targets", "weights", "probabilities"]
@@ -29,7 +29,7 @@ def expected(loss_T, target_T, weight_V):
         counts_T = (target_T != IGNORE).double()
         weights_V = counts_T.new_ones(int(target_T.max()) + 1) if weight_V is None else weight_V
         total = (counts_T * weights_V.double()[target_T.clamp_min(0)]).sum()
-    return loss_T.double().sum() / total, total
+    return loss_T.double().sum() / total, 1 / total
 
 
 @given(
@@ -50,37 +50,37 @@ def test_is_the_sum_by_the_weight_of_what_counts(T, V, kind, dtype, block, p_max
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_mean_loss, "BLOCK", block)
         patch.setattr(_mean_loss, "P_MAX", p_max)
-        mean, total = reduced(loss_T, target_T, weight_V, IGNORE, "mean")
-        alone = total_weight(target_T, weight_V, IGNORE, dtype)
-    exact, exact_total = expected(loss_T, target_T, weight_V)
+        mean, scale = reduced(loss_T, target_T, weight_V, IGNORE, "mean")
+        alone = scale_of_mean(target_T, weight_V, IGNORE, dtype)
+    exact, exact_scale = expected(loss_T, target_T, weight_V)
     # Two sums of T numbers in the dtype of the loss, each addition rounded, and their ratio.
     unit = torch.finfo(dtype).eps * (T + 2)
-    largest = loss_T.double().abs().sum() / exact_total
-    assert mean.dtype == total.dtype == alone.dtype == dtype
+    largest = loss_T.double().abs().sum() * exact_scale
+    assert mean.dtype == scale.dtype == alone.dtype == dtype
     assert (mean - exact).abs() <= unit * largest
-    assert (total - exact_total).abs() <= unit * exact_total
-    assert torch.equal(alone, total)
+    assert (scale - exact_scale).abs() <= unit * exact_scale
+    assert torch.equal(alone, scale)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_tokens_than_a_program_sums(kind, device):
     loss_T, target_T, weight_V = draw(2 * _mean_loss.BLOCK + 5, 7, kind, torch.float32, device)
-    mean, total = reduced(loss_T, target_T, weight_V, IGNORE, "mean")
-    exact, exact_total = expected(loss_T, target_T, weight_V)
+    mean, scale = reduced(loss_T, target_T, weight_V, IGNORE, "mean")
+    exact, exact_scale = expected(loss_T, target_T, weight_V)
     torch.testing.assert_close(mean.double(), exact, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(total.double(), exact_total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scale.double(), exact_scale, rtol=1e-6, atol=0)
     if kind != "weights":
-        assert total == exact_total
+        assert scale == exact_scale.float()
 
 
 @pytest.mark.parametrize("T", [0, 3])
 def test_a_mean_over_nothing_is_nan(T, device):
     target_T = torch.full((T,), IGNORE, device=device)
-    mean, total = reduced(torch.zeros(T, device=device), target_T, None, IGNORE, "mean")
+    mean, scale = reduced(torch.zeros(T, device=device), target_T, None, IGNORE, "mean")
     assert mean.isnan()
-    assert total is not None
-    assert total.isnan()
-    assert total_weight(target_T, None, IGNORE, torch.float32).isnan()
+    assert scale is not None
+    assert scale.isnan()
+    assert scale_of_mean(target_T, None, IGNORE, torch.float32).isnan()
 
 
 def test_weights_of_zero_leave_nothing_to_divide_by(device):
@@ -93,12 +93,12 @@ def test_a_target_of_no_class_reads_no_weight(device):
     target_T = torch.tensor([0, 5, -1], device=device)
     weight_V = torch.full((9,), torch.nan, device=device)[2:4]
     weight_V.fill_(2.0)  # what is beside it is nan
-    assert total_weight(target_T[:1], weight_V, IGNORE, torch.float32) == 2
-    assert total_weight(target_T, weight_V, IGNORE, torch.float32).isfinite()
+    assert scale_of_mean(target_T[:1], weight_V, IGNORE, torch.float32) == 0.5
+    assert scale_of_mean(target_T, weight_V, IGNORE, torch.float32).isfinite()
 
 
 def test_is_a_well_formed_operator(device):
     for kind in KINDS:
         _, target_T, weight_V = draw(5, 3, kind, torch.float32, device)
         given = (target_T, weight_V, IGNORE, torch.float32)
-        torch.library.opcheck(total_weight.overload, given)
+        torch.library.opcheck(scale_of_mean.overload, given)

@@ -144,14 +144,14 @@ MUTANTS = [
         replacement="dx_TV = ctx.dx_TV",
     ),
     _function(
-        what="the gradient in place divided by ignored targets, too",
-        original="total_weight(target_T, w_V, options.ignore_index, wide)",
-        replacement="total_weight(target_T, w_V, -1 << 40, wide)",
+        what="the gradient in place scaled by ignored targets, too",
+        original="scale_of_mean(target_T, w_V, options.ignore_index, wide)",
+        replacement="scale_of_mean(target_T, w_V, -1 << 40, wide)",
     ),
     _function(
         what="the mean counts ignored targets",
-        original="loss, total = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)",
-        replacement="loss, total = reduced(loss_T, target_T, w_V, -1 << 40, reduction)",
+        original="loss, scale = reduced(loss_T, target_T, w_V, options.ignore_index, reduction)",
+        replacement="loss, scale = reduced(loss_T, target_T, w_V, -1 << 40, reduction)",
     ),
     _function(
         what="the mean in place counts ignored targets",
@@ -159,14 +159,13 @@ MUTANTS = [
         replacement="loss, _ = reduced(loss_T, target_T, w_V, -1 << 40, reduction)",
     ),
     _kernel(
-        what="the gradient of a mean not divided",
-        original="                give = tl.div_rn(give, divisor) if ACC is tl.float32 "
-        "else give / divisor\n",
-        replacement="                give += 0 * divisor\n",
+        what="the gradient of a mean not scaled",
+        original="                give *= tl.load(mean_ptr).to(ACC)\n",
+        replacement="                give += 0 * tl.load(mean_ptr).to(ACC)\n",
     ),
     _function(
-        what="the gradient of soft targets not divided",
-        original="(dloss if total is None else dloss / total).expand",
+        what="the gradient of soft targets not scaled",
+        original="(dloss if scale is None else dloss * scale).expand",
         replacement="dloss.expand",
     ),
     _function(

@@ -51,8 +51,8 @@ MUTANTS = [
     ),
     _mutant(
         what="a mean over all targets",
-        original="total_weight(target_T, class_weight_V, options.ignore_index, wide)",
-        replacement="total_weight(target_T, class_weight_V, -1 << 40, wide)",
+        original="scale_of_mean(target_T, class_weight_V, options.ignore_index, wide)",
+        replacement="scale_of_mean(target_T, class_weight_V, -1 << 40, wide)",
     ),
     _mutant(
         what="gradient of nothing is nan",

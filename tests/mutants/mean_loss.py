@@ -73,8 +73,13 @@ MUTANTS = [
         replacement="accumulator(torch.float32)",
     ),
     _mutant(
+        what="the total in place of the scale",
+        original="        scale = tl.div_rn(one, total) if ACC is tl.float32 else one / total\n",
+        replacement="        scale += 0 * one\n",
+    ),
+    _mutant(
         what="all programs store in one place",
-        original="tl.store(total_ptr + p, total)",
-        replacement="tl.store(total_ptr, total)",
+        original="tl.store(scale_ptr + p, scale)",
+        replacement="tl.store(scale_ptr, scale)",
     ),
 ]
