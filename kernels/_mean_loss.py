@@ -137,9 +137,7 @@ def _launch_scale(
     return _total(target_T, w_V, ignore_index, dtype).reciprocal()
 
 
-def _total(
-    target_T: Tensor, w_V: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> Tensor:
+def _total(target_T: Tensor, w_V: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     if w_V is None and not target_T.is_floating_point():
         # On a CPU a third quicker than a sum.
         total = torch.count_nonzero(target_T != ignore_index).to(dtype)
