@@ -118,8 +118,11 @@ def _accumulate(
         # Where exp is 0 a gap of -inf would make the product nan.
         spread = shrink * (spread + s * tl.maximum(m - new_m, LOWEST_GAP))
         spread += tl.sum(e_V * tl.maximum(gap_V, LOWEST_GAP), axis=1)
-        at_V = tl.where(z_V == new_m[:, None], start + offs_V, NOWHERE)
-        at = tl.min(at_V, axis=1)
+        # Among the lanes: their numbers are constants, where columns would take registers.
+        LANES: tl.constexpr = z_V.shape[1]
+        lanes = tl.arange(0, LANES)[None, :]
+        lane = tl.min(tl.where(z_V == new_m[:, None], lanes, LANES), axis=1)
+        at = tl.where(lane < LANES, start + tl.min(offs_V, axis=1) + lane, NOWHERE)
         best = tl.where(new_m > m, at, tl.minimum(at, best))
     s = s * shrink + tl.sum(e_V, axis=1)
     if SOFT or SMOOTHING:

@@ -152,7 +152,8 @@ def _norm_backward_tile_kernel(
             db_TD += dy_TD
         g_TD = dy_TD * w_1D
         # Equal by algebra. Each form spills registers in some configuration, so choose by size.
-        gz_TD = dyz_TD * w_1D if BLOCK_D >= 4096 and m_ptr is None else g_TD * z_TD
+        from_dyz = BLOCK_D >= 4096 if m_ptr is None else BLOCK_D <= 64
+        gz_TD = dyz_TD * w_1D if from_dyz else g_TD * z_TD
         scale_T1 = r_T1 * r_T1 * (tl.sum(gz_TD, axis=1) / D)[:, None]
         if m_ptr is not None:
             g_TD -= (tl.sum(g_TD, axis=1) / D)[:, None]
@@ -214,10 +215,11 @@ def _norm_columns_kernel(
         if db_ptr is not None:
             db_TD += dy_TD
         if dw_ptr is not None:
+            # Before z: read after it, it made the store's columns spill (Triton 3.8, 3.9; sm_100).
+            r_T1 = tl.load(r_ptr + offs_T, mask=offs_T < T, other=0.0)[:, None]
             z_TD = tl.load(s_ptr + rows_T1 * stride_sT + cols_1D, mask=mask_TD, other=0.0).to(ACC)
             if m_ptr is not None:
                 z_TD -= tl.load(m_ptr + offs_T, mask=offs_T < T, other=0.0)[:, None]
-            r_T1 = tl.load(r_ptr + offs_T, mask=offs_T < T, other=0.0)[:, None]
             dw_TD += dy_TD * z_TD * r_T1
     if dw_ptr is not None:
         tl.store(dw_ptr + p * D + offs_D, tl.sum(dw_TD, axis=0), mask=offs_D < D)

@@ -38,8 +38,9 @@ def _load_features(
     x1, x2 = _load_pairs(ptrs, J, mask, INTERLEAVED, BLOCK_J)
     rest = tl.zeros((1, 1, 1), ACC)
     if BLOCK_R > 0:
-        offs_K = 2 * J + tl.arange(0, BLOCK_R)[None, None, :]
-        rest = tl.load(ptrs + offs_K, mask=mask & (offs_K < K), other=0.0).to(ACC)
+        # 2J + offs_R, kept over the loop of backward, was a register too many (Triton 3.9).
+        offs_R = tl.arange(0, BLOCK_R)[None, None, :]
+        rest = tl.load(ptrs + 2 * J + offs_R, mask=mask & (offs_R < K - 2 * J), other=0.0).to(ACC)
     return x1.to(ACC), x2.to(ACC), rest
 
 

@@ -137,15 +137,17 @@ def _embedding_runs_kernel(
         while tl.load(sorted_ptr + end * S, mask=end * S < T, other=-1) == token:
             end += BLOCK_B
         offs_D = tl.program_id(0) % n_D * BLOCK_D + tl.arange(0, BLOCK_D)
-        tail_ptrs = partials_ptr + (2 * b + 1) * D + offs_D
-        tail_D = tl.load(tail_ptrs, mask=offs_D < D, other=0.0)
-        heads_BD = tl.zeros((BLOCK_B, BLOCK_D), tail_D.dtype)
+        heads_BD = tl.zeros((BLOCK_B, BLOCK_D), partials_ptr.dtype.element_ty)
         for first in range(b + 1, end, BLOCK_B):
-            offs_B = first + tl.arange(0, BLOCK_B)
-            head_B = tl.load(sorted_ptr + offs_B * S, mask=offs_B * S < T, other=-1)
-            head_ptrs = partials_ptr + 2 * offs_B[:, None] * D + offs_D[None, :]
+            offs_B = tl.arange(0, BLOCK_B)  # of 32 bits, as registers are scarce
+            left = tl.cdiv(T, S) - first
+            head_B = tl.load(sorted_ptr + first * S + offs_B * S, mask=offs_B < left, other=-1)
+            head_ptrs = partials_ptr + 2 * first * D + (2 * offs_B[:, None] * D + offs_D[None, :])
             mask_BD = (head_B == token)[:, None] & (offs_D < D)[None, :]
             heads_BD += tl.load(head_ptrs, mask=mask_BD, other=0.0)
+        # Read last: the sums leave no register to keep it in.
+        tail_ptrs = partials_ptr + (2 * b + 1) * D + offs_D
+        tail_D = tl.load(tail_ptrs, mask=offs_D < D, other=0.0)
         dw_D = tail_D + tl.sum(heads_BD, axis=0)
         dw_ptrs = dw_ptr + token.to(tl.int64) * D + offs_D
         if ADD:

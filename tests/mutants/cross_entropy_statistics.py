@@ -33,6 +33,21 @@ MUTANTS = [
         replacement="offs_V, tail_V, 0 - h, hit, uniform",
     ),
     _kernel(
+        what="argmax: the first column of the lanes that hold it",
+        original="start + tl.min(offs_V, axis=1) + lane, NOWHERE)",
+        replacement="start + tl.min(offs_V, axis=1), NOWHERE)",
+    ),
+    _kernel(
+        what="argmax counted from its lanes",
+        original="start + tl.min(offs_V, axis=1) + lane, NOWHERE)",
+        replacement="start + lane, NOWHERE)",
+    ),
+    _kernel(
+        what="argmax: lanes that do not hold the maximum name a column",
+        original="tl.where(lane < LANES, start + tl.min(offs_V, axis=1) + lane, NOWHERE)",
+        replacement="start + tl.min(offs_V, axis=1) + lane",
+    ),
+    _kernel(
         what="argmax of any lane",
         original="row_best = tl.min(tl.where(m == row_m, best, NOWHERE), axis=0)",
         replacement="row_best = tl.min(best, axis=0)",

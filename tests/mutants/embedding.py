@@ -78,6 +78,21 @@ MUTANTS = [
         replacement="for first in range(b + 1, b + 2, BLOCK_B):",
     ),
     _mutant(
+        what="a long run's first heads added at each step",
+        original="head_ptrs = partials_ptr + 2 * first * D + (",
+        replacement="head_ptrs = partials_ptr + 2 * (b + 1) * D + (",
+    ),
+    _mutant(
+        what="a long run's first blocks tell at each step where it ends",
+        original="sorted_ptr + first * S + offs_B * S",
+        replacement="sorted_ptr + (b + 1) * S + offs_B * S",
+    ),
+    _mutant(
+        what="a block behind the last asked for its token",
+        original="mask=offs_B < left, other=-1)",
+        replacement="mask=offs_B <= left, other=-1)",
+    ),
+    _mutant(
         what="heads of the next token's run added",
         original="mask_BD = (head_B == token)[:, None]",
         replacement="mask_BD = (head_B >= token)[:, None]",

@@ -51,8 +51,13 @@ MUTANTS = [
     ),
     _in_kernels(
         what="features of the next head behind the last",
-        original="rest = tl.load(ptrs + offs_K, mask=mask & (offs_K < K), other=0.0)",
-        replacement="rest = tl.load(ptrs + offs_K, mask=mask & (offs_K <= K), other=0.0)",
+        original="mask=mask & (offs_R < K - 2 * J), other=0.0)",
+        replacement="mask=mask & (offs_R <= K - 2 * J), other=0.0)",
+    ),
+    _in_kernels(
+        what="features behind the pairs read from the first on",
+        original="rest = tl.load(ptrs + 2 * J + offs_R,",
+        replacement="rest = tl.load(ptrs + offs_R,",
     ),
     _in_kernels(
         what="features behind the pairs left unwritten",
