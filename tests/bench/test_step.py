@@ -79,7 +79,7 @@ def test_the_launches_of_gpt2_in_four_micro_batches(account):
     assert total["backward", ADDITIONS] + total["forward", ADDITIONS] == 155
     assert total["backward", CASTS] == 52
     # PyTorch's gradient of embeddings would count as one launch, and make about fifteen on a GPU.
-    assert total.total() == 1537
+    assert total.total() == 1529
 
 
 def test_the_optimizer_launches_three_kernels_and_uploads_addresses():
