@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
+from tritium.data.json_text import to_json
 from tritium.data.shards import open_prepared
 from tritium.data.tokenizer import CHARACTERS
 from tritium.data.verification import Verification
@@ -64,7 +65,6 @@ from tritium.training.parallel import ALONE, Parallel, arguments, opened
 from tritium.training.recovery import Recovery, UnrecoverableError
 from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
-from tritium.training.run.json_text import to_json
 from tritium.training.run.random_state import seed
 from tritium.training.run.ranks import LostRankError, recorded, speaker
 from tritium.training.run.run_folder import RunFolderError, RunLog

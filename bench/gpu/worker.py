@@ -29,8 +29,8 @@ from tritium.bench.operations import OPERATIONS
 from tritium.bench.optimizer_shapes import SMALLEST
 from tritium.bench.optimizer_tasks import TASKS
 from tritium.bench.tables import Row, markdown
+from tritium.data.json_text import to_json
 from tritium.kernels.roofline import Device
-from tritium.training.run.json_text import to_json
 
 NO_RATES = Device("not measured", "", 1.0, 1.0, 1.0, 1.0)
 
