@@ -8,23 +8,19 @@ SIGTERM, SIGINT and SIGUSR1 finish the step and save; `main` lists the exit stat
 
 from __future__ import annotations
 
+import tritium  # before all else: Ctrl-C ends the imports without a traceback
+
+tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
+
 import errno
 import gc
 import math
-import signal
 import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports without a traceback
-
-import tritium
-
-tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
 
 gc.disable()  # imports leave little garbage; looking for it took 0.6 of the 2.1 s of --help
 
@@ -459,6 +455,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    recorded(main)()
+    with tritium.interruptible():
+        recorded(main)()

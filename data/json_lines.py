@@ -1,6 +1,6 @@
 """Files of one JSON object a line, read up to where a kill or a loss of power cut them.
 
-Whatever bytes these leave, and all that stands behind them, is no entry. So nothing is appended
+Whatever bytes these leave, and all that follows them, is no entry. So nothing is appended
 behind them: `opened` deletes them first.
 """
 
@@ -26,7 +26,7 @@ def read(path: Path, start: int = 0) -> list[dict]:
 
 
 def opened(path: Path) -> list[dict]:
-    """Return the entries, as `read` does, and delete what stands behind them: append may follow."""
+    """Return the entries, as `read` does, and delete what follows them: `append` may be called."""
     entries, size = _read(path)
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)

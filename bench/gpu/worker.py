@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+import tritium
 from tritium.bench import harness, optimizer
 from tritium.bench import step as step_profile
 from tritium.bench.case import Case, Settings, attempt
@@ -167,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tritium.interruptible():
+        main()

@@ -1,6 +1,6 @@
 """Prove that what a kill or a loss of power leaves in a file of lines costs no whole line.
 
-Neither one that stands before it nor one that is appended later.
+Neither one before it nor one that is appended later.
 """
 
 import json
@@ -58,6 +58,7 @@ def test_a_cut_at_any_byte_costs_the_last_entry_alone(tmp_path_factory, entries,
 @example(b"\0" * 16)
 @example(b"\r{}")
 @example(b"null")
+@example("{}".encode("utf-16-le") + b"\n")
 @example(b"12\n")
 @example(b"\n")
 def test_no_bytes_behind_the_last_whole_line_cost_a_line(tmp_path_factory, rest):
