@@ -108,6 +108,14 @@ def test_stop_tokens_come_from_any_iterable(kind, device):
     assert [*map(len, model.generate([[1], [2, 3]], 9, stop_tokens=stops))] == [2, 3]
 
 
+def test_nothing_is_drawn_behind_the_end_of_all_rows(device, monkeypatch):
+    model, read = Transformer(CONFIG).to(device), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *x: read.append(1) or hidden(*x))
+    assert drawn_with(model, prompts(device), 3, stop_tokens=range(257)).shape == (3, 5)
+    assert len(read) == (1 if device == "cpu" else 16)  # a GPU is looked at every 16 tokens
+
+
 @pytest.mark.parametrize("stops", [3, [1.5], "ab", torch.tensor(3)])
 def test_refuses_stop_tokens_that_are_no_ids(stops, device):
     with pytest.raises(ValueError, match=r"^generate: stop_tokens must be ids, as "):

@@ -38,18 +38,6 @@ MUTANTS = [
         replacement="            found.append(x)\n",
     ),
     Mutant(
-        what="the rows of linear_cross_entropy applied by PyTorch",
-        file="kernels/_linear_cross_entropy.py",
-        original="apply(_LinearCrossEntropyRows, *inputs, *how)",
-        replacement="_LinearCrossEntropyRows.apply(*inputs, *how)",
-    ),
-    Mutant(
-        what="linear_cross_entropy applied by PyTorch",
-        file="kernels/_linear_cross_entropy.py",
-        original="apply(_LinearCrossEntropy, *inputs, scale, *how)",
-        replacement="_LinearCrossEntropy.apply(*inputs, scale, *how)",
-    ),
-    Mutant(
         what="the rows of linear_kl_div applied by PyTorch",
         file="kernels/_linear_kl_div.py",
         original="apply(_LinearKLDivRows, plan, options, *tensors)",
@@ -62,10 +50,16 @@ MUTANTS = [
         replacement="_LinearKLDiv.apply(scale, plan, options, *tensors)",
     ),
     Mutant(
-        what="linear_log_prob applied by PyTorch",
-        file="kernels/linear_log_prob.py",
-        original="apply(_LinearLogProb, *inputs, target_T, plan, wants, options)",
-        replacement="_LinearLogProb.apply(*inputs, target_T, plan, wants, options)",
+        what="qk_norm_rope applied by PyTorch",
+        file="kernels/qk_norm_rope.py",
+        original="apply(_QkNormRope, qkv",
+        replacement="_QkNormRope.apply(qkv",
+    ),
+    Mutant(
+        what="add_rms_norm applied by PyTorch",
+        file="kernels/_norm_launch.py",
+        original="apply(_AddNorm, x",
+        replacement="_AddNorm.apply(x",
     ),
     Mutant(
         what="swiglu applied by PyTorch",
