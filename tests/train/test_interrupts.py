@@ -91,6 +91,7 @@ def test_a_command_cleans_up_and_ends_with_130(block, capsys):
     cleaned = []
 
     def work():
+        assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL  # which ended the tests
         try:
             os.kill(os.getpid(), signal.SIGINT)
         finally:
