@@ -8,10 +8,13 @@ SIGTERM, SIGINT and SIGUSR1 finish the step and save; `main` lists the exit stat
 
 from __future__ import annotations
 
+import tritium  # before all else: Ctrl-C ends the imports without a traceback
+
+tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
+
 import errno
 import gc
 import math
-import signal
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -19,19 +22,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the imports without a traceback
-
-import tritium
-
-tritium.require("train.py", "train", "tyro", "rich", "matplotlib", "datasets", "tokenizers")
-
 gc.disable()  # imports leave little garbage; looking for it took 0.6 of the 2.1 s of --help
 
 import torch
 import torch.nn.functional as F
 
 from tritium.data import LOADERS, DataError, Tokenizer, atomic, prepare
+from tritium.data.json_text import to_json
 from tritium.data.shards import open_prepared
 from tritium.data.tokenizer import CHARACTERS
 from tritium.data.verification import Verification
@@ -64,7 +61,6 @@ from tritium.training.parallel import ALONE, Parallel, arguments, opened
 from tritium.training.recovery import Recovery, UnrecoverableError
 from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
-from tritium.training.run.json_text import to_json
 from tritium.training.run.random_state import seed
 from tritium.training.run.ranks import LostRankError, recorded, speaker
 from tritium.training.run.run_folder import RunFolderError, RunLog
@@ -459,6 +455,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    recorded(main)()
+    with tritium.interruptible():
+        recorded(main)()

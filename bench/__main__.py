@@ -67,15 +67,16 @@ def main() -> None:
     verb, *arguments = sys.argv[1:] or ["--help"]
     verb = verb.replace("-", "_") if verb[0] != "-" else verb
     if verb in VERBS:
+        made = _main_of(VERBS[verb][0])
         with ended(f"bench {verb}"):
-            made = _main_of(VERBS[verb][0])
             tyro.cli(made, args=arguments, prog=f"python -m tritium.bench {verb}")
         return
     from tritium.bench.operations import OPERATIONS
 
     if verb == "all" or verb in OPERATIONS:
+        made = _main_of("compare")
         with ended("bench"):
-            tyro.cli(_main_of("compare"), args=[verb, *arguments], prog="python -m tritium.bench")
+            tyro.cli(made, args=[verb, *arguments], prog="python -m tritium.bench")
         return
     known = verb in ("--help", "-h", "help")
     said = _usage(list(OPERATIONS))

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import tritium
+
 
 class WrongInputError(ValueError):
     """The command asks for something that cannot be done. Exit status 2."""
@@ -37,13 +39,12 @@ def ended(command: str) -> Iterator[None]:
             Ctrl-C.
     """
     try:
-        yield
+        with tritium.interruptible():
+            yield
     except (WrongInputError, FailedError) as error:
         said = str(error).removeprefix(f"{command.split()[-1]}: ")  # as a library's function says
         print(f"{command}: {said}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, WrongInputError) else 1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None  # as a shell says of SIGINT
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tritium.data.json_text import to_json
 from tritium.kernels.roofline import Device
 from tritium.kernels.units import duration, quantity
-from tritium.training.run.json_text import to_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 
+import tritium
 from tritium.model.config import ModelConfig, RopeScaling
 
 _GPT2 = dict(
@@ -148,4 +149,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with tritium.interruptible():
+        main(sys.argv[1:])

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+import tritium
 from tritium.model.saved import FILES, CheckpointError, newest, read_record, read_tensors
 from tritium.training.monitor.terminal import tolerant_output
 from tritium.training.run import checkpoint
@@ -53,7 +54,7 @@ def main(source: Annotated[Path, tyro.conf.Positional]) -> None:
 
 if __name__ == "__main__":
     try:
-        with tolerant_output():
+        with tritium.interruptible(), tolerant_output():
             tyro.cli(main, prog="tritium.training.consolidate")
     except (CheckpointError, RunFolderError, OSError) as error:
         print(f"tritium.training.consolidate: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 
+import tritium
 from tritium.data import DataError
 from tritium.data.records import read_text
 from tritium.model.transformer import Transformer
@@ -138,10 +139,8 @@ def main(
 
 if __name__ == "__main__":
     try:
-        with tolerant_output():
+        with tritium.interruptible(), tolerant_output():
             tyro.cli(main, prog="tritium.training.evaluate")
     except (ValueError, DataError) as error:
         print(f"tritium.training.evaluate: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+import tritium
 from tritium.data import DataError
 from tritium.kernels.units import counted
 from tritium.model.sampling import write_stream
@@ -119,10 +120,8 @@ class _Rate:
 
 if __name__ == "__main__":
     try:
-        with tolerant_output():
+        with tritium.interruptible(), tolerant_output():
             tyro.cli(main, prog="tritium.training.generate")
     except (ValueError, DataError) as error:  # a checkpoint, or a sampling argument out of range
         print(f"tritium.training.generate: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -11,6 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import tritium
 from tritium.data import DataError, Tokenizer
 from tritium.kernels.units import counted
 from tritium.model.transformer import Transformer
@@ -160,10 +161,8 @@ def main(
 
 if __name__ == "__main__":
     try:
-        with tolerant_output():
+        with tritium.interruptible(), tolerant_output():
             tyro.cli(main, prog="tritium.training.inspect")
     except (ValueError, DataError) as error:  # a checkpoint, or an argument out of range
         print(f"tritium.training.inspect: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -5,7 +5,10 @@ rooms. A wheel holds them inside this folder; in a checkout they are stored besi
 found there under the same names.
 """
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -15,6 +18,43 @@ __version__ = "0.2.0"
 _CHECKOUT = Path(__file__).resolve().parents[1]
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "kernels/runtime.py").is_file():
     __path__.append(str(_CHECKOUT))
+
+
+def _is_command() -> bool:
+    """Whether Python was started to run a command of Tritium: train.py, or one of `-m tritium.`."""
+    if sys.argv[:1] == ["-m"]:  # Python is still looking for the module
+        module = "".join(sys.orig_argv[-len(sys.argv) :][:1]).removeprefix("-m")
+        return module.startswith("tritium.")
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    return script is not None and Path(script).resolve() == _CHECKOUT / "train.py"
+
+
+if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
+
+@contextmanager
+def interruptible(said: str = "") -> Iterator[None]:
+    """Run a command, whose imports are over, inside the block: Ctrl-C cleans up, then ends it.
+
+    Args:
+        said: a line for stderr after Ctrl-C.
+
+    Raises:
+        SystemExit: after Ctrl-C, with status 130, as a shell says of SIGINT.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if said:
+            print(said, file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, before)
 
 
 def give_way(name: str) -> None:

@@ -1,6 +1,5 @@
 """Tests' part of a session: a sample of every file, in parallel, each result kept at once."""
 
-import json
 import math
 import os
 import subprocess
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from tritium.bench.gpu.journal import Journal
+from tritium.bench.gpu.journal import Journal, read
 from tritium.bench.gpu.process import ROOT, cause, end, environment
 
 TESTS = ("tests/kernels", "tests/model")
@@ -184,9 +183,7 @@ def results(folder: Path) -> dict[str, dict]:
 
 def _entries(folder: Path, start: int = 0) -> list[dict]:
     """The complete lines of the results from a byte on; pytest may be writing another."""
-    path = folder / RESULTS
-    lines = path.read_bytes()[start:].splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return read(folder / RESULTS, start)
 
 
 def costs(folder: Path) -> dict[str, float]:

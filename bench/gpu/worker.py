@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+import tritium
 from tritium.bench import harness, optimizer
 from tritium.bench import step as step_profile
 from tritium.bench.case import Case, Settings, attempt
@@ -29,8 +30,8 @@ from tritium.bench.operations import OPERATIONS
 from tritium.bench.optimizer_shapes import SMALLEST
 from tritium.bench.optimizer_tasks import TASKS
 from tritium.bench.tables import Row, markdown
+from tritium.data.json_text import to_json
 from tritium.kernels.roofline import Device
-from tritium.training.run.json_text import to_json
 
 NO_RATES = Device("not measured", "", 1.0, 1.0, 1.0, 1.0)
 
@@ -167,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tritium.interruptible():
+        main()

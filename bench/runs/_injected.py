@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 import train
+import tritium
 from tritium.data import TokenLoader
 from tritium.data.verification import Verification
 from tritium.training.run import checkpoint, run_state
@@ -130,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tritium.interruptible():
+        main()

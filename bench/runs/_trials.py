@@ -1,7 +1,6 @@
 """Runs of train.py to be compared: each in a process of its own, its result kept as it ends."""
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -12,13 +11,14 @@ from dataclasses import asdict, dataclass
 from math import inf, isfinite, nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev, variance
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.progress import track
 
 import tritium.bench
 from tritium.bench.ends import FailedError, WrongInputError, writable
-from tritium.training.run.json_text import to_json
+from tritium.data import json_lines
+from tritium.data.json_text import with_nan
 from tritium.training.run.run_folder import RunFolderError, lock_folder, read_lines
 
 SCRIPT = Path(tritium.bench.__file__).parents[1] / "train.py"
@@ -102,7 +102,8 @@ def run_all(
     if not only_ended:
         writable(kept)
     common = tuple(common)
-    known = {_key(x): x for x in map(_outcome, read_lines(kept))} if kept.exists() else {}
+    ended = json_lines.read(kept) if only_ended else json_lines.opened(kept)
+    known = {_key(x): x for x in map(_outcome, ended)}
     wanted = {}
     for trial in trials:
         whole = Trial(trial.name, (*common, *trial.arguments), trial.seed)
@@ -112,10 +113,7 @@ def run_all(
     left = [(key, trial) for key, trial in wanted.items() if key not in known]
     for key, trial in track(left, "runs", transient=True):
         known[key] = _run(trial, folder / f"{len(known)}-{_plain(trial.name)}-{trial.seed}")
-        with kept.open("a") as file:
-            file.write(to_json(asdict(known[key])) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        json_lines.append(kept, asdict(known[key]))
     return [known[key] for key in wanted]
 
 
@@ -123,12 +121,11 @@ def once(out: Path, key: str, make: Callable[[], Kept], kind: type[Kept]) -> Kep
     """Return what was kept under `key` in ended.jsonl of a folder, or make and keep it."""
     kept = out / "ended.jsonl"
     writable(kept)
-    ended = {x["key"]: x["run"] for x in read_lines(kept)} if kept.exists() else {}
+    ended = {x["key"]: x["run"] for x in json_lines.opened(kept)}
     if key in ended:
-        return kind(**ended[key])
+        return kind(**with_nan(ended[key]))
     run = make()
-    with kept.open("a") as file:
-        file.write(to_json({"key": key, "run": vars(run)}) + "\n")
+    json_lines.append(kept, {"key": key, "run": vars(run)})
     return run
 
 
@@ -258,9 +255,7 @@ def processor_seconds() -> float:
 
 
 def _outcome(line: dict) -> Outcome:
-    numbers: dict[str, Any] = {k: nan if x is None else x for k, x in line.items()}  # JSON's NaN
-    numbers["arguments"] = tuple(line["arguments"])
-    return Outcome(**numbers)
+    return Outcome(**with_nan(line) | {"arguments": tuple(line["arguments"])})
 
 
 def _key(trial: Trial | Outcome) -> str:

@@ -18,7 +18,7 @@ from statistics import mean
 
 from tritium.bench import tables
 from tritium.bench.runs._trials import interval, welch
-from tritium.training.run.json_text import to_json
+from tritium.data.json_text import to_json
 
 PROTOCOL = 1  # raise it when losses of older entries would no longer compare
 SECONDS = 180.0

@@ -42,13 +42,13 @@ from tritium.bench.runs._trials import SCRIPT, Trial, TrialError, once, processo
 from tritium.bench.runs._trials import train as train_by_script
 from tritium.bench.runs.cpu_entries import CORES, LEAST_SEEDS, PROTOCOL, SECONDS, Entry, Run
 from tritium.data import DataError, prepare
+from tritium.data.json_text import to_json
 from tritium.data.tokenizer import CHARACTERS
 from tritium.training.command_line import parse
 from tritium.training.device import usable_cores
 from tritium.training.evaluate import Score, nats_of
 from tritium.training.monitor.throughput import matrix_rate
 from tritium.training.run.fingerprint import code_version, differences
-from tritium.training.run.json_text import to_json
 from tritium.training.settings import TrainConfig
 from tritium.training.trained import read
 from tritium.training.validation import ConfigError

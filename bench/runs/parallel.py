@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+import tritium
 from tritium.bench import tables
 from tritium.bench.ends import FailedError, WrongInputError
 from tritium.bench.harness import device_name
@@ -236,4 +237,5 @@ def main(
 
 
 if __name__ == "__main__":
-    _take(Path(sys.argv[1]))
+    with tritium.interruptible():
+        _take(Path(sys.argv[1]))

@@ -299,7 +299,3 @@ def _show(outcomes: list[Outcome], command: str, write: bool) -> None:
         head.append(f"{outcome.mode}, {outcome.name}:\n\n    " + "\n    ".join(outcome.said))
     path = tables.results() / RESULTS
     tables.present(head, table, width=WIDTH, write_to=path if write else None)
-
-
-if __name__ == "__main__":
-    main()

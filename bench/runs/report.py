@@ -17,12 +17,12 @@ from rich.console import Console
 
 from tritium.bench.ends import WrongInputError, as_wrong_input, writable
 from tritium.data import atomic
+from tritium.data.json_text import to_json
 from tritium.training.monitor.display import clock
 from tritium.training.monitor.observer import OTHER_TEXT
 from tritium.training.monitor.plot import moving_average, plot_layers
 from tritium.training.run import checkpoint
 from tritium.training.run.checkpoint import CheckpointError
-from tritium.training.run.json_text import to_json
 from tritium.training.run.run_folder import read_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html")

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+import tritium
 from tritium.data.error import DataError, printable
 from tritium.data.prepare import VAL_FRACTION, VOCAB_SIZE, prepare
 from tritium.data.prepare.inspection import inspect
@@ -95,11 +96,10 @@ def _summary(shards: list[Shard]) -> str:
 
 
 if __name__ == "__main__":
+    stopped = "tritium.data.prepare: stopped; the same command resumes from here"
     try:
-        main()
+        with tritium.interruptible(stopped):
+            main()
     except DataError as error:
         print(f"tritium.data.prepare: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("tritium.data.prepare: stopped; the same command resumes from here", file=sys.stderr)
-        sys.exit(130)

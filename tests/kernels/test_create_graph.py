@@ -145,7 +145,7 @@ def second(first, leaves):
 @pytest.mark.parametrize("name", [*OPERATIONS, "qk_norm_rope"])
 @pytest.mark.parametrize("path", ["kernel", "cpu", "reference"])
 def test_many_gradients_at_once_are_refused_in_a_sentence_or_right(name, path, monkeypatch):
-    """As `vectorize=True` asks for them; the references, to which the message points, take them."""
+    """As `vectorize=True` and vmap ask; the references, to which the message points, take them."""
     monkeypatch.setattr(runtime, "CPU_KERNELS", path == "kernel")
     monkeypatch.setattr(runtime, "REFERENCE", path == "reference")
     if name == "qk_norm_rope":
@@ -160,10 +160,23 @@ def test_many_gradients_at_once_are_refused_in_a_sentence_or_right(name, path, m
         op, _, kinds = OPERATIONS[name]
         shapes = [(L, D) if kind == "r" else (D,) for kind in kinds]
     inputs = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    try:
-        found = jacobian(op, inputs, vectorize=True)
-    except RuntimeError as error:
-        assert path != "reference"
-        assert "one incoming gradient at a time; leave out is_grads_batched" in str(error)  # noqa: PT017 (or right)
-    else:
-        torch.testing.assert_close(found, jacobian(op, inputs))
+    leaves = [x.requires_grad_() for x in inputs]
+    y = op(*leaves)
+
+    def gradients(dy):
+        return torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+    for at_once, one_by_one in (
+        (lambda: jacobian(op, inputs, vectorize=True), lambda: jacobian(op, inputs)),
+        (
+            lambda: torch.func.vmap(gradients)(torch.stack((y.detach(), y.sin().detach()))),
+            lambda: tuple(map(torch.stack, zip(gradients(y), gradients(y.sin()), strict=True))),
+        ),
+    ):
+        try:
+            found = at_once()
+        except RuntimeError as error:
+            assert path != "reference"
+            assert "one incoming gradient at a time; leave out is_grads_batched" in str(error)  # noqa: PT017 (or right)
+        else:
+            torch.testing.assert_close(found, one_by_one())

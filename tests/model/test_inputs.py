@@ -49,7 +49,7 @@ def test_positions_of_another_kind_are_refused_on_every_device(way, wrong, got, 
         ways(model, tokens, wrong)[way]()
 
 
-@example([0, 0], [False] * B * L, (1, 0), -1, torch.int64, "logits")
+@example([0, 0], [i == L + 1 for i in range(B * L)], (1, 0), -1, torch.int64, "logits")
 @given(
     firsts=st.lists(st.integers(0, 4), min_size=B, max_size=B),
     begins=st.lists(st.booleans(), min_size=B * L, max_size=B * L),

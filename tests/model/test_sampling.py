@@ -66,9 +66,27 @@ def test_a_row_ends_with_its_first_stop_token(count, device):
     assert count < 60 or any(n < 20 for n in lengths)
 
 
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_of_a_list_each_row_is_kept_up_to_its_first_stop_token(count, device):
+    model, rows = Transformer(CONFIG).to(device), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    stops = list(range(0, 257, 257 // count))[:count]
+    draws = (torch.Generator(device).manual_seed(3) for _ in range(2))
+    free, found = (
+        model.generate(rows, 20, stop_tokens=stop, generator=next(draws)) for stop in ((), stops)
+    )
+    for prompt, freely, row in zip(rows, free, found, strict=True):
+        drawn = freely[len(prompt) :].tolist()
+        first = next((i for i, x in enumerate(drawn) if x in stops), len(drawn))
+        assert row.tolist() == [*prompt, *drawn[: first + 1]]
+    assert count < 60 or len({len(row) - len(x) for x, row in zip(rows, found, strict=True)}) > 1
+
+
 def test_the_prompt_itself_does_not_stop(device):
     model, tokens = Transformer(CONFIG).to(device), torch.full((1, 3), 256, device=device)
-    assert model.generate(tokens, 1, stop_tokens=[256]).shape == (1, 4)
+    with torch.no_grad():  # every token is as probable as any other
+        model.head.weight.zero_()
+    found = model.generate(tokens, 5, temperature=0, stop_tokens=[256])
+    assert found.tolist() == [[256] * 3 + [0] * 5]
 
 
 @pytest.mark.parametrize("stop", [257, -1])
@@ -88,6 +106,14 @@ def test_stop_tokens_come_from_any_iterable(kind, device):
     ).shape == (2, 4)
     stops = set(range(257)) if kind is set else kind(257)
     assert [*map(len, model.generate([[1], [2, 3]], 9, stop_tokens=stops))] == [2, 3]
+
+
+def test_nothing_is_drawn_behind_the_end_of_all_rows(device, monkeypatch):
+    model, read = Transformer(CONFIG).to(device), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *x: read.append(1) or hidden(*x))
+    assert drawn_with(model, prompts(device), 3, stop_tokens=range(257)).shape == (3, 5)
+    assert len(read) == (1 if device == "cpu" else 16)  # a GPU is looked at every 16 tokens
 
 
 @pytest.mark.parametrize("stops", [3, [1.5], "ab", torch.tensor(3)])

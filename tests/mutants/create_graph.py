@@ -5,6 +5,7 @@ from functools import partial
 from tests.mutants import Mutant
 
 _cpu_backward = partial(Mutant, file="kernels/_cpu_backward.py")
+_runtime = partial(Mutant, file="kernels/runtime.py")
 
 MUTANTS = [
     _cpu_backward(
@@ -33,5 +34,38 @@ MUTANTS = [
         what="turned on instead of back",
         original="rope_reference(dy, cos, -sin, **ctx.how)",
         replacement="rope_reference(dy, cos, sin, **ctx.how)",
+    ),
+    _runtime(
+        what="many gradients at once handed to a kernel",
+        original="        refuse_batched(*grads)\n",
+        replacement="",
+    ),
+    _runtime(
+        what="many gradients at once not seen",
+        original="is_legacy_batchedtensor(g) or is_batchedtensor(g)",
+        replacement="is_batchedtensor(g)",
+    ),
+    _runtime(
+        what="many gradients at once not seen under torch.func.vmap",
+        original="is_legacy_batchedtensor(g) or is_batchedtensor(g)",
+        replacement="is_legacy_batchedtensor(g)",
+    ),
+    Mutant(
+        file="kernels/swiglu.py",
+        what="many gradients at once handed to the formulas of swiglu",
+        original="        refuse_batched(dh)\n",
+        replacement="",
+    ),
+    Mutant(
+        file="kernels/rms_norm.py",
+        what="many gradients at once handed to the formulas of rms_norm",
+        original="        refuse_batched(dy)\n",
+        replacement="",
+    ),
+    Mutant(
+        file="kernels/_qk_norm_rope_cpu.py",
+        what="many gradients at once handed to the formulas of qk_norm_rope",
+        original="        refuse_batched(dq, dk, dv)\n",
+        replacement="",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Faults of a run's .jsonl files: what a loss of power leaves behind the last line ends the run."""
+"""Faults of a run's .jsonl files: entries that are lost, repeated, or of another step."""
 
 from functools import partial
 
@@ -8,18 +8,38 @@ _folder = partial(Mutant, file="training/run/run_folder.py")
 
 MUTANTS = [
     _folder(
-        what="the file decoded before its lines",
-        original='path.read_bytes().split(b"\\n")',
-        replacement='path.read_text().encode().split(b"\\n")',
+        what="a number that is not finite comes back as None",
+        original="[with_nan(entry) for entry in json_lines.read(path)]",
+        replacement="json_lines.read(path)",
     ),
     _folder(
-        what="a number taken for an entry",
-        original="if not isinstance(entry, dict):",
-        replacement="if False:",
+        what="entries of later steps stay",
+        original='self.entries = [entry for entry in read_lines(path) if entry["step"] <= step]',
+        replacement="self.entries = read_lines(path)",
     ),
     _folder(
-        what="a broken line passed over, and what follows it kept",
-        original="ended there\n            break",
-        replacement="ended there\n            continue",
+        what="lines are written behind broken bytes",
+        original="        atomic.write(path, kept)\n",
+        replacement="        path.touch()\n",
+    ),
+    _folder(
+        what="half a line stays on a full disk",
+        original="file.truncate(self._size)",
+        replacement="pass",
+    ),
+    _folder(
+        what="lines that could not be written are lost",
+        original='self._size, self._waiting = self._size + written, b""',
+        replacement="self._size += written",
+    ),
+    _folder(
+        what="what was abandoned before is lost",
+        original="before + discarded",
+        replacement="discarded",
+    ),
+    _folder(
+        what="what the checkpoint knows nothing of stays abandoned",
+        original='if entry["abandoned"] <= n_rollbacks',
+        replacement="if True",
     ),
 ]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
-from math import nan
 from pathlib import Path
-from typing import Any
 
-from tritium.data import atomic
-from tritium.training.run.json_text import to_json
+from tritium.data import atomic, json_lines
+from tritium.data.json_lines import to_line
+from tritium.data.json_text import with_nan
 
 LOCK = ".lock"
 
@@ -110,9 +108,9 @@ class RunLog:
             known = [
                 entry for entry in read_lines(self._abandoned) if entry["abandoned"] <= n_rollbacks
             ]
-            atomic.write(self._abandoned, b"".join(map(_line, known)))
+            atomic.write(self._abandoned, b"".join(map(to_line, known)))
         self.entries = [entry for entry in read_lines(path) if entry["step"] <= step]
-        kept = b"".join(map(_line, self.entries))
+        kept = b"".join(map(to_line, self.entries))
         atomic.write(path, kept)
         self._path, self._log, self._size, self._waiting = path, log, len(kept), b""
 
@@ -126,15 +124,15 @@ class RunLog:
         discarded = [{**x, "abandoned": n_rollbacks} for x in self.entries[len(kept) :]]
         if discarded:
             before = read_lines(self._abandoned)
-            atomic.write(self._abandoned, b"".join(map(_line, before + discarded)))
-            content = b"".join(map(_line, kept))
+            atomic.write(self._abandoned, b"".join(map(to_line, before + discarded)))
+            content = b"".join(map(to_line, kept))
             atomic.write(self._path, content)
             self.entries, self._size, self._waiting = kept, len(content), b""
 
     def append(self, entries: list[dict]) -> None:
         """Write entries, or keep them for the next time."""
         self.entries += entries
-        self._waiting += b"".join(map(_line, entries))
+        self._waiting += b"".join(map(to_line, entries))
         try:
             with self._path.open("r+b", buffering=0) as file:
                 self._write(file)
@@ -165,32 +163,6 @@ class RunLog:
 def read_lines(path: Path) -> list[dict]:
     """Return the entries of a .jsonl file up to the first broken line; none without a file.
 
-    A broken line holds anything that is no JSON object in UTF-8, as the disk has it after a loss of
-    power. null, written for a number that is not finite, is read as NaN.
+    As `tritium.data.json_lines.read`; null, written for a number that is not finite, is NaN.
     """
-    entries = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            entry = json.loads(line.decode())
-        except ValueError:  # still being written, or the process or the power ended there
-            break
-        if not isinstance(entry, dict):
-            break
-        entries.append(_with_nan(entry))
-    return entries
-
-
-def _with_nan(entry: Any) -> Any:
-    if isinstance(entry, dict):
-        return {name: _with_nan(x) for name, x in entry.items()}
-    if isinstance(entry, list):
-        return [_with_nan(x) for x in entry]
-    return nan if entry is None else entry
-
-
-def _line(entry: dict) -> bytes:
-    return (to_json(entry) + "\n").encode()
+    return [with_nan(entry) for entry in json_lines.read(path)]

@@ -192,6 +192,13 @@ def test_a_law_needs_more_runs_than_constants():
         Fit(LAWS["Chinchilla"], ladder(chinchilla)[:5])
 
 
+@pytest.mark.parametrize(("name", "free"), [("Chinchilla", 5), ("Kaplan", 4), ("compute", 2)])
+def test_a_law_has_as_many_free_numbers_as_published_constants(name, free):
+    """One more would take a degree of freedom from the intervals, where the law fixes it."""
+    points = ladder(FORMS[name], np.random.default_rng(5))
+    assert LAWS[name].free.sum() == free == len(Fit(LAWS[name], points, draws=2).constants())
+
+
 @given(st.floats(6e3, 1e7))
 def test_a_shape_has_about_the_parameters_asked_for(size):
     model = scaling.shape(size)

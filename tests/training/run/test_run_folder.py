@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from math import isfinite
+from math import inf, isfinite, nan
 
 import pytest
 from hypothesis import example, given, settings
@@ -174,6 +174,7 @@ def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):
         min_size=1, max_size=4,
     )
 )  # fmt: skip
+@example([{"loss": nan, "lr": -inf, "grad_norm": [nan, inf, 1.0]}])
 def test_a_log_is_json_whatever_the_numbers_are(tmp_path_factory, numbers):
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
     written = [{"step": i, **entry} for i, entry in enumerate(numbers)]
