@@ -77,8 +77,8 @@ def residual_stack(
 ) -> Tensor:
     """Return the sum of both streams behind all blocks, `[B, L, D]`.
 
-    Where no gradient is asked for, in a compiler, under torch.func and with a cache, which a
-    recomputation would read into again, the same is computed without recomputation.
+    Where no gradient is asked for, in a compiler or torch.jit.trace, under torch.func and with a
+    cache, which a recomputation would read into again, it is computed without recomputation.
 
     Args:
         blocks: of `model.block`.
@@ -92,6 +92,7 @@ def residual_stack(
         cache is None
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not sees_through()
     )
     trail = _Trail(len(halves), _autocast(x_BLD)) if recomputes else None
