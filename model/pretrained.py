@@ -178,7 +178,7 @@ def load(
 
 
 def _folder(dir_or_name: str | os.PathLike[str]) -> Path:
-    folder = Path(dir_or_name).expanduser()
+    folder = Path(os.path.expanduser(dir_or_name))
     if folder.is_dir():
         return folder
     name = str(dir_or_name)

@@ -145,10 +145,15 @@ def changed_by_epsilon(owner, name, norm):
     norm.eps = 0.5
 
 
+def not_changed(owner, name, norm):
+    pass
+
+
 CHANGES = {
     changed_by_hook: lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps) + x.sin(),
     changed_by_subclass: lambda norm, x: F.rms_norm(x, x.shape[-1:], 1 + norm.weight, norm.eps),
     changed_by_epsilon: lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight, 0.5),
+    not_changed: lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps),
 }
 
 
