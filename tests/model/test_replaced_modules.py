@@ -1,6 +1,7 @@
 """Prove that what others put into a model counts: heads, norms, hooks, and what these draw."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from tritium.kernels import rms_norm
-from tritium.model import ModelConfig, RMSNorm, Transformer, reversible
+from tritium.model import ModelConfig, RMSNorm, Transformer, lora, reversible
 
 V, D = 23, 16
 CONFIG = {"vocab_size": V, "n_layers": 2, "d_model": D, "n_heads": 4, "max_seq_len": 8}
@@ -237,3 +238,64 @@ def test_what_others_draw_is_drawn_again_where_a_block_is_recomputed(draw, polic
         assert torch.equal(torch.get_rng_state(), state)  # the next step draws others
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def more_blocks(model):
+    model.blocks.append(model.blocks[0])
+
+
+def fewer_blocks(model):
+    del model.blocks[1]
+
+
+def extra_parameter(model):
+    model.scale = nn.Parameter(torch.ones(1))
+
+
+def own_layer(model):
+    model.blocks[0].feed_forward.down = nn.Linear(model.blocks[0].feed_forward.down.in_features, D)
+
+
+def other_epsilon(model):
+    model.norm.eps = 0.5
+
+
+def other_vocabulary(model):
+    model.embedding = nn.Embedding(V + 1, D)
+
+
+def other_head(kind, model):
+    model.head = HEADS[kind](model.head)
+
+
+WRITTEN = {
+    more_blocks: r"blocks\.2 is not there; here it is Block\(\)",
+    fewer_blocks: r"blocks\.1 is Block\(\); here it is not there",
+    extra_parameter: "scale is not there; here it is a parameter",
+    own_layer: r"down is Linear\(.*, bias=False\); here it is Linear\(.*, bias=True\)",
+    other_epsilon: r"norm is RMSNorm\(.*, eps=1e-06, .*\); here it is RMSNorm\(.*, eps=0.5",
+    other_vocabulary: r"embedding is Embedding\(23, 16\); here it is Embedding\(24, 16\)",
+    partial(other_head, "layers"): r"head is Linear\(.*\); here it is Sequential\(\)",
+    partial(other_head, "subclass"): r"head is Linear\(.*\); here it is .*\.Scaled\(",
+    partial(other_head, "pruned"): r"head\.weight is a parameter .*; here it is not there",
+}
+
+
+@pytest.mark.parametrize("change", WRITTEN)
+def test_a_folder_that_would_hold_another_model_is_not_written(change, tmp_path):
+    model = build(tie_embeddings=False)
+    change(model)
+    with pytest.raises(ValueError, match="must be that of its config, where .*" + WRITTEN[change]):
+        model.save_pretrained(tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_torch_classes_of_the_same_layers_are_written(tmp_path):
+    model, (tokens, _) = build(tie_embeddings=False).eval(), ids()
+    head, embedding = model.head.weight, model.embedding.weight
+    model.head = nn.Linear(D, V, bias=False)
+    model.embedding = nn.Embedding(V, D)
+    model.head.weight, model.embedding.weight = head, embedding
+    lora.adapt(model, 2)
+    model.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "out")(tokens), model(tokens))

@@ -8,6 +8,7 @@ _output = partial(Mutant, file="model/output.py")
 _modules = partial(Mutant, file="model/modules.py")
 _block = partial(Mutant, file="model/block.py")
 _redrawing = partial(Mutant, file="model/redrawing.py")
+_pretrained = partial(Mutant, file="model/pretrained.py")
 _reversible = partial(Mutant, file="model/reversible.py")
 
 MUTANTS = [
@@ -106,6 +107,41 @@ MUTANTS = [
         what="heads of norms of others are not turned",
         original="            if self.rotates:\n",
         replacement="            if False:\n",
+    ),
+    _pretrained(
+        what="a changed model is written",
+        original="        if want != got:",
+        replacement="        if False:",
+    ),
+    _pretrained(
+        what="what is more than the config's is left out",
+        original="for name in (*wanted, *(name for name in found if name not in wanted)):",
+        replacement="for name in wanted:",
+    ),
+    _pretrained(
+        what="parameters are not looked at",
+        original="return modules | parameters",
+        replacement="return modules",
+    ),
+    _pretrained(
+        what="modules are not looked at",
+        original="return modules | parameters",
+        replacement="return parameters",
+    ),
+    _pretrained(
+        what="sizes of modules are not looked at",
+        original='{_kind(type(x))}({x.extra_repr()})"',
+        replacement='{_kind(type(x))}()"',
+    ),
+    _pretrained(
+        what="classes of others pass for torch's",
+        original='if not kind.__module__.startswith(("tritium.model.", "torch.nn.modules.")):',
+        replacement="if False:",
+    ),
+    _pretrained(
+        what="layers of torch are others than Tritium's",
+        original="return (kind if base is nn.Module else base).__name__",
+        replacement="return kind.__name__",
     ),
     _redrawing(
         what="no module draws",
