@@ -92,7 +92,7 @@ def residual_stack(
         cache is None
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not sees_through()
     )
     trail = _Trail(len(halves), _autocast(x_BLD)) if recomputes else None
