@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ SHARD_BYTES = 5_000_000_000
 PREFIXES = "transformer.", "model."  # which files of the bare model leave out
 
 
+@runtime_checkable
 class SavedTokenizer(Protocol):
     """A tokenizer that can be written, such as `tritium.data.Tokenizer`."""
 
@@ -61,6 +62,12 @@ def save(
 ) -> None:
     """Write a model; see `Transformer.save_pretrained`."""
     folder = Path(folder)
+    if tokenizer is not None and not isinstance(tokenizer, SavedTokenizer):
+        raise FormatError(
+            "the tokenizer must have eot, decode and save, as tritium.data.Tokenizer, got a "
+            f"{type(tokenizer).__name__}; leave it out, and write one of transformers by its own "
+            "save_pretrained afterwards"
+        )
     eot = None if tokenizer is None else tokenizer.eot
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     native = config_to_native(config, dtype, eot)

@@ -336,8 +336,8 @@ class Transformer(nn.Module):
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """Return the tokens' embeddings, at once in the dtype of the residual stream if known."""
-        weight = self.embedding.weight
-        known = self.residual_dtype is None and self.position_embedding is None
+        weight, usual = self.embedding.weight, isinstance(self.embedding, Embedding)
+        known = usual and self.residual_dtype is None and self.position_embedding is None
         if not known or self.config.reversible or multiplied_dtype(weight) == weight.dtype:
             return self.embedding(tokens)
         return self.embedding(tokens, multiplied_dtype(weight))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from tritium.kernels import rms_norm
-from tritium.model import ModelConfig, RMSNorm, Transformer, lora, reversible
+from tritium.model import ModelConfig, RMSNorm, Transformer, lora, reversible, transformer
 
 V, D = 23, 16
 CONFIG = {"vocab_size": V, "n_layers": 2, "d_model": D, "n_heads": 4, "max_seq_len": 8}
@@ -299,3 +299,18 @@ def test_torch_classes_of_the_same_layers_are_written(tmp_path):
     lora.adapt(model, 2)
     model.save_pretrained(tmp_path / "out")
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "out")(tokens), model(tokens))
+
+
+def test_an_embedding_of_torch_serves_where_products_are_in_another_dtype(monkeypatch):
+    model, (tokens, targets) = build(), ids()
+    expected, weight = model(tokens, targets), model.embedding.weight
+    model.embedding = nn.Embedding(V, D)
+    model.embedding.weight = weight
+    monkeypatch.setattr(transformer, "multiplied_dtype", lambda _: torch.bfloat16)  # as on a GPU
+    assert torch.equal(model(tokens, targets), expected)
+
+
+def test_a_tokenizer_of_another_kind_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer must have eot, decode and save.*got a dict"):
+        build().save_pretrained(tmp_path / "out", {})
+    assert not [*tmp_path.iterdir()]

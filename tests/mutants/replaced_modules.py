@@ -143,6 +143,17 @@ MUTANTS = [
         original="return (kind if base is nn.Module else base).__name__",
         replacement="return kind.__name__",
     ),
+    _pretrained(
+        what="any tokenizer is taken",
+        original="if tokenizer is not None and not isinstance(tokenizer, SavedTokenizer):",
+        replacement="if False:",
+    ),
+    Mutant(
+        what="an embedding of torch is asked for a dtype",
+        file="model/transformer.py",
+        original="isinstance(self.embedding, Embedding)",
+        replacement="True",
+    ),
     _redrawing(
         what="no module draws",
         original="return kind.__module__.startswith(DRAW_NONE)",
