@@ -195,7 +195,7 @@ def train(
     # Files of the run, and its monitor.
     record = {
         "preset": preset, "vocab_size": vocab_size, "config": asdict(config),
-        "fingerprint": fingerprint,
+        "fingerprint": fingerprint, "folder": str(Path.cwd()),
     }  # fmt: skip
     atomic.write(files / "config.json", f"{to_json(record, indent=2)}\n")
     tokenizer.save(files / "tokenizer.json")

@@ -12,9 +12,19 @@ from tritium.data.error import DataError, UnreachableError
 
 
 def cache_root() -> Path:
-    """Return $TRITIUM_HOME, else $XDG_CACHE_HOME/tritium, else ~/.cache/tritium."""
+    """Return $TRITIUM_HOME, else $XDG_CACHE_HOME/tritium, else ~/.cache/tritium.
+
+    Raises:
+        DataError: the user has no home folder, as in a container.
+    """
     home, base = os.environ.get("TRITIUM_HOME"), os.environ.get("XDG_CACHE_HOME")
-    return Path(home or Path(base or "~/.cache", "tritium")).expanduser()
+    try:
+        return Path(home or Path(base or "~/.cache", "tritium")).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"there must be a folder for prepared data, but this user (number {os.getuid()}) has "
+            "no home folder; set TRITIUM_HOME to a folder that can be written"
+        ) from error
 
 
 @contextmanager

@@ -23,12 +23,12 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests"
 
 
 def resolve(path: str | Path) -> Path:
-    """Return the absolute path, `~` and the links of its folder followed.
+    """Return the absolute path, `~` and the links of its folder followed; `~x` of no user stays.
 
     The last name stays as it was given, because it says how to read the file: in the hub's cache it
     is a link to a file without a suffix.
     """
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     return given.parent.resolve() / given.name if given.name not in ("", "..") else given.resolve()
 
 

@@ -241,5 +241,5 @@ def _engine(spec: dict) -> BytePairs | HuggingFace:
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     return path / FILE if path.is_dir() else path

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import (
 )
 
 from tritium.model.cpu_linear import ONEDNN_PRODUCTS, sees_through
+from tritium.model.redrawing import may_draw
 
 POLICIES = "none", "selective", "every-2", "full"
 """From the least that is recomputed to the most; any other number may follow `every-`."""
@@ -86,12 +87,15 @@ def run_block(policy: str, layer: int, block: Callable, inputs: tuple, *, draws:
         layer: the number of the block, from 0.
         block: the block.
         inputs: its inputs.
-        draws: whether it draws random numbers, which are to be the same when it runs again.
+        draws: whether it draws random numbers by its dropout. Those that it draws, by that or by
+            what others have put into it, are the same when it runs again.
     """
     keeps_all = checkpointed(policy, layer) == checkpointed(policy, layer + 1)
     # A transform of torch.func takes no saved-tensor hooks.
     if keeps_all or sees_through() or not torch.is_grad_enabled():
         return block(*inputs)
+    # A compiler repeats them itself.
+    draws = draws or (not torch.compiler.is_compiling() and may_draw(block))
     run = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     # Two calls, because torch.compile takes no context_fn that is decided as it runs.
     return run(context_fn=_selective_contexts) if policy == "selective" else run()

@@ -76,7 +76,7 @@ def attention_weights(
     q_BHLK: Tensor, k_BGSK: Tensor, mask_BHLS: Tensor | None, softcap: float | None = None
 ) -> Tensor:
     """Return the weights with which `attend` sums values, `[B, H, L, S]`; each row's sum is 1."""
-    scores_BHLS, scale = _product(q_BHLK, k_BGSK.mT), q_BHLK.shape[-1] ** -0.5
+    scores_BHLS, scale = _product(q_BHLK, k_BGSK.mT), int(q_BHLK.shape[-1]) ** -0.5
     if softcap is not None:
         scores_BHLS, scale = softcap * (scores_BHLS * (scale / softcap)).tanh(), 1.0
     if mask_BHLS is not None:
@@ -102,7 +102,7 @@ def _fused(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BHLS: Tensor | N
     with sdpa_kernel(SDPBackend.MATH) if sees_through() else nullcontext():
         return F.scaled_dot_product_attention(
             q_BHLK, k_BGSK, v_BGSK, mask_BHLS, is_causal=causal,
-            enable_gqa=q_BHLK.shape[1] != k_BGSK.shape[1],
+            enable_gqa=bool(q_BHLK.shape[1] != k_BGSK.shape[1]),  # no tensor in torch.jit.trace
         )  # fmt: skip
 
 

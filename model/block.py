@@ -16,7 +16,7 @@ from tritium.kernels import geglu, qk_norm_rope, relu_squared, swiglu
 from tritium.model.attention import attend, float32_on_cpu
 from tritium.model.config import ModelConfig
 from tritium.model.cpu_linear import Linear
-from tritium.model.modules import LayerNorm, RMSNorm
+from tritium.model.modules import LayerNorm, RMSNorm, is_hooked
 from tritium.model.token_shift import TokenShift
 
 
@@ -85,22 +85,29 @@ class Attention(nn.Module):
         )
         if self.token_shift is not None:
             packed_BLNK = self.token_shift(packed_BLNK, masks.follows, cache)
-        if self.rotates:
+        G, query_norm, key_norm = self.kv_heads, self.query_norm, self.key_norm
+        if self.rotates and self._is_plain(query_norm) and self._is_plain(key_norm):
             q_weight, k_weight = (
-                None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)
+                None if norm is None else norm.weight for norm in (query_norm, key_norm)
             )
             q_BLHK, k_BLGK, v_BLGK = qk_norm_rope(
-                packed_BLNK, cos_LK, sin_LK, q_weight, k_weight, self.norm_eps,
-                kv_heads=self.kv_heads,
-            )  # fmt: skip
+                packed_BLNK, cos_LK, sin_LK, q_weight, k_weight, self.norm_eps, kv_heads=G
+            )
         else:
-            G = self.kv_heads
             q_BLHK, k_BLGK, v_BLGK = packed_BLNK.split([packed_BLNK.shape[2] - 2 * G, G, G], 2)
-            if self.query_norm is not None and self.key_norm is not None:
-                q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
+            if query_norm is not None and key_norm is not None:
+                q_BLHK, k_BLGK = query_norm(q_BLHK), key_norm(k_BLGK)
+            if self.rotates:
+                packed_BLNK = torch.cat((q_BLHK, k_BLGK, v_BLGK), 2)
+                q_BLHK, k_BLGK, v_BLGK = qk_norm_rope(packed_BLNK, cos_LK, sin_LK, kv_heads=G)
         if cache is not None:
             k_BLGK, v_BLGK = cache.append(k_BLGK, v_BLGK)
         return q_BLHK.transpose(1, 2), k_BLGK.transpose(1, 2), v_BLGK.transpose(1, 2)
+
+    def _is_plain(self, norm):
+        """Whether a norm may be computed as queries and keys are turned: RMSNorm and no more."""
+        usual = type(norm) is RMSNorm and norm.eps == self.norm_eps and norm.weight is not None
+        return norm is None or (usual and not is_hooked(norm))
 
 
 class FeedForward(nn.Module):

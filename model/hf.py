@@ -26,6 +26,7 @@ from tritium.kernels import (
     swiglu,
 )
 from tritium.model.native import ARCHITECTURES, GATES
+from tritium.model.output import is_plain
 
 GATED = "LlamaMLP", "MistralMLP", "Qwen3MLP"
 PLAIN = "ArceeMLP", "ApertusMLP"
@@ -149,7 +150,7 @@ def _with_loss(forward):
         self, input_ids=None, *args, labels: Tensor | None = None, logits_to_keep=0, **kwargs
     ):
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        fuses = self.training and keeps_all and _is_linear(self.lm_head)
+        fuses = self.training and keeps_all and is_plain(self.lm_head)
         if args or labels is None or not fuses:
             kwargs["logits_to_keep"] = logits_to_keep
             return forward(self, input_ids, *args, labels=labels, **kwargs)
@@ -171,12 +172,6 @@ def _with_loss(forward):
         return output.to_tuple() if told["return_dict"] is False else output
 
     return with_loss
-
-
-def _is_linear(head: nn.Module) -> bool:
-    """Whether the output of a layer is the product with its weight and no more."""
-    hooked = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
-    return type(head) is nn.Linear and not hooked
 
 
 def _shifted_loss(hidden_BLD: Tensor, head: nn.Linear, labels: Tensor, told: dict) -> Tensor:

@@ -49,7 +49,8 @@ def attention_weights(
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
-        model.hidden(tokens, positions=positions)
+        # With a cache no block runs again in the backward pass, when these hooks are gone.
+        model.hidden(tokens, model.new_cache(L), positions)
     finally:
         for hook in hooks:
             hook.remove()

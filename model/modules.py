@@ -25,16 +25,32 @@ from tritium.kernels import (
 from tritium.kernels.runtime import uses_triton
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than the `forward` of its class: hooks, or another."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks
+        or module._backward_pre_hooks or module._backward_hooks
+        or "forward" in vars(module)
+    )  # fmt: skip
+
+
 class AddedNorm(nn.Module):
     """A norm of the last axis, alone or fused with the addition to a residual stream.
 
-    With dropout, which in training leaves elements of what is added out, the two are not fused.
+    With dropout, which in training leaves elements of what is added out, the two are not fused; nor
+    where the module has hooks, or a subclass another `forward`.
 
     Attributes:
         dropout: probability with which `add` leaves an element of `x` out, in training mode.
     """
 
     dropout: float = 0.0
+    _fuses = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "_fused" in vars(cls) or "forward" in vars(cls):
+            cls._fuses = "_fused" in vars(cls)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the normalised sum of `x` and `residual` (None for zeros), and the sum."""
@@ -42,6 +58,9 @@ class AddedNorm(nn.Module):
             return self(x), x
         if self.dropout and self.training:
             residual = dropout_add(x, residual, self.dropout)
+            return self(residual), residual
+        if not self._fuses or is_hooked(self):
+            residual = (residual + x).to(residual.dtype)
             return self(residual), residual
         return self._fused(x, residual)
 

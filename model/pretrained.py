@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from tritium.model.config import ModelConfig
-from tritium.model.lora import merged_parameters
+from tritium.model.lora import AdaptedLinear, merged_parameters
 from tritium.model.native import (
     IGNORED,
     FormatError,
@@ -35,6 +35,7 @@ SHARD_BYTES = 5_000_000_000
 PREFIXES = "transformer.", "model."  # which files of the bare model leave out
 
 
+@runtime_checkable
 class SavedTokenizer(Protocol):
     """A tokenizer that can be written, such as `tritium.data.Tokenizer`."""
 
@@ -61,9 +62,16 @@ def save(
 ) -> None:
     """Write a model; see `Transformer.save_pretrained`."""
     folder = Path(folder)
+    if tokenizer is not None and not isinstance(tokenizer, SavedTokenizer):
+        raise FormatError(
+            "the tokenizer must have eot, decode and save, as tritium.data.Tokenizer, got a "
+            f"{type(tokenizer).__name__}; leave it out, and write one of transformers by its own "
+            "save_pretrained afterwards"
+        )
     eot = None if tokenizer is None else tokenizer.eot
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     native = config_to_native(config, dtype, eot)
+    _check_unchanged(model, config)
     head, embedding = model.get_submodule("head"), model.get_submodule("embedding")
     if config.tie_embeddings and head.weight is not embedding.weight:
         raise FormatError(
@@ -96,6 +104,47 @@ def save(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _check_unchanged(model: nn.Module, config: ModelConfig) -> None:
+    """Raise a FormatError unless a model consists of what its config says, adapters apart."""
+    from tritium.model.transformer import Transformer
+
+    with torch.device("meta"):
+        usual = Transformer(config)
+    wanted, found = _parts(usual), _parts(model)
+    for name in (*wanted, *(name for name in found if name not in wanted)):
+        want, got = (parts.get(name, "not there") for parts in (wanted, found))
+        if want != got:
+            raise FormatError(
+                f"the model must be that of its config, where {name} is {want}; here it is {got}: "
+                "undo the change, or keep the model by its state_dict"
+            )
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """Return the modules and parameters of a model, adapters merged, and what each is."""
+    layers = [name for name, x in model.named_modules() if isinstance(x, AdaptedLinear)]
+    adapters = tuple(f"{name}.adapters" for name in layers)
+    modules = {
+        name: f"{_kind(type(x))}({x.extra_repr()})"
+        for name, x in model.named_modules(remove_duplicate=False)
+        if name and not name.startswith(adapters)
+    }
+    parameters = {
+        name: f"a parameter {[*p.shape]}"
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(adapters)
+    }
+    return modules | parameters
+
+
+def _kind(kind: type[nn.Module]) -> str:
+    """Return the name of a class; of a layer of Tritium's that of torch's which it stands for."""
+    if not kind.__module__.startswith(("tritium.model.", "torch.nn.modules.")):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    base = next(x for x in kind.__mro__ if x.__module__.startswith("torch.nn.modules."))
+    return (kind if base is nn.Module else base).__name__
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -178,7 +227,7 @@ def load(
 
 
 def _folder(dir_or_name: str | os.PathLike[str]) -> Path:
-    folder = Path(dir_or_name).expanduser()
+    folder = Path(os.path.expanduser(dir_or_name))
     if folder.is_dir():
         return folder
     name = str(dir_or_name)

@@ -8,7 +8,8 @@ There are two streams, both the embedding at first, and every block advances one
 Their sum leaves. As the inputs follow from the outputs, the forward pass keeps the last two streams
 alone, whatever the depth; the backward pass subtracts its way down, and takes the gradients of each
 F and G on the way. That costs what checkpointing every block costs, one more forward pass. What is
-reconstructed is what was, to rounding. A mask of dropout is drawn again from its seed, the same.
+reconstructed is what was, to rounding. A mask of dropout is drawn again from its seed, the same;
+what modules of others draw is too.
 
 Gomez et al., "The Reversible Residual Network", 2017. https://arxiv.org/abs/1707.04585
 Kitaev et al., "Reformer", 2020, section 3. https://arxiv.org/abs/2001.04451
@@ -28,6 +29,7 @@ from tritium.kernels import dropout_add
 from tritium.kernels.runtime import once_differentiable
 from tritium.model.cpu_linear import Linear, sees_through
 from tritium.model.kv_cache import Cache
+from tritium.model.redrawing import may_draw, redrawing
 
 
 class HalfBlock:
@@ -56,6 +58,10 @@ class HalfBlock:
             added_BLD = dropout_add(added_BLD, zeros_BLD, self._dropout, seed=self._seed)
         return added_BLD.to(x_BLD.dtype)
 
+    def replay(self, x_BLD: Tensor) -> Callable[[], AbstractContextManager]:
+        """Return what is entered where it is called on `x_BLD` again, to draw the same numbers."""
+        return redrawing(x_BLD) if may_draw(*self._modules) else nullcontext
+
     def weights(self) -> list[Tensor]:
         """Return the tensors that it reads and that get a gradient."""
         found: list[Tensor | None] = []
@@ -71,8 +77,8 @@ def residual_stack(
 ) -> Tensor:
     """Return the sum of both streams behind all blocks, `[B, L, D]`.
 
-    Where no gradient is asked for, in a compiler, under torch.func and with a cache, which a
-    recomputation would read into again, the same is computed without recomputation.
+    Where no gradient is asked for, in a compiler or torch.jit.trace, under torch.func and with a
+    cache, which a recomputation would read into again, it is computed without recomputation.
 
     Args:
         blocks: of `model.block`.
@@ -86,6 +92,7 @@ def residual_stack(
         cache is None
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and not sees_through()
     )
     trail = _Trail(len(halves), _autocast(x_BLD)) if recomputes else None
@@ -134,6 +141,7 @@ class _HalfStep(torch.autograd.Function):
         *weights: Tensor,
     ):  # fmt: skip
         ctx.half, ctx.trail, ctx.i, ctx.weights = half, trail, i, weights
+        ctx.replay = half.replay(b_BLD)
         with trail.cast():
             c_BLD = a_BLD + half(b_BLD)
         # Of the weights autograd only notices whether they have changed.
@@ -155,7 +163,7 @@ class _HalfStep(torch.autograd.Function):
             )
         with torch.enable_grad():
             b_BLD = b_BLD.detach().requires_grad_()
-            with trail.cast():
+            with trail.cast(), ctx.replay():
                 added_BLD = half(b_BLD)
         a_BLD = c_BLD - added_BLD.detach()
         db_BLD, *dweights = torch.autograd.grad(

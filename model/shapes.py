@@ -121,7 +121,9 @@ def num_parameters(config: ModelConfig) -> int:
 
 def main(arguments: list[str]) -> None:
     """Print a line for each shape: its sizes, parameters, FLOPs and bytes."""
-    parser = argparse.ArgumentParser(prog="tritium.model.shapes", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tritium.model.shapes", description=main.__doc__
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SHAPES))
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence [1024]")
     given = parser.parse_args(arguments)

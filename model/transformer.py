@@ -18,9 +18,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from tritium.kernels import linear_cross_entropy
 from tritium.model import activation_checkpointing as checkpointing
-from tritium.model import inspect, pretrained, sampling
+from tritium.model import inspect, output, pretrained, sampling
 from tritium.model.attention import as_multiplied, multiplied_dtype
 from tritium.model.block import Block, make_norm
 from tritium.model.config import ModelConfig, check_share
@@ -184,6 +183,10 @@ class Transformer(nn.Module):
         """The dtype of the embedding."""
         return self.embedding.weight.dtype
 
+    @property
+    def _is_tied(self) -> bool:
+        return getattr(self.head, "weight", None) is self.embedding.weight
+
     def num_parameters(self) -> int:
         """Return the number of weights; those that embedding and head share count once."""
         return sum(p.numel() for p in self.parameters())
@@ -219,7 +222,7 @@ class Transformer(nn.Module):
             self._cos_LK, self._sin_LK = self._make_tables(self.device)
 
     def _apply(self, fn, recurse=True):
-        tied = self.head.weight is self.embedding.weight
+        tied = self._is_tied
         super()._apply(fn, recurse)
         if tied:  # `to_empty`, and all else that makes new parameters, makes two
             self.head.weight = self.embedding.weight
@@ -244,8 +247,8 @@ class Transformer(nn.Module):
 
         Returns:
             Without targets: logits `[B, L, V]`. With targets: their mean cross-entropy in nats, a
-            float32 scalar; the logits are never stored whole. In training mode it is the loss with
-            label smoothing and z-loss.
+            float32 scalar, in training mode with label smoothing and z-loss; the logits are stored
+            whole only if `head` was made more than a linear layer.
 
         Raises:
             ValueError: L exceeds max_seq_len, the tokens are no ids of such a shape, or positions
@@ -257,8 +260,8 @@ class Transformer(nn.Module):
         h_BLD = self.hidden(tokens, positions=positions)
         if targets is None:
             return self.logits(h_BLD)
-        return linear_cross_entropy(
-            h_BLD, self.head.weight, targets, softcap=self.config.softcap,
+        return output.loss(
+            self.head, h_BLD, targets, self.config.softcap,
             label_smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
         )  # fmt: skip
@@ -333,8 +336,8 @@ class Transformer(nn.Module):
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """Return the tokens' embeddings, at once in the dtype of the residual stream if known."""
-        weight = self.embedding.weight
-        known = self.residual_dtype is None and self.position_embedding is None
+        weight, usual = self.embedding.weight, isinstance(self.embedding, Embedding)
+        known = usual and self.residual_dtype is None and self.position_embedding is None
         if not known or self.config.reversible or multiplied_dtype(weight) == weight.dtype:
             return self.embedding(tokens)
         return self.embedding(tokens, multiplied_dtype(weight))
@@ -342,11 +345,10 @@ class Transformer(nn.Module):
     def _through_blocks(self, x_BLD: Tensor, places: tuple, cache: Any) -> Tensor:
         if self.config.reversible:  # in the dtype of the weights, unless another is asked for
             x_BLD = x_BLD.to(self.residual_dtype or x_BLD.dtype)
-        elif self.residual_dtype is None:
-            x_BLD = as_multiplied(x_BLD)
-        if self.config.reversible:
             dropout = self.dropout if self.training else 0.0
             return self.norm(residual_stack(self.blocks, x_BLD, places, cache, dropout))
+        if self.residual_dtype is None:
+            x_BLD = as_multiplied(x_BLD)
         residual_BLD = None
         # Recomputed, a block would read its tokens into the cache again.
         policy = self.activation_checkpointing if cache is None else "none"
@@ -371,9 +373,7 @@ class Transformer(nn.Module):
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Return the logits `[..., V]` of hidden states `[..., D]`."""
-        logits = self.head(h_BLD)
-        softcap = self.config.softcap
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return output.logits(self.head, h_BLD, self.config.softcap)
 
     generate = sampling.generate
     attention_weights = inspect.attention_weights
@@ -381,7 +381,7 @@ class Transformer(nn.Module):
 
 def _before_loading(model: Transformer, state: dict[str, Tensor], prefix: str, *others) -> None:
     """Note whether embedding and head are one weight, of which a state must have one value."""
-    model._loads_tied = model.head.weight is model.embedding.weight
+    model._loads_tied = model._is_tied
     pair = [state.get(f"{prefix}{name}.weight") for name in ("embedding", "head")]
     if not model._loads_tied or any(type(x) not in (Tensor, nn.Parameter) for x in pair):
         return

@@ -280,12 +280,16 @@ def _recorded(record: dict, run: Path) -> TrainConfig:
         model = replace(config.model, vocab_size=asked)
     except (TypeError, ValueError, AttributeError) as error:
         raise _unusable(run, str(error)) from error
-    tokenizer = config.tokenizer
+    data, tokenizer = config.data, config.tokenizer
+    if data and not Path(data).exists():  # perhaps named from where the run began
+        there = Path(str(record.get("folder", ".")), data)
+        data = str(there) if there.exists() else data
     if tokenizer not in (None, CHARACTERS) and (own := run / TOKENIZER).is_file():
         tokenizer = str(own)  # the one it was trained with, wherever that came from
     return replace(
-        config, model=model, out=str(run), resume=False, resume_anyway=False, tokenizer=tokenizer
-    )
+        config, model=model, out=str(run), resume=False, resume_anyway=False, data=data,
+        tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def _built(kind: type, entries: dict) -> Any:

@@ -55,7 +55,7 @@ def main(source: Annotated[Path, tyro.conf.Positional]) -> None:
 if __name__ == "__main__":
     try:
         with tritium.interruptible(), tolerant_output():
-            tyro.cli(main, prog="tritium.training.consolidate")
+            tyro.cli(main, prog="python -m tritium.training.consolidate")
     except (CheckpointError, RunFolderError, OSError) as error:
         print(f"tritium.training.consolidate: {error}", file=sys.stderr)
         sys.exit(2)

@@ -140,7 +140,7 @@ def main(
 if __name__ == "__main__":
     try:
         with tritium.interruptible(), tolerant_output():
-            tyro.cli(main, prog="tritium.training.evaluate")
+            tyro.cli(main, prog="python -m tritium.training.evaluate")
     except (ValueError, DataError) as error:
         print(f"tritium.training.evaluate: {error}", file=sys.stderr)
         sys.exit(2)

@@ -121,7 +121,7 @@ class _Rate:
 if __name__ == "__main__":
     try:
         with tritium.interruptible(), tolerant_output():
-            tyro.cli(main, prog="tritium.training.generate")
+            tyro.cli(main, prog="python -m tritium.training.generate")
     except (ValueError, DataError) as error:  # a checkpoint, or a sampling argument out of range
         print(f"tritium.training.generate: {error}", file=sys.stderr)
         sys.exit(2)

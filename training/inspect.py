@@ -162,7 +162,7 @@ def main(
 if __name__ == "__main__":
     try:
         with tritium.interruptible(), tolerant_output():
-            tyro.cli(main, prog="tritium.training.inspect")
+            tyro.cli(main, prog="python -m tritium.training.inspect")
     except (ValueError, DataError) as error:  # a checkpoint, or an argument out of range
         print(f"tritium.training.inspect: {error}", file=sys.stderr)
         sys.exit(2)

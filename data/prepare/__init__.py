@@ -146,7 +146,7 @@ def _prepared_already(sources: list[Source]) -> Path | None:
     if not {*settings(sources[0])} <= {"path", "field"}:
         return None
     try:
-        folder = Path(sources[0].path).expanduser()
+        folder = Path(os.path.expanduser(sources[0].path))
         whole = all((folder / name).is_file() for name in (MANIFEST_FILE, TOKENIZER_FILE))
     except (OSError, RuntimeError, ValueError):  # a name that no file can have
         return None
@@ -157,8 +157,8 @@ def _place(
     key: str, cache: str | os.PathLike[str] | None, out: str | os.PathLike[str] | None
 ) -> Path:
     if out is None:
-        return (Path(cache).expanduser() if cache else cache_root()) / "prepared" / key
-    folder = Path(out).expanduser().absolute()
+        return (Path(os.path.expanduser(cache)) if cache else cache_root()) / "prepared" / key
+    folder = Path(os.path.expanduser(out)).absolute()
     if folder.exists() and not folder.is_dir():
         raise DataError(f"out must be a folder, {folder} is a file; name another")
     if folder.is_dir() and any(folder.iterdir()):

@@ -253,6 +253,23 @@ def test_cache_root(monkeypatch, variables, expected):
     assert cache_root() == Path(expected)
 
 
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch, text_file):
+    for name in ("TRITIUM_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as in a container
+    with pytest.raises(DataError, match=r"no home folder; set TRITIUM_HOME"):
+        quietly(text_file)
+
+
+def test_a_tilde_of_no_user_is_a_letter(monkeypatch, text_file):
+    monkeypatch.chdir(text_file.parent)
+    folder = quietly(str(text_file.rename("~nosuch.txt")))
+    with pytest.raises(DataError, match="cannot read the tokenizer ~nosuch: No such file"):
+        Tokenizer.load("~nosuch")
+    Path("~nosuch").symlink_to(folder)
+    assert Tokenizer.load("~nosuch").fingerprint == Tokenizer.load(folder).fingerprint
+
+
 def command(monkeypatch, *args) -> None:
     monkeypatch.setattr(sys, "argv", ["tritium.data.prepare", *map(str, args)])
     runpy.run_module("tritium.data.prepare", run_name="__main__")

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from families import LENGTH, configs, few
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritium.model import ModelConfig, Transformer
+from tritium.model import ModelConfig, Transformer, reversible
 from tritium.model.attention import attend
 
 
@@ -63,3 +64,22 @@ def test_weights_have_gradients_and_no_hook_stays():
     assert not any(module._forward_pre_hooks for module in model.modules())
     with torch.no_grad():
         assert not model.attention_weights(torch.randint(19, (1, 5))).requires_grad
+
+
+@pytest.mark.parametrize("policy", ["selective", "full", "reversible"])
+def test_gradients_of_weights_are_those_of_a_model_that_recomputes_nothing(policy, monkeypatch):
+    two = policy == "reversible"
+    config = ModelConfig(
+        vocab_size=19, n_layers=2, d_model=24, n_heads=4, reversible=two, token_shift=True
+    )
+    model, tokens, found = build(config), torch.randint(19, (2, 7)), []
+    factors = torch.randn(2, 2, 4, 7, 7).double()
+    for recomputes in (False, True):
+        monkeypatch.setattr(reversible, "sees_through", lambda ordinary=not recomputes: ordinary)
+        if recomputes and not two:
+            model.activation_checkpointing = policy
+        weights = model.attention_weights(tokens)
+        wanted = [*model.blocks.parameters(), model.embedding.weight]
+        loss = (weights * factors).sum()
+        found.append(torch.autograd.grad(loss, wanted, materialize_grads=True, allow_unused=True))
+    torch.testing.assert_close(*found)

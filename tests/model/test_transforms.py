@@ -1,5 +1,7 @@
 """Prove that a model can be compiled once for all lengths, exported, and put through torch.func."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,19 @@ JIT = "ignore:.*torch.jit.script:DeprecationWarning"  # of PyTorch's own rules f
 
 
 @pytest.mark.filterwarnings(JIT)
+@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning", "ignore:.*jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention": "softmax"}, {"reversible": True}, {"window": 2, "token_shift": True}],
+    ids=str,
+)
+def test_a_trace_of_torch_jit_computes_the_same_for_other_tokens(changes, device):
+    model = Transformer(replace(CONFIG, **changes)).to(device)
+    traced = torch.jit.trace(model, inputs("loss", 3, 9, device), check_trace=False)
+    batch = inputs("loss", 3, 9, device)
+    torch.testing.assert_close(traced(*batch), model(*batch))
+
+
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["logits", "loss"])
 def test_transforms_of_torch_func_are_those_of_autograd(kind, policy, device):

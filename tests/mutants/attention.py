@@ -10,8 +10,8 @@ _masks = partial(Mutant, file="model/masks.py")
 MUTANTS = [
     _attention(
         what="scores scaled by K",
-        original="q_BHLK.shape[-1] ** -0.5",
-        replacement="1 / q_BHLK.shape[-1]",
+        original="int(q_BHLK.shape[-1]) ** -0.5",
+        replacement="1 / int(q_BHLK.shape[-1])",
     ),
     _attention(
         what="a softcap before the scale",

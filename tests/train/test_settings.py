@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -249,6 +249,8 @@ def test_a_run_is_resumed_by_its_folder_alone(run, tmp_path, corpus, monkeypatch
             return stop.code
         return 0
 
+    record = json.loads((tmp_path / "stopped" / "config.json").read_text())
+    assert record["folder"] == str(Path.cwd())
     assert resume("--lr", "1e-3") == 2
     assert "config.schedule.learning_rate: 0.003, now 0.001" in capsys.readouterr().err
     assert resume() == 0
@@ -256,6 +258,27 @@ def test_a_run_is_resumed_by_its_folder_alone(run, tmp_path, corpus, monkeypatch
     assert resume("--max-steps", "10", "--eval-every", "3") == 0
     assert "10 steps instead of 8 steps" in run.output()
     assert len(log(tmp_path / "stopped")) == 10
+
+
+def test_data_is_found_from_where_the_run_began(tmp_path, monkeypatch):
+    began, here, run = (tmp_path / name for name in ("began", "here", "run"))
+    for folder in (began, here, run):
+        folder.mkdir()
+    config = asdict(replace(presets.PRESETS["tiny"], data="notes.txt"))
+    record = {"preset": "tiny", "config": config, "folder": str(began)}
+    (run / "config.json").write_text(json.dumps(record))
+    monkeypatch.chdir(here)
+
+    def data():
+        return parse(["--resume", str(run)])[0].data
+
+    assert data() == "notes.txt"  # to be named in the message
+    (began / "notes.txt").touch()
+    assert data() == str(began / "notes.txt")
+    (here / "notes.txt").touch()
+    assert data() == "notes.txt"
+    (run / "config.json").write_text(json.dumps(record | {"folder": None}))
+    assert data() == "notes.txt"
 
 
 def test_little_data_shortens_a_run_whose_length_nobody_chose(run, tmp_path, monkeypatch):
