@@ -163,8 +163,7 @@ def _origin(t, stride, LEAD: tl.constexpr):
 @triton.jit
 def _cross_entropy_kernel(
     x_ptr, target_ptr, w_ptr, w_sum_ptr, dloss_ptr, mean_ptr, loss_ptr, values_ptr, argmax_ptr,
-    dx_ptr,
-    V, first, n_classes, stride_xT, stride_qT, stride_dxT, stride_dlossT, stride_valuesR,
+    dx_ptr, V, first, n_classes, stride_xT, stride_qT, stride_dxT, stride_dlossT, stride_valuesR,
     ignore_index, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     LOSS: tl.constexpr, GRADIENT: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,

@@ -134,7 +134,7 @@ class _BackwardPlan(NamedTuple):
     shares: int
     """Rows of the partial sums of the weights' gradients."""
     dtype: torch.dtype
-    """Of these sums."""
+    """Dtype of these sums."""
     back: Plan
     weights: Plan
 
