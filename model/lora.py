@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tritium.model.block import Attention, FeedForward
 from tritium.model.cpu_linear import Linear
 
 Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -112,11 +113,16 @@ def adapt(
         layers: some of query, key, value, output, gate, up, down. None named: all that it has.
 
     Raises:
-        ValueError: the model has adapters, or no such projection, or the rank or alpha is out of
-            range. Nothing was changed.
+        ValueError: the model has adapters, or no such projection, or one that is another layer now,
+            or the rank or alpha is out of range. Nothing was changed.
     """
     if adapters_of(model) is not None:
         raise ValueError("lora: the model has adapters already; merge them first")
+    if isinstance(getattr(model, "transformer", None), nn.Module):
+        raise ValueError(
+            f"lora: the model must be a Transformer, got a {type(model).__name__}, whose head "
+            "would be frozen too; adapt its transformer"
+        )
     found = list(_linear_layers(model))
     sizes = {
         part: (rows, linear.in_features)
@@ -124,6 +130,15 @@ def adapt(
         for part, rows in zip(PROJECTIONS[name], _rows(linear), strict=True)
     }
     spec = _checked(sizes, rank, alpha, layers)
+    for name, layer in model.named_modules():
+        place, _, last = name.rpartition(".")
+        wanted = {*PROJECTIONS.get(last, ())} & {*spec.layers}
+        inside = isinstance(model.get_submodule(place), (Attention, FeedForward))
+        if wanted and inside and not isinstance(layer, Linear):
+            raise ValueError(
+                f"lora: {name} must be a layer as Tritium makes it to get an adapter, got a "
+                f"{type(layer).__name__}; adapt the model before, or name other layers"
+            )
     model.requires_grad_(False)
     for parent, name, linear in found:
         parts = PROJECTIONS[name]

@@ -62,7 +62,12 @@ def best(folder: Path) -> Path:
     """
     last = newest(folder)
     if last != folder:
-        lowest = (read_record(last).get("state") or {}).get("best") or {}
+        try:
+            lowest = (read_record(last).get("state") or {}).get("best") or {}
+        except CheckpointError:
+            if last.exists():
+                raise
+            return best(folder)  # its run, which is training, has a newer one
         for checkpoint in checkpoints(last.parent):
             if step_of(checkpoint) == lowest.get("step"):
                 return checkpoint
@@ -87,6 +92,21 @@ def read_model(checkpoint: Path, kind: type[Model]) -> Model:
             p.copy_(weights[name])
     lora.merge(model)
     return model
+
+
+def read_chosen(run: Path, choose: Callable[[Path], Path], kind: type[Model]) -> Model:
+    """Read the model of the checkpoint that `choose` names, as `read_model`.
+
+    A run that is training deletes old checkpoints: one that is gone before it is read gives way to
+    the one that is chosen then.
+    """
+    while True:
+        checkpoint = choose(run)
+        try:
+            return read_model(checkpoint, kind)
+        except Exception:  # which one depends on the file that was to be opened
+            if checkpoint.exists():
+                raise
 
 
 def checkpoints(folder: Path) -> list[Path]:

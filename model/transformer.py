@@ -32,7 +32,7 @@ from tritium.model.modules import AddedNorm, Embedding
 from tritium.model.old_weights import pack_projections
 from tritium.model.reversible import residual_stack
 from tritium.model.rotary import rotary_tables
-from tritium.model.saved import best, newest, read_model
+from tritium.model.saved import best, newest, read_chosen
 
 
 class Transformer(nn.Module):
@@ -107,8 +107,8 @@ class Transformer(nn.Module):
         """
         if checkpoint not in ("best", "newest"):
             raise ValueError(f'checkpoint must be "best" or "newest", got {checkpoint!r}')
-        found = (best if checkpoint == "best" else newest)(Path(run))
-        return read_model(found, cls).to(device).eval()
+        choose = best if checkpoint == "best" else newest
+        return read_chosen(Path(run), choose, cls).to(device).eval()
 
     @classmethod
     def from_pretrained(

@@ -149,6 +149,12 @@ class Storage:
                 saved with another `master`, for another shape, or without its scales.
         """
         names = self.names(p, held)
+        if p.dtype == torch.float32 and (bits := sorted(saved.keys() & {*EXTRAS.values()})):
+            raise ValueError(
+                f"{op}: the state of a float32 parameter must hold no {bits[0]}, got that of a "
+                "bfloat16 one; load it into such a one, or copy its master to the parameter and "
+                "drop that from the state"
+            )
         scales = {f"{name}_scale" for name in self.states}
         if saved.keys() - {"step", *self.states, *scales, *names} or not saved.keys() >= {*held}:
             raise ValueError(

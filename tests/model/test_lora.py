@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from tritium.kernels import linear_cross_entropy
-from tritium.model import ModelConfig, Transformer, cpu_linear, lora
+from tritium.model import Classifier, ModelConfig, Transformer, cpu_linear, lora
 from tritium.model.activation_checkpointing import saved_bytes
 from tritium.model.pretrained import native_weights
 from tritium.model.shapes import flops_per_token
@@ -307,6 +307,19 @@ def test_refuses_what_cannot_be_adapted(changes, arguments, message):
         lora.adapt(model, *arguments)
     assert lora.adapters_of(model) is None
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_refuses_what_would_get_no_adapter_or_freeze_a_head():
+    model = small()
+    lora.merge(model)
+    with pytest.raises(ValueError, match=r"got a Classifier, whose head .*; adapt its transformer"):
+        lora.adapt(Classifier(model, 3), 2)
+    model.blocks[1].feed_forward.down = torch.nn.Linear(CONFIG.d_ff, CONFIG.d_model)
+    with pytest.raises(ValueError, match=r"blocks\.1\.feed_forward\.down must be .* got a Linear"):
+        lora.adapt(model, 2)
+    assert lora.adapters_of(model) is None
+    assert all(p.requires_grad for p in model.parameters())
+    lora.adapt(model, 2, layers=["query"])
 
 
 def test_refuses_a_second_time_and_other_models():

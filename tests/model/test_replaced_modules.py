@@ -6,11 +6,17 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from families import configs, few
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from tritium.kernels import rms_norm
 from tritium.model import ModelConfig, RMSNorm, Transformer, lora, reversible, transformer
+from tritium.model.modules import is_hooked
+from tritium.model.output import is_plain
+from tritium.model.redrawing import may_draw
 
 V, D = 23, 16
 CONFIG = {"vocab_size": V, "n_layers": 2, "d_model": D, "n_heads": 4, "max_seq_len": 8}
@@ -314,3 +320,14 @@ def test_a_tokenizer_of_another_kind_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(ValueError, match=r"tokenizer must have eot, decode and save.*got a dict"):
         build().save_pretrained(tmp_path / "out", {})
     assert not [*tmp_path.iterdir()]
+
+
+@given(configs(), st.booleans())
+@few
+def test_blocks_of_tritium_draw_nothing_that_a_cuda_graph_could_not_hold(config, adapted):
+    model = Transformer(config)
+    if adapted:
+        lora.adapt(model, 1)
+    assert not may_draw(*model.blocks)
+    assert not any(is_hooked(module) for module in model.modules())
+    assert is_plain(model.head)

@@ -123,4 +123,22 @@ MUTANTS = [
         original="for p in model.parameters() if p.requires_grad)\n",
         replacement="for p in model.parameters())\n",
     ),
+    Mutant(
+        what="the head of a classifier is frozen",
+        file="model/lora.py",
+        original='if isinstance(getattr(model, "transformer", None), nn.Module):',
+        replacement="if False:",
+    ),
+    Mutant(
+        what="a layer of another kind gets no adapter",
+        file="model/lora.py",
+        original="if wanted and inside and not isinstance(layer, Linear):",
+        replacement="if False:",
+    ),
+    Mutant(
+        what="layers that are not named are refused",
+        file="model/lora.py",
+        original="wanted = {*PROJECTIONS.get(last, ())} & {*spec.layers}",
+        replacement="wanted = {*PROJECTIONS.get(last, ())}",
+    ),
 ]

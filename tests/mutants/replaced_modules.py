@@ -160,6 +160,11 @@ MUTANTS = [
         replacement="return True",
     ),
     _redrawing(
+        what="every module draws",
+        original="return kind.__module__.startswith(DRAW_NONE)",
+        replacement="return False",
+    ),
+    _redrawing(
         what="no hook draws",
         original="or is_hooked(part)",
         replacement="",

@@ -144,6 +144,17 @@ def moments(optimizer):
             yield name, x.float(), scale_B
 
 
+@pytest.mark.parametrize(("master", "held"), [("float32", "master"), ("split", "remainder")])
+def test_refuses_the_state_of_a_bfloat16_parameter_for_a_float32_one(master, held, device):
+    saved = train(AdamW(parameters(BF16, device), master=master), 1).state_dict()
+    loading = AdamW(parameters(F32, device), master=master)
+    with pytest.raises(ValueError, match=f"float32 parameter must hold no {held}, got that of"):
+        loading.load_state_dict(saved)
+    for own in saved["state"].values():  # as the message says
+        del own[held]
+    loading.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("state_dtype", [BF16, U8], ids=str)
 def test_moments_convert_and_come_back(state_dtype, device):
     wide = train(AdamW(parameters(F32, device)), 2)
