@@ -53,7 +53,7 @@ def data_of(page):
 def test_the_page_holds_the_runs(tmp_path):
     runs = make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=2e-3, text=EVIL)
     layers = {"embedding": [1.0, 0.1, 5.0], "norm": [0.0, 0.1, 5.0]}
-    (runs[0] / "layers.jsonl").write_text(json.dumps({"step": 1, "layers": layers}))
+    (runs[0] / "layers.jsonl").write_text(json.dumps({"step": 1, "layers": layers}) + "\n")
     page = render(runs)
     assert page.count("</script>") == 2  # those of the template: a sample does not end its element
     assert not re.search(r"""(src|href)\s*=\s*["']?http|url\((?!#)|@import""", page)
