@@ -276,6 +276,24 @@ def test_exits_with_1_for_a_broken_limit_or_a_stale_table(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("tried", "code"), [(static.TRIED, 1), (("3.5",), 0)])
+def test_spills_break_the_gate_under_every_version_tried(
+    tried, code, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(static.tables, "results", lambda: tmp_path)
+    monkeypatch.setattr(
+        static, "measure_all", lambda ops: rows(spills=2, problems=(static.SPILLS,))
+    )
+    monkeypatch.setattr(static, "TRIED", tried)
+    monkeypatch.setattr(static.knobs.runtime, "interpret", False)
+    kept = static.write_tables(lines()).replace(static.triton.__version__, "3.5.0")
+    (tmp_path / "static.md").write_text(kept)
+    with pytest.raises(SystemExit) as exit:
+        static.main()
+    assert exit.value.code == code
+    assert ("only shown" in capsys.readouterr().err) is (code == 0)
+
+
 def test_writes_the_table_on_request(monkeypatch, tmp_path):
     monkeypatch.setattr(static.tables, "results", lambda: tmp_path)
     monkeypatch.setattr(static, "measure_all", lambda ops: rows())
