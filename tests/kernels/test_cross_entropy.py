@@ -16,6 +16,7 @@ from tritium.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_reference,
 )
+from tritium.kernels.runtime import references
 
 IGNORE = -100
 
@@ -222,6 +223,17 @@ def test_leaves_the_callers_logits_alone(stats, device, path):
     before = logits.detach().clone()
     result = cross_entropy(logits, torch.tensor([1, 2, 3], device=device), return_stats=stats)
     (result[0] if stats else result).backward()
+    assert torch.equal(logits, before)
+
+
+def test_an_operator_sent_to_its_reference_leaves_logits_alone(device):
+    # As a compiled function reaches it, once its operation has fallen back.
+    logits, target = torch.randn(3, 8, device=device), torch.tensor([1, 2, 3], device=device)
+    before = logits.clone()
+    with references("cross_entropy"):
+        loss, scale, *_ = _forward(logits, target, None, "mean", LossOptions(-100, 0, 0, 0, 1))
+    torch.testing.assert_close(loss, cross_entropy_reference(before, target))
+    assert scale == torch.tensor(1 / 3)
     assert torch.equal(logits, before)
 
 
