@@ -247,6 +247,8 @@ def test_another_compiler_may_use_other_registers():
     assert not static.compare(lines(spills=1, problems=(static.SPILLS,)), kept, ["op"])
     assert not static.compare(lines() | lines(kernel="_new"), kept, ["op"])
     assert static.compare(lines(bits=(128, 32)), kept, ["op"])
+    assert not static.compare(lines(bytes=(4.0, 0.0)), kept, ["op"])
+    assert static.compare(lines(bytes=(4.0, 3.0)), kept, ["op"])
 
 
 def test_compares_only_the_operations_that_it_measured():
