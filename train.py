@@ -58,7 +58,7 @@ from tritium.training.monitor.terminal import tolerant_output
 from tritium.training.monitor.throughput import Meter, matrix_rate
 from tritium.training.optim import set_rate
 from tritium.training.parallel import ALONE, Parallel, arguments, opened
-from tritium.training.recovery import Recovery, UnrecoverableError
+from tritium.training.recovery import Recovery, UnrecoverableError, check_end
 from tritium.training.run.checkpoint import CheckpointError
 from tritium.training.run.fingerprint import FingerprintError, code_version, require_same
 from tritium.training.run.random_state import seed
@@ -96,7 +96,7 @@ def train(
 
     Raises:
         SaveError: the last step could not be saved.
-        UnrecoverableError: training diverged and every recovery step was tried.
+        UnrecoverableError: training diverged, and nothing helped.
     """
     # Where it runs, and from which checkpoint.
     started = time.perf_counter()
@@ -344,6 +344,7 @@ def train(
             f"Lowest validation loss: {state.best['val_loss']:.4f} nats per token, after step "
             f"{state.best['step']:,}"
         )
+    check_end(log.entries)
     return True
 
 

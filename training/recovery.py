@@ -57,7 +57,25 @@ class RecoveryConfig:
 
 
 class UnrecoverableError(RuntimeError):
-    """Training diverged, and every recovery step was tried; the message is the report."""
+    """Training diverged, and nothing helped; the message is the report."""
+
+
+def check_end(history: list[dict]) -> None:
+    """Raise an UnrecoverableError if a run ends with a model whose loss is not finite.
+
+    The last steps of a run may make it so: a training loss is that of the weights before its step.
+
+    Args:
+        history: all entries of the log.
+    """
+    measured = [entry for entry in history if "val_loss" in entry]
+    if not measured or math.isfinite(loss := measured[-1]["val_loss"]):
+        return
+    raise UnrecoverableError(
+        f"the model diverged: after step {measured[-1]['step']:,} its validation loss is {loss}\n"
+        "What to try, in a new run: a lower --learning-rate or --max-grad-norm, more "
+        "--warmup-steps; --precision float32 if bfloat16 overflows"
+    )
 
 
 class Recovery:

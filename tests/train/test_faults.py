@@ -1,6 +1,7 @@
 """Prove that a run gets over losses that go wrong, and that this too survives a resume."""
 
 import json
+import math
 import shutil
 from functools import partial
 
@@ -13,6 +14,7 @@ from tritium.bench.runs import resume
 from tritium.bench.runs._injected import disturbed, garbage, nan_in_a_gradient, no_gradient
 from tritium.data import prepare
 from tritium.data.verification import Verification
+from tritium.training.recovery import UnrecoverableError, check_end
 from tritium.training.run import checkpoint, run_state
 
 SPIKES = ("--max-steps", "36", "--save-every", "5", "--eval-every", "9", "--dropout", "0.1",
@@ -207,3 +209,15 @@ def test_a_damaged_shard_is_not_trained_on(much, run, corpus, tmp_path, monkeypa
     assert run(folder, *SPIKES, "--data", str(shards), "--max-steps", "100000") == 2
     assert "train-00000.bin is damaged: its bytes are not those" in run.output()
     assert folder.exists() == much
+
+
+def test_a_run_that_ends_with_a_loss_that_is_no_number_says_so(run, tmp_path):
+    """Its few steps are over before the ladder can act."""
+    diverged = "--max-steps", "3", "--learning-rate", "1e10", "--eval-every", "1"
+    assert run(tmp_path / "run", *diverged) == 70
+    assert "train.py: the model diverged: after step 3 its validation loss is nan" in run.output()
+    healthy = {"step": 4, "val_loss": 2.0}
+    check_end([{"step": 2, "val_loss": math.nan}, healthy, {"step": 5, "loss": math.nan}])
+    check_end([])
+    with pytest.raises(UnrecoverableError, match="after step 6 its validation loss is inf"):
+        check_end([healthy, {"step": 6, "val_loss": math.inf}])
