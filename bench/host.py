@@ -32,7 +32,9 @@ DEPTH = 16  # calls of an operation before the backward pass through them
 TARGET = 40.0  # microseconds, forward and backward
 TINY = {"T": 2, "M": 2, "B": 2, "L": 2, "H": 2, "G": 2, "K": 16, "D": 32, "F": 32, "V": 32, "N": 32}
 # A product per chunk: their host time is PyTorch's.
-LEFT_OUT = ("linear_cross_entropy", "linear_log_prob", "linear_kl_div", "info_nce")
+LEFT_OUT = (
+    "linear_cross_entropy", "linear_log_prob", "linear_kl_div", "linear_topk_kl_div", "info_nce",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
