@@ -241,6 +241,16 @@ def test_whoever_watches_operators_sees_them():
     assert Sub.names == ["activation_forward.default"] * 2
 
 
+def test_an_operator_that_is_watched_gets_its_options_as_it_does_unwatched():
+    logits = torch.randn(3, 4, device="cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.tensor([1, 0, 3], device=logits.device)
+    options = dict(label_smoothing=0.1, z_loss=0.01, softcap=3.0, logit_scale=2.0)
+    expected = LOSS.cross_entropy(logits, target, **options)
+    with Seen() as seen:
+        assert torch.equal(LOSS.cross_entropy(logits, target, **options), expected)
+    assert seen.names == ["cross_entropy_forward.default"]
+
+
 def test_a_negated_view_is_negated():
     where = "cuda" if torch.cuda.is_available() else "cpu"
     gate = torch.randn(3, 4, device=where)
