@@ -1,7 +1,7 @@
 """Files of one JSON object a line, read up to where a kill or a loss of power cut them.
 
 Whatever bytes these leave, and all that follows them, is no entry. So nothing is appended
-behind them: `opened` deletes them first.
+behind them: `opened` removes them first.
 """
 
 from __future__ import annotations
@@ -26,9 +26,19 @@ def read(path: Path, start: int = 0) -> list[dict]:
 
 
 def opened(path: Path) -> list[dict]:
-    """Return the entries, as `read` does, and delete what follows them: `append` may be called."""
+    """Return the entries, as `read` does, and remove what follows them: `append` may be called.
+
+    What is more than one line without its end is not what a kill leaves, and may hold entries: it
+    is kept in a file beside, which is called the same with `.broken` behind.
+    """
     entries, size = _read(path)
-    if path.exists() and path.stat().st_size > size:
+    rest = path.read_bytes()[size:] if path.exists() else b""
+    if b"\n" in rest:
+        with path.with_name(f"{path.name}.broken").open("ab") as kept:
+            kept.write(rest)
+            kept.flush()
+            os.fsync(kept.fileno())
+    if rest:
         os.truncate(path, size)
     return entries
 

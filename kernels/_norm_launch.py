@@ -283,10 +283,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 def _gradients(ctx, dy: Tensor, ds: Tensor | None, needs: tuple[bool, bool]):
-    """Return the gradients of s, of s in the dtype of dy, and those that `needs` asks for.
-
-    They are those of weight and bias.
-    """
+    """Return the gradients of s, of s in the dtype of dy, and of weight and bias if needed."""
     s, w_D, m_T, r_T = ctx.saved_tensors
     (offset, b_dtype), (needs_w, needs_b) = ctx.how, needs
     dx, dbranch, dw_D, db_D = _backward(

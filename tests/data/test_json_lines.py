@@ -96,3 +96,18 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     path = tmp_path / "file.jsonl"
     append(path, {"a": float("nan"), "b": [float("inf"), 1.0]})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.0]}
+
+
+def test_lines_behind_a_broken_one_are_kept_beside(tmp_path, synced):
+    path, beside = tmp_path / "file.jsonl", tmp_path / "file.jsonl.broken"
+    path.write_bytes(b'{"step": 1}\n{"st')
+    assert opened(path) == [{"step": 1}]
+    assert not beside.exists()  # a kill leaves as much
+    for behind in (b'{"st{"step": 2}\n{"step": 3}\n', b"\0\0\n"):
+        before = beside.read_bytes() if beside.exists() else b""
+        path.write_bytes(path.read_bytes() + behind)
+        calls = synced.call_count
+        assert opened(path) == [{"step": 1}]
+        assert path.read_bytes() == b'{"step": 1}\n'
+        assert beside.read_bytes() == before + behind
+        assert synced.call_count == calls + 1

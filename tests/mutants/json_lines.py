@@ -63,6 +63,21 @@ MUTANTS = [
         replacement='path.open("wb")',
     ),
     _lines(
+        what="lines behind a broken one are lost",
+        original='if b"\\n" in rest:',
+        replacement="if False:",
+    ),
+    _lines(
+        what="a line that a kill left is kept beside, too",
+        original='if b"\\n" in rest:',
+        replacement="if rest:",
+    ),
+    _lines(
+        what="what was kept beside before is lost",
+        original='.broken").open("ab")',
+        replacement='.broken").open("wb")',
+    ),
+    _lines(
         what="the disk is not waited for",
         original="os.fsync(file.fileno())",
         replacement="pass",
